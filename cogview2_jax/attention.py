@@ -1,0 +1,196 @@
+"""The attention of each network: dense (with or without a cache), direct SR's and iterative SR's.
+
+A class here is what differs between the three networks; `transformer.Block` holds what they share. Each is called
+as `(x [b, s, e], context, cache) → (out [b, s, e], cache)`. Scores are q·k/√d plus an additive term; where the
+mask is False they are −10000, as in the published code, so that a row that sees nothing averages everything.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from cogview2_jax.config import DirectSRConfig, IterativeSRConfig, Precision, TransformerConfig
+from pallas_kernels import local_attention_2d_with_lse, merge_attention
+
+Array = jax.Array
+MASKED_SCORE = -10000.0
+_init = nn.initializers.normal(0.02)
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer, [n, b, t, h, d] (inside the layer scan: [b, t, h, d])."""
+
+    keys: Array
+    values: Array
+
+
+class DenseContext(NamedTuple):
+    """Who sees whom. `mask` bool [b or 1, s, t]; `bias` float32 [b or 1, t], added to every score of a key.
+
+    `index` is where new keys go in the cache (a scalar); it is not read without one.
+    """
+
+    mask: Array
+    bias: Array
+    index: Array | int = 0
+
+
+class SuperResolutionContext(NamedTuple):
+    """`mask` bool [b or 1, s, t] among the tokens that attend densely (direct SR: text and coarse grid).
+
+    Iterative SR: [b or 1, text slots], which text slots are words.
+    """
+
+    mask: Array
+
+
+class QKV(nn.Module):
+    """One matrix whose output is [Q | K | V], each split into heads: three of [b, s, h, d]."""
+
+    config: TransformerConfig
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array, Array]:
+        out = nn.Dense(
+            3 * self.config.hidden_size,
+            dtype=self.precision.compute,
+            param_dtype=self.precision.params,
+            kernel_init=_init,
+            name="query_key_value",
+        )(x)
+        q, k, v = rearrange(out, "b s (three h d) -> three b s h d", three=3, h=self.config.num_heads)
+        return q, k, v
+
+
+def output_projection(config: TransformerConfig, precision: Precision, name: str) -> nn.Dense:
+    return nn.Dense(
+        config.hidden_size,
+        dtype=precision.compute,
+        param_dtype=precision.params,
+        kernel_init=_init,
+        name=name,
+    )
+
+
+def dense_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Array:
+    """Softmax attention, [b, s, h, d] queries on [b, t, h, d] keys. `mask` [b or 1, s, t], `bias` [b or 1, t]."""
+    scores = jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias[:, None, None, :]
+    scores = jnp.where(mask[:, None], scores, MASKED_SCORE)
+    weights = nn.softmax(scores).astype(v.dtype)
+    return jnp.einsum("bhst,bthd->bshd", weights, v)
+
+
+def dense_attention_with_lse(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
+    """As `dense_attention`, for every query the same keys ([b or 1, t]): out [b, s, h, d], lse float32 [b, h, s].
+
+    Masked keys are left out entirely, so that the part can be merged with another; a row with none has lse −inf.
+    """
+    scores = jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
+    lse = nn.logsumexp(scores, axis=-1)
+    shift = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    weights = jnp.exp(scores - shift[..., None]).astype(v.dtype)
+    return jnp.einsum("bhst,bthd->bshd", weights, v), lse
+
+
+class DenseAttention(nn.Module):
+    """CogLM's attention. With a cache, new keys are written at `context.index` and all of it is attended to."""
+
+    config: TransformerConfig
+    precision: Precision
+
+    @nn.compact
+    def __call__(
+        self, x: Array, context: DenseContext, cache: KVCache | None
+    ) -> tuple[Array, KVCache | None]:
+        q, k, v = QKV(self.config, self.precision, name="qkv")(x)
+        if cache is not None:
+            start = (0, context.index, 0, 0)
+            k = jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), start)
+            v = jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start)
+            cache = KVCache(k, v)
+        out = dense_attention(q, k, v, context.mask, context.bias)
+        out = rearrange(out, "b s h d -> b s (h d)")
+        return output_projection(self.config, self.precision, "dense")(out), cache
+
+
+class DirectSRAttention(nn.Module):
+    """Text and coarse grid attend densely through the base matrices, fine queries locally through a second set.
+
+    A fine query attends, in one softmax, to a window of coarse keys round its parent cell (keys of the base
+    matrices) and a window of fine keys round itself (published `dsr_model.py`).
+    """
+
+    config: TransformerConfig
+    precision: Precision
+    geometry: DirectSRConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, context: SuperResolutionContext, cache: None
+    ) -> tuple[Array, None]:
+        geometry = self.geometry
+        prefix, fine = jnp.split(x, [geometry.num_prefix], axis=1)
+        q0, k0, v0 = QKV(self.config, self.precision, name="qkv")(prefix)
+        q1, k1, v1 = QKV(self.config, self.precision, name="qkv_plus")(fine)
+        dense = dense_attention(q0, k0, v0, context.mask)
+
+        rows, columns = geometry.coglm.grid
+        k0, v0 = (
+            rearrange(t[:, geometry.text_slots :], "b (y x) h d -> b y x h d", y=rows, x=columns)
+            for t in (k0, v0)
+        )
+        q1, k1, v1 = (
+            rearrange(t, "b (y x) h d -> b y x h d", y=geometry.grid[0]) for t in (q1, k1, v1)
+        )
+        local = merge_attention(
+            local_attention_2d_with_lse(q1, k1, v1, window=geometry.window),
+            local_attention_2d_with_lse(q1, k0, v0, window=geometry.cross_window),
+        )
+        dense = rearrange(dense, "b s h d -> b s (h d)")
+        local = rearrange(local, "b y x h d -> b (y x) (h d)")
+        out = [
+            output_projection(self.config, self.precision, "dense")(dense),
+            output_projection(self.config, self.precision, "dense_plus")(local),
+        ]
+        return jnp.concatenate(out, axis=1), None
+
+
+class IterativeSRAttention(nn.Module):
+    """Text attends to text; an image cell, in one softmax, to all words and a window of cells round itself."""
+
+    config: TransformerConfig
+    precision: Precision
+    geometry: IterativeSRConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, context: SuperResolutionContext, cache: None
+    ) -> tuple[Array, None]:
+        slots = self.geometry.text_slots
+        q, k, v = QKV(self.config, self.precision, name="qkv")(x)
+        text_k, text_v = k[:, :slots], v[:, :slots]
+        text = dense_attention(q[:, :slots], text_k, text_v, context.mask[:, None])
+        out, lse = dense_attention_with_lse(q[:, slots:], text_k, text_v, context.mask)
+        rows = self.geometry.grid[0]
+        cells = tuple(
+            rearrange(t[:, slots:], "b (y x) h d -> b y x h d", y=rows) for t in (q, k, v)
+        )
+        image = merge_attention(
+            local_attention_2d_with_lse(*cells, window=self.geometry.window),
+            (
+                rearrange(out, "b (y x) h d -> b y x h d", y=rows),
+                rearrange(lse, "b h (y x) -> b h y x", y=rows),
+            ),
+        )
+        text = rearrange(text, "b s h d -> b s (h d)")
+        image = rearrange(image, "b y x h d -> b (y x) (h d)")
+        out = jnp.concatenate([text, image], axis=1)
+        return output_projection(self.config, self.precision, "dense")(out), None

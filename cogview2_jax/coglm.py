@@ -1,0 +1,115 @@
+"""CogLM: text → image, infilling and captioning in one transformer (paper section 3.2)."""
+
+import jax
+import jax.numpy as jnp
+
+from cogview2_jax.attention import DenseAttention, DenseContext, KVCache
+from cogview2_jax.config import CogLMConfig, Precision
+from cogview2_jax.transformer import Transformer
+
+Array = jax.Array
+Params = dict
+
+
+def network(config: CogLMConfig, precision: Precision = Precision()) -> Transformer:
+    return Transformer(
+        config.transformer,
+        DenseAttention,
+        config.vocabulary.size,
+        (config.num_positions,),
+        precision,
+    )
+
+
+def init_params(key: Array, config: CogLMConfig, precision: Precision = Precision()) -> Params:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    context = DenseContext(jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1)))
+    return network(config, precision).init(key, tokens, tokens, context, None)["params"]
+
+
+def hidden_states(
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    mask: Array,
+    *,
+    config: CogLMConfig,
+    bias: Array | None = None,
+    precision: Precision = Precision(),
+) -> Array:
+    """As `apply`, without the output matrix: [b, s, e]."""
+    if bias is None:
+        bias = jnp.zeros((1, tokens.shape[1]))
+    context = DenseContext(mask, bias)
+    model = network(config, precision)
+    return model.apply({"params": params}, tokens, positions, context, None)[0]
+
+
+def logits(
+    params: Params,
+    hidden: Array,
+    *,
+    config: CogLMConfig,
+    precision: Precision = Precision(),
+    ids: tuple[int, int] | None = None,
+) -> Array:
+    """Hidden states [..., e] → float32 logits [..., v] of the ids in the half-open range `ids` (default: all)."""
+    start, stop = ids or (0, config.vocabulary.size)
+    model = network(config, precision)
+    return model.apply({"params": params}, hidden, start, stop, method="logits")
+
+
+def apply(
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    mask: Array,
+    *,
+    config: CogLMConfig,
+    bias: Array | None = None,
+    precision: Precision = Precision(),
+    ids: tuple[int, int] | None = None,
+) -> Array:
+    """One full pass.
+
+    Args:
+        tokens, positions: int [b, s], positions also [1, s].
+        mask: bool [b or 1, s, t], True where query s sees key t.
+        bias: float32 [b or 1, t], added to every score of a key (textual-attention up-weighting).
+        ids: half-open range of ids to give logits for; image logits are `(0, num_image)`. Default: all.
+
+    Returns:
+        float32 logits [b, s, v].
+    """
+    hidden = hidden_states(
+        params, tokens, positions, mask, config=config, bias=bias, precision=precision
+    )
+    return logits(params, hidden, config=config, precision=precision, ids=ids)
+
+
+def init_cache(config: CogLMConfig, batch: int, length: int, precision: Precision = Precision()) -> KVCache:
+    """Empty keys and values for `length` tokens, in the compute dtype."""
+    sizes = config.transformer
+    shape = (sizes.num_layers, batch, length, sizes.num_heads, sizes.head_dim)
+    return KVCache(jnp.zeros(shape, precision.compute), jnp.zeros(shape, precision.compute))
+
+
+def extend(
+    params: Params,
+    cache: KVCache,
+    tokens: Array,
+    positions: Array,
+    mask: Array,
+    index: Array | int,
+    *,
+    config: CogLMConfig,
+    bias: Array,
+    precision: Precision = Precision(),
+) -> tuple[Array, KVCache]:
+    """Run tokens [b, s] that follow what the cache holds: hidden [b, s, e] and the longer cache.
+
+    `mask` [b or 1, s, length] and `bias` [b or 1, length] span the whole cache; keys go to `index`….
+    """
+    context = DenseContext(mask, bias, index)
+    model = network(config, precision)
+    return model.apply({"params": params}, tokens, positions, context, cache)

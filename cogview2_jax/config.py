@@ -1,0 +1,242 @@
+"""Sizes and settings of every network, as frozen dataclasses, with the published and the Scenes presets.
+
+Each class is one concern (architecture, precision, sampling) and is checked when it is made. Vary one with
+`dataclasses.replace`; what can be derived is a property. The published numbers are those of the released
+code and weights (paper arXiv 2204.14217, sections 3 to 5; where the two differ, the code's).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+
+Grid = tuple[int, int]  # (rows, columns)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Where numbers are kept and where they are computed. Softmax and LayerNorm sums are float32 throughout."""
+
+    params: Any = jnp.float32
+    compute: Any = jnp.float32
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One id space: image tokens, then text pieces, then the three start tokens.
+
+    A text id is the SentencePiece id + `num_image`. `pad` and `unknown` are ids of this space.
+    """
+
+    num_image: int = 20_000
+    size: int = 150_003
+    pad: int = 20_003
+    unknown: int = 20_000
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.num_image <= self.size - 3,
+            f"num_image must leave room for three start tokens: got {self.num_image} of {self.size}",
+        )
+
+    @property
+    def start_of_image(self) -> int:
+        return self.size - 3
+
+    @property
+    def start_of_english(self) -> int:
+        return self.size - 2
+
+    @property
+    def start_of_chinese(self) -> int:
+        return self.size - 1
+
+    @property
+    def num_text(self) -> int:
+        return self.size - 3 - self.num_image
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    num_layers: int = 48
+    hidden_size: int = 3072
+    num_heads: int = 48
+    mlp_ratio: int = 4
+    layernorm_epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"hidden_size must be a multiple of num_heads: got {self.hidden_size} and {self.num_heads}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class CogLMConfig:
+    """The base language model over text and a small grid of image tokens.
+
+    `max_text` is the longest prompt in tokens. Text has positions 0…, `<start_of_image>` has
+    `image_position - 1`, the image cells have `image_position`… in raster order.
+    """
+
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    grid: Grid = (20, 20)
+    max_text: int = 110
+    num_positions: int = 1024
+    image_position: int = 513
+
+    def __post_init__(self) -> None:
+        last = self.image_position + self.num_image_tokens
+        _require(
+            last <= self.num_positions,
+            f"num_positions must hold the image cells: got {self.num_positions}, needed {last}",
+        )
+        _require(
+            self.max_text < self.image_position,
+            f"max_text must be below image_position: got {self.max_text} and {self.image_position}",
+        )
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def text_slots(self) -> int:
+        """Text places of a training record, `<start_of_image>` not counted (111 + 1 + 400 = 512)."""
+        return self.max_text + 1
+
+
+@dataclass(frozen=True)
+class DirectSRConfig:
+    """One-pass super-resolution: the base transformer plus a second attention for the fine queries."""
+
+    coglm: CogLMConfig = field(default_factory=CogLMConfig)
+    ratio: int = 3
+    text_slots: int = 96
+    window: Grid = (9, 5)
+    cross_window: Grid = (5, 5)
+
+    @property
+    def grid(self) -> Grid:
+        return self.coglm.grid[0] * self.ratio, self.coglm.grid[1] * self.ratio
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the queries: left-padded text and the coarse grid."""
+        return self.text_slots + self.coglm.num_image_tokens
+
+
+# The published 6×6 order of local parallel auto-regression; negative cells are never re-generated.
+LOPAR_ORDER = (
+    (-1, 0, 1, 2, 3, 4),
+    (0, -1, 2, -1, -2, 5),
+    (1, -2, 3, 4, 5, 6),
+    (2, 3, 4, 5, -1, 1),
+    (3, -1, -2, 0, -1, 2),
+    (4, 5, 6, 1, 3, -2),
+)
+
+
+@dataclass(frozen=True)
+class IterativeSRConfig:
+    """Super-resolution by re-generating masked cells in rounds (local parallel auto-regression)."""
+
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    grid: Grid = (60, 60)
+    text_slots: int = 16
+    num_positions: int = 1024
+    window: Grid = (9, 5)
+    order: tuple[tuple[int, ...], ...] = LOPAR_ORDER
+    rounds: int = 6
+
+    def __post_init__(self) -> None:
+        _require(
+            self.text_slots <= self.num_positions,
+            f"num_positions must hold text_slots: got {self.num_positions} and {self.text_slots}",
+        )
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class HVQVAEConfig:
+    """The hierarchical image tokenizer: one encoder, one codebook, a decoder for each stride.
+
+    `decoder_multipliers` go from the largest stride to the smallest, as in the published state dict.
+    """
+
+    channels: int = 128
+    encoder_multipliers: tuple[int, ...] = (1, 2, 4)
+    encoder_blocks: int = 2
+    decoder_multipliers: tuple[tuple[int, ...], ...] = ((1, 1, 1, 2, 4), (1, 1, 2, 4), (1, 2, 4))
+    decoder_blocks: int = 1
+    groups: int = 32
+    z_channels: int = 256
+    codebook_size: int = 20_000
+    codebook_dim: int = 256
+    nominal_resolution: int = 256
+    attention_resolution: int = 16
+    mean: tuple[float, float, float] = (0.79093, 0.76271, 0.75340)
+    std: tuple[float, float, float] = (0.30379, 0.32279, 0.32800)
+
+    def __post_init__(self) -> None:
+        for strides, multipliers in zip(self.strides[::-1], self.decoder_multipliers, strict=True):
+            _require(
+                2 ** (len(multipliers) - 1) == strides,
+                f"a decoder of stride {strides} needs {strides.bit_length()} multipliers: got {multipliers}",
+            )
+        _require(
+            self.channels % self.groups == 0,
+            f"channels must be a multiple of groups: got {self.channels} and {self.groups}",
+        )
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per token, smallest first: (4, 8, 16)."""
+        first = 2 ** (len(self.encoder_multipliers) - 1)
+        return tuple(first * 2**level for level in range(len(self.decoder_multipliers)))
+
+
+@dataclass(frozen=True)
+class ClusterSampling:
+    """Two-step sampling: one of the `top_clusters` most probable clusters, then a token inside it (section 3.3)."""
+
+    temperature: float = 1.15
+    top_clusters: int = 16
+    within_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "within_temperature"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} must be above 0: got {value}")
+        _require(self.top_clusters >= 1, f"top_clusters must be at least 1: got {self.top_clusters}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the pipeline draws at each stage. `text_upweight` is added to every score whose key is a text token."""
+
+    base: ClusterSampling = field(default_factory=ClusterSampling)
+    direct: ClusterSampling = field(
+        default_factory=lambda: ClusterSampling(1.0, top_clusters=100, within_temperature=0.89)
+    )
+    iterative_temperature: float = 1.0
+    iterative_top_k: tuple[int, ...] = (40, 40, 40, 20, 20, 10)
+    text_upweight: float = 1.4

@@ -1,0 +1,76 @@
+"""Direct super-resolution: every fine token from the coarse grid in one pass (paper section 3.3)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from cogview2_jax.attention import DirectSRAttention, SuperResolutionContext
+from cogview2_jax.config import DirectSRConfig, Precision
+from cogview2_jax.transformer import Transformer
+
+Array = jax.Array
+Params = dict
+
+
+def network(config: DirectSRConfig, precision: Precision = Precision()) -> Transformer:
+    return Transformer(
+        config.coglm.transformer,
+        functools.partial(DirectSRAttention, geometry=config),
+        config.coglm.vocabulary.size,
+        (config.coglm.num_positions, config.num_image_tokens),
+        precision,
+    )
+
+
+def init_params(key: Array, config: DirectSRConfig, precision: Precision = Precision()) -> Params:
+    """Fresh parameters; `from_coglm` gives better ones."""
+    length = config.num_prefix + config.num_image_tokens
+    tokens = jnp.zeros((1, length), jnp.int32)
+    context = SuperResolutionContext(jnp.ones((1, config.num_prefix, config.num_prefix), bool))
+    return network(config, precision).init(key, tokens, tokens, context, None)["params"]
+
+
+def from_coglm(coglm_params: Params, config: DirectSRConfig) -> Params:
+    """Start from a trained base model: coarse positions tiled over the fine grid, attention copied.
+
+    The positions are tiled (the whole coarse grid repeats), not up-sampled, as in the published code.
+    """
+    rows, columns = config.coglm.grid
+    first = config.coglm.image_position
+    table = coglm_params["position_embeddings"]
+    coarse = table[first : first + rows * columns].reshape(rows, columns, -1)
+    fine = jnp.tile(coarse, (config.ratio, config.ratio, 1))
+    attention = coglm_params["layers"]["attention"]
+    plus = {"qkv_plus": attention["qkv"], "dense_plus": attention["dense"]}
+    layers = coglm_params["layers"] | {"attention": attention | plus}
+    extra = {"extra_position_embeddings": fine.reshape(-1, table.shape[-1])}
+    # Copies, so that a donated tree never holds one buffer twice.
+    return jax.tree.map(jnp.array, coglm_params | {"layers": layers} | extra)
+
+
+def apply(
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    mask: Array,
+    *,
+    config: DirectSRConfig,
+    precision: Precision = Precision(),
+) -> Array:
+    """Logits of every fine cell.
+
+    Args:
+        tokens: int [b, text slots + coarse cells + fine cells]; the fine cells hold `<start_of_image>`.
+        positions: int [b or 1, s]; fine cells count from `num_positions`.
+        mask: bool [b or 1, p, p] among the p text slots and coarse cells.
+
+    Returns:
+        float32 [b, fine cells, num_image].
+    """
+    model = network(config, precision)
+    context = SuperResolutionContext(mask)
+    hidden, _ = model.apply({"params": params}, tokens, positions, context, None)
+    fine = hidden[:, config.num_prefix :]
+    stop = config.coglm.vocabulary.num_image
+    return model.apply({"params": params}, fine, 0, stop, method="logits")

@@ -1,0 +1,65 @@
+"""Pixels ↔ image tokens, as pure functions over the parameters of the hierarchical VQ-VAE."""
+
+import jax
+import jax.numpy as jnp
+
+from cogview2_jax.config import HVQVAEConfig, Precision
+from cogview2_jax.tokenizer.hvqvae import HVQVAE
+
+Array = jax.Array
+Params = dict
+
+
+def init_params(key: Array, config: HVQVAEConfig, precision: Precision = Precision()) -> Params:
+    """Fresh parameters. The codebook is standard normal until training places it."""
+    side = 2 * config.strides[-1]
+    images = jnp.zeros((1, side, side, 3))
+    return HVQVAE(config, precision).init(key, images)["params"]
+
+
+def nearest_code(vectors: Array, codebook: Array) -> Array:
+    """Id of the nearest codebook entry by squared distance. [..., d], [v, d] → int32 [...]."""
+    # ‖x − c‖² = ‖x‖² − 2x·c + ‖c‖², and ‖x‖² is the same for every c.
+    scores = jnp.sum(codebook**2, axis=-1) - 2 * jnp.einsum("...d,vd->...v", vectors, codebook)
+    return jnp.argmin(scores, axis=-1).astype(jnp.int32)
+
+
+def _level(stride: int, config: HVQVAEConfig) -> int:
+    if stride not in config.strides:
+        raise ValueError(f"stride must be one of {config.strides}: got {stride}")
+    return config.strides.index(stride)
+
+
+def encode(
+    params: Params,
+    images: Array,
+    stride: int,
+    *,
+    config: HVQVAEConfig,
+    precision: Precision = Precision(),
+) -> Array:
+    """Pictures float [b, y, x, 3] in [0, 1] → ids int32 [b, y/stride, x/stride].
+
+    Raises:
+        ValueError: an unknown stride, or a picture whose sides the stride does not divide.
+    """
+    level = _level(stride, config)
+    if images.shape[1] % stride or images.shape[2] % stride:
+        raise ValueError(f"picture sides must be multiples of stride {stride}: got {images.shape[1:3]}")
+    vectors = HVQVAE(config, precision).apply({"params": params}, images, method="vectors")[level]
+    return nearest_code(vectors.astype(jnp.float32), params["codebook"].astype(jnp.float32))
+
+
+def decode(
+    params: Params,
+    ids: Array,
+    stride: int,
+    *,
+    config: HVQVAEConfig,
+    precision: Precision = Precision(),
+) -> Array:
+    """Ids int [b, y, x] → pictures float32 [b, stride·y, stride·x, 3], nominally in [0, 1], not clipped."""
+    _level(stride, config)
+    vectors = params["codebook"][ids]
+    model = HVQVAE(config, precision)
+    return model.apply({"params": params}, vectors, stride, method="reconstruct")
