@@ -1,0 +1,183 @@
+"""Logits → token: two-step cluster sampling, top-k, and their greedy forms (section 3.3 and
+appendix of the paper).
+
+Everything is a pure function over the last axis, for any leading dimensions, in float32. Row `i`
+of the flattened leading dimensions is drawn from its own key, made from `key` and `i` alone: a
+larger batch begins with the draws of a smaller one, and drawing in blocks changes nothing.
+
+Published: `coglm_strategy.py` (stage 1), `sr_pipeline/dsr_sampling.py` (direct SR),
+`sr_pipeline/itersr_sampling.py` (iterative SR). Numbers to match: `tests/golden/sampling.npz`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from cogview2_jax.config import ClusterSampling
+
+
+def cluster_sums(values: jax.Array, labels: jax.Array, num_clusters: int) -> jax.Array:
+    """Sum `values` [..., v] over the members of each cluster: [..., num_clusters] float32.
+    `labels` is int [v].
+
+    An empty cluster sums to zero. Raises ValueError when `labels` is not one label for each value.
+    """
+    if labels.shape != values.shape[-1:]:
+        raise ValueError(
+            f"labels must be one per token: got {labels.shape} for logits of {values.shape[-1]}"
+        )
+    # A product with a one-hot matrix instead of a scatter: on a GPU a scatter adds in an order
+    # that changes from run to run, and so may the greedy cluster. 20,000 × 500 float32 is 40 MB,
+    # shared by all rows. HIGHEST: TF32 would keep ten bits of each probability.
+    members = jax.nn.one_hot(labels, num_clusters, dtype=jnp.float32)
+    return jnp.matmul(values.astype(jnp.float32), members, precision=jax.lax.Precision.HIGHEST)
+
+
+def cluster_probabilities(
+    logits: jax.Array, labels: jax.Array, num_clusters: int, sampling: ClusterSampling
+) -> jax.Array:
+    """The exact distribution that `sample_clusters` draws from: [..., v] float32, each row sums to
+    one.
+
+    `logits` [..., v], `labels` int [v] in [0, num_clusters). With p = softmax(logits / T), a
+    cluster weighs the sum of its p; the `top_clusters` heaviest are kept (all of them when there
+    are fewer; of equal ones the lower label) and renormalised; inside a cluster a token weighs
+    softmax(logits / T / T₂).
+    """
+    scaled = logits.astype(jnp.float32) / sampling.temperature
+    sums = cluster_sums(jax.nn.softmax(scaled), labels, num_clusters)
+    kept, kept_labels = jax.lax.top_k(sums, min(sampling.top_clusters, num_clusters))
+    kept = kept / kept.sum(-1, keepdims=True)
+    of_cluster = jnp.put_along_axis(jnp.zeros_like(sums), kept_labels, kept, -1, inplace=False)
+
+    within = scaled / sampling.within_temperature
+    # Each cluster has its own maximum taken off: with one for the row, a light cluster would be 0
+    # / 0.
+    largest = jax.ops.segment_max(jnp.moveaxis(within, -1, 0), labels, num_clusters)
+    weights = jnp.exp(within - jnp.moveaxis(largest[labels], 0, -1))
+    total = cluster_sums(weights, labels, num_clusters)
+    return jnp.take(of_cluster / jnp.where(total > 0, total, 1), labels, axis=-1) * weights
+
+
+def sample_clusters(
+    key: jax.Array,
+    logits: jax.Array,
+    labels: jax.Array,
+    num_clusters: int,
+    sampling: ClusterSampling,
+    *,
+    block: int | None = None,
+) -> jax.Array:
+    """Draw a cluster, then a token inside it: int32 [...] from `logits` [..., v]. See
+    `cluster_probabilities`.
+
+    `block` rows at a time are drawn (default: all at once), which changes no draw. Beside their
+    logits, 3,600 rows of 20,000 take 1.2 GB at once and 0.14 GB in blocks of 300.
+    """
+    top = min(sampling.top_clusters, num_clusters)
+
+    def draw(key: jax.Array, row: jax.Array) -> jax.Array:
+        cluster_key, token_key = jax.random.split(key)
+        scaled = row.astype(jnp.float32) / sampling.temperature
+        sums, kept_labels = jax.lax.top_k(
+            cluster_sums(jax.nn.softmax(scaled), labels, num_clusters), top
+        )
+        chosen = kept_labels[jax.random.categorical(cluster_key, jnp.log(sums))]
+        within = jnp.where(labels == chosen, scaled / sampling.within_temperature, -jnp.inf)
+        return jax.random.categorical(token_key, within)
+
+    return _draw_rows(draw, key, logits, block)
+
+
+def greedy_clusters(
+    logits: jax.Array, labels: jax.Array, num_clusters: int, temperature: float = 1.0
+) -> jax.Array:
+    """The most probable member of the most probable cluster: int32 [...]. Of equal ones, the
+    lowest id.
+
+    This is the limit of one kept cluster and T₂ → 0; `temperature` still decides which cluster is
+    heaviest.
+    """
+    scaled = logits.astype(jnp.float32) / temperature
+    best = jnp.argmax(cluster_sums(jax.nn.softmax(scaled), labels, num_clusters), -1)
+    return _greedy(jnp.where(labels == best[..., None], scaled, -jnp.inf))
+
+
+def greedy(logits: jax.Array) -> jax.Array:
+    """The most probable token, int32 [...] from [..., v]. Of equal ones, the lowest id."""
+    return _greedy(logits)
+
+
+def top_k_probabilities(
+    logits: jax.Array, k: int | jax.Array, temperature: float = 1.0, *, max_k: int | None = None
+) -> jax.Array:
+    """softmax(logits / temperature) over the `k` most probable tokens: [..., v] float32. See
+    `top_k_logits`.
+    """
+    return jax.nn.softmax(top_k_logits(logits, k, max_k=max_k) / temperature)
+
+
+def top_k_logits(logits: jax.Array, k: int | jax.Array, *, max_k: int | None = None) -> jax.Array:
+    """`logits` [..., v] as float32, with −inf below the k-th largest of each row.
+
+    Tokens equal to the k-th largest are all kept, as published, so more than `k` may stay and no
+    order decides. `k` may be a traced scalar (LoPAR changes it by round); then `max_k`, a static
+    bound on it, spares a full sort. A `k` above the vocabulary keeps everything. Raises ValueError
+    when `k` or `max_k` is below 1, or a static `k` is above `max_k`.
+    """
+    size = logits.shape[-1]
+    if max_k is not None and max_k < 1:
+        raise ValueError(f"max_k must be at least 1: got {max_k}")
+    if isinstance(k, int):
+        if k < 1:
+            raise ValueError(f"k must be at least 1: got {k}")
+        if max_k is not None and k > max_k:
+            raise ValueError(f"k must not be above max_k: got {k} and {max_k}")
+        max_k = k
+    logits = logits.astype(jnp.float32)
+    largest, _ = jax.lax.top_k(logits, min(size, max_k or size))
+    # The index is clamped into the array, so a traced k above the vocabulary means all of it.
+    limit = jax.lax.dynamic_index_in_dim(largest, jnp.asarray(k, jnp.int32) - 1, axis=-1)
+    return jnp.where(logits < limit, -jnp.inf, logits)
+
+
+def sample_top_k(
+    key: jax.Array,
+    logits: jax.Array,
+    k: int | jax.Array,
+    temperature: float | jax.Array = 1.0,
+    *,
+    max_k: int | None = None,
+    block: int | None = None,
+) -> jax.Array:
+    """Draw one of the `k` most probable tokens: int32 [...] from `logits` [..., v]. See
+    `top_k_logits`.
+
+    `block` rows at a time are drawn (default: all at once), which bounds the memory and changes no
+    draw.
+    """
+
+    def draw(key: jax.Array, row: jax.Array) -> jax.Array:
+        return jax.random.categorical(key, top_k_logits(row, k, max_k=max_k) / temperature)
+
+    return _draw_rows(draw, key, logits, block)
+
+
+def _draw_rows(
+    draw: Callable[[jax.Array, jax.Array], jax.Array],
+    key: jax.Array,
+    logits: jax.Array,
+    block: int | None,
+) -> jax.Array:
+    rows = logits.reshape(-1, logits.shape[-1])
+    keys = jax.random.split(key, rows.shape[0])
+    if block is None or block >= rows.shape[0]:
+        drawn = jax.vmap(draw)(keys, rows)
+    else:
+        drawn = jax.lax.map(lambda pair: draw(*pair), (keys, rows), batch_size=block)
+    return drawn.astype(jnp.int32).reshape(logits.shape[:-1])
+
+
+def _greedy(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, -1).astype(jnp.int32)

@@ -1,0 +1,538 @@
+"""Every layout, position and mask against the recorded ones, and what those do not show."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cogview2_jax import sequence
+from cogview2_jax.config import (
+    CogLMConfig,
+    DirectSRConfig,
+    IterativeSRConfig,
+    TransformerConfig,
+    Vocabulary,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def load(name):
+    return dict(np.load(GOLDEN / f"{name}.npz"))
+
+
+def config_of(golden) -> CogLMConfig:
+    """The base model of a golden file: its vocabulary from `config`, the published geometry."""
+    _, hidden, heads, size, num_image, _ = (int(number) for number in golden["config"])
+    return CogLMConfig(
+        TransformerConfig(2, hidden, heads), Vocabulary(num_image, size, num_image, num_image)
+    )
+
+
+# A geometry with nothing in common with the published one, for what the recordings do not fix.
+SMALL = CogLMConfig(
+    TransformerConfig(2, 32, 2),
+    Vocabulary(50, 90, 53, 50),
+    grid=(4, 6),
+    max_text=8,
+    num_positions=48,
+    image_position=10,
+)
+TEXT = [60, 61, 62, 63, 64]
+IMAGE = np.arange(24)
+
+
+def all_true(text):
+    return np.ones(np.shape(text), bool)
+
+
+# --- Text → image
+
+
+def test_text_to_image_matches_the_recorded():
+    golden = load("coglm")
+    config = config_of(golden)
+    tokens = golden["t2i_tokens"]
+    end = int(np.argmax(tokens[0] == config.vocabulary.start_of_image))
+    layout = sequence.text_to_image(
+        tokens[:, :end], all_true(tokens[:, :end]), tokens[:, end + 1 :], config
+    )
+    np.testing.assert_array_equal(layout.tokens, tokens)
+    np.testing.assert_array_equal(
+        layout.positions, np.broadcast_to(golden["t2i_position_ids"], tokens.shape)
+    )
+    np.testing.assert_array_equal(
+        layout.mask, np.broadcast_to(golden["t2i_mask"], (len(tokens), *golden["t2i_mask"].shape))
+    )
+    bias = sequence.text_key_bias(layout.is_text, float(golden["t2i_attn_plus"]))
+    np.testing.assert_array_equal(bias[0, :end], golden["t2i_attn_plus"])
+    assert not bias[0, end:].any()
+
+
+@pytest.mark.parametrize("pad", [sequence.right_padded, sequence.left_padded])
+def test_padding_changes_nothing_but_the_slots(pad):
+    exact = sequence.text_to_image(jnp.array(TEXT), all_true(TEXT), IMAGE, SMALL)
+    text, is_text = pad([TEXT], SMALL.max_text, SMALL.vocabulary)
+    padded = sequence.text_to_image(text, is_text, IMAGE, SMALL)
+    real = np.append(is_text[0], np.ones(1 + IMAGE.size, bool))
+    assert padded.tokens.shape == (1, SMALL.max_text + 1 + IMAGE.size)
+    np.testing.assert_array_equal(padded.tokens[0, real], exact.tokens)
+    np.testing.assert_array_equal(padded.positions[0, real], exact.positions)
+    np.testing.assert_array_equal(padded.mask[0][real][:, real], exact.mask)
+    assert not padded.mask[0][:, ~real].any()
+    assert not padded.positions[0, ~real].any()
+    assert padded.mask.any(-1).all()  # no row is without a key
+
+
+def test_the_decoders_row_is_the_masks_row():
+    text, is_text = sequence.right_padded([TEXT, TEXT[:2]], SMALL.max_text, SMALL.vocabulary)
+    layout = sequence.text_to_image(text, is_text, np.stack([IMAGE, IMAGE]), SMALL)
+    row = jax.jit(sequence.visible_keys, static_argnums=1)
+    for query in range(SMALL.max_text, layout.tokens.shape[1]):
+        np.testing.assert_array_equal(
+            row(layout.is_text, SMALL.max_text, query), layout.mask[:, query]
+        )
+
+
+def test_the_prefix_of_a_layout_is_the_layout_of_the_prefix():
+    text, is_text = sequence.right_padded([TEXT], SMALL.max_text, SMALL.vocabulary)
+    whole = sequence.text_to_image(text, is_text, IMAGE, SMALL)
+    prefix = sequence.text_to_image(text, is_text, IMAGE[:0], SMALL)
+    length = SMALL.max_text + 1
+    np.testing.assert_array_equal(prefix.tokens, whole.tokens[:, :length])
+    np.testing.assert_array_equal(prefix.positions, whole.positions[:, :length])
+    np.testing.assert_array_equal(prefix.mask, whole.mask[:, :length, :length])
+
+
+def test_layouts_trace_once_for_every_prompt():
+    traces = []
+
+    @jax.jit
+    def layout(text, is_text, image):
+        traces.append(1)
+        return sequence.text_to_image(text, is_text, image, SMALL)
+
+    for length in range(1, SMALL.max_text + 1):
+        ids = [60 + n for n in range(length)]
+        layout(*sequence.right_padded([ids], SMALL.max_text, SMALL.vocabulary), IMAGE[None])
+    assert len(traces) == 1
+
+
+# --- Image → text
+
+
+def test_captioning_matches_the_recorded():
+    golden = load("coglm")
+    config = config_of(golden)
+    tokens, cells = golden["caption_tokens"], config.num_image_tokens
+    text = tokens[:, cells + 1 :]
+    english = tokens[:, cells] == config.vocabulary.start_of_english
+    layout, loss_mask = sequence.captioning(
+        tokens[:, :cells], text, all_true(text), english, config
+    )
+    np.testing.assert_array_equal(layout.tokens, tokens)
+    for row in range(len(tokens)):
+        np.testing.assert_array_equal(layout.mask[row], golden["caption_mask"])
+        np.testing.assert_array_equal(layout.positions[row], golden["caption_position_ids"])
+        np.testing.assert_array_equal(loss_mask[row], golden["caption_loss_mask"].astype(bool))
+
+
+def test_padding_a_caption_changes_nothing_but_the_slots():
+    exact, exact_loss = sequence.captioning(IMAGE, np.array(TEXT), all_true(TEXT), True, SMALL)
+    text, is_text = sequence.right_padded([TEXT], SMALL.max_text, SMALL.vocabulary)
+    padded, loss = sequence.captioning(IMAGE, text, is_text, np.array([True]), SMALL)
+    length = exact.tokens.size
+    assert exact.tokens[IMAGE.size] == SMALL.vocabulary.start_of_english
+    np.testing.assert_array_equal(padded.tokens[0, :length], exact.tokens)
+    np.testing.assert_array_equal(padded.positions[0, :length], exact.positions)
+    np.testing.assert_array_equal(padded.mask[0, :length, :length], exact.mask)
+    np.testing.assert_array_equal(loss[0, :length], exact_loss)
+    assert not padded.mask[0, :, length:].any() and not loss[0, length:].any()
+
+
+# --- Infilling
+
+
+def test_infill_matches_the_recorded():
+    golden = load("coglm")
+    config = config_of(golden)
+    made = sequence.infill(
+        golden["comp_mask20"],
+        golden["comp_text"],
+        golden["comp_image"][0],
+        config,
+        slots=len(golden["comp_text"]),
+    )
+    np.testing.assert_array_equal(made.tokens, golden["comp_seq"])
+    np.testing.assert_array_equal(made.positions, golden["comp_position_ids"])
+    np.testing.assert_array_equal(made.mask, golden["comp_attention_mask"])
+    assert (made.tokens == -1).sum() == golden["comp_step_logits"].shape[1]
+    np.testing.assert_array_equal(
+        sequence.infilled_grid(golden["comp_filled_seq"], made.slot_of_cell), golden["comp_result"]
+    )
+
+
+def masks():
+    rng = np.random.default_rng(0)
+    yield np.ones(SMALL.grid, bool)
+    yield np.eye(*SMALL.grid, dtype=bool)
+    yield np.arange(24).reshape(SMALL.grid) >= 20  # nothing kept in a row
+    yield (np.arange(24) == 0).reshape(SMALL.grid)  # nothing to its left
+    yield from rng.random((5, *SMALL.grid)) < 0.4
+
+
+@pytest.mark.parametrize("mask", list(masks()))
+def test_infill_of_any_mask(mask):
+    made = sequence.infill(mask, TEXT, IMAGE, SMALL)
+    slots, first = SMALL.max_text, SMALL.max_text + 1
+    assert made.tokens.shape == (first + 24,) and made.mask.shape == (first + 24, first + 24)
+    np.testing.assert_array_equal(np.sort(made.cells), np.arange(24))
+    np.testing.assert_array_equal(made.positions[first:], SMALL.image_position + made.cells)
+    assert ((made.tokens == -1).sum(), (made.tokens[: made.start] == -1).sum()) == (mask.sum(), 0)
+    grid = sequence.infilled_grid(made.tokens, made.slot_of_cell)
+    np.testing.assert_array_equal(grid, np.where(mask, -1, IMAGE.reshape(SMALL.grid)).reshape(-1))
+
+    context = made.cells[: made.start - first]
+    for row, column in np.ndindex(*SMALL.grid):
+        beside = column + 1 < SMALL.grid[1] and mask[row, column + 1]
+        assert (row * SMALL.grid[1] + column in context) == (not mask[row, column] and not beside)
+    for part in (context, made.cells[made.start - first :]):
+        assert (np.diff(part) > 0).all()
+
+    for query in range(made.start, first + 24):
+        np.testing.assert_array_equal(
+            sequence.visible_keys(made.is_text, slots, query), made.mask[query]
+        )
+    assert made.mask[first : made.start, first : made.start].all()
+    assert not made.mask[: made.start, made.start :].any()
+    assert not made.mask[:, len(TEXT) : slots].any()
+
+
+# --- Super-resolution
+
+
+def direct_config(golden) -> DirectSRConfig:
+    slots, prefix, length = (int(number) for number in golden["layout"])
+    side = round((prefix - slots) ** 0.5)
+    base = dataclasses.replace(config_of(golden), grid=(side, side))
+    ratio = round(((length - prefix) / (prefix - slots)) ** 0.5)
+    return DirectSRConfig(base, ratio=ratio, text_slots=slots)
+
+
+def test_direct_super_resolution_matches_the_recorded():
+    golden = load("direct_sr")
+    config = direct_config(golden)
+    text, is_text = sequence.left_padded(
+        [golden["text"]] * len(golden["tokens"]), config.text_slots, config.coglm.vocabulary
+    )
+    layout = jax.jit(partial(sequence.direct_super_resolution, config=config))(
+        text, is_text, golden["low_res_tokens"]
+    )
+    np.testing.assert_array_equal(layout.tokens, golden["tokens"])
+    for row in range(len(golden["tokens"])):
+        np.testing.assert_array_equal(layout.positions[row], golden["position_ids"])
+        np.testing.assert_array_equal(layout.mask[row], golden["attention_mask"])
+
+
+def iterative_config(golden) -> IterativeSRConfig:
+    slots, length = (int(number) for number in golden["layout"])
+    side = round((length - slots) ** 0.5)
+    base = config_of(golden)
+    return IterativeSRConfig(
+        base.transformer,
+        base.vocabulary,
+        grid=(side, side),
+        text_slots=slots,
+        order=tuple(map(tuple, golden["lopar_order_6x6"].tolist())),
+        rounds=len(golden["topk_per_step"]),
+    )
+
+
+def test_iterative_super_resolution_matches_the_recorded():
+    golden = load("iterative_sr")
+    config = iterative_config(golden)
+    texts = [text[: config.text_slots] for text in golden["text"]]
+    text, is_text = sequence.left_padded(texts, config.text_slots, config.vocabulary)
+    schedule = sequence.lopar_schedule(config)
+    fine = np.where(schedule.reset[0], config.vocabulary.start_of_image, golden["start_tokens"])
+    layout = sequence.iterative_super_resolution(text, is_text, fine, config)
+    np.testing.assert_array_equal(layout.tokens, golden["first_input_tokens"])
+    for row in range(len(texts)):
+        np.testing.assert_array_equal(layout.positions[row], golden["position_ids"])
+        np.testing.assert_array_equal(layout.mask[row], golden["attention_mask"][0])
+
+
+def test_the_schedule_is_the_recorded_one():
+    golden = load("iterative_sr")
+    config = iterative_config(golden)
+    schedule, order = sequence.lopar_schedule(config), sequence.lopar_order(config).reshape(-1)
+    before = golden["start_tokens"]
+    for number, (write, after) in enumerate(
+        zip(schedule.write, golden["step_tokens"], strict=True), start=1
+    ):
+        changed = (before != after).any(0)
+        assert not changed[~write].any()
+        assert changed[order == number].any()  # the next round's cells alone would not explain it
+        before = after
+
+
+def test_the_order_tiles_any_grid():
+    config = IterativeSRConfig(grid=(7, 10), order=((1, 2, 3), (4, 5, 6)), rounds=3)
+    order = sequence.lopar_order(config)
+    assert order.shape == (7, 10)
+    for (row, column), number in np.ndenumerate(order):
+        assert number == config.order[row % 2][column % 3]
+    schedule = sequence.lopar_schedule(config)
+    assert schedule.reset.shape == (3, 70)
+    np.testing.assert_array_equal(schedule.reset[2], order.reshape(-1) >= 3)
+
+
+# --- Pre-training
+
+
+def pretraining_cases():
+    golden = load("coglm_masks")
+    for key in golden:
+        if key.startswith("sample/") and f"t2i/{key[7:]}/first/token" in golden:
+            yield key[7:]
+
+
+def assert_sample(made, golden, prefix):
+    """Each row of `made` is the recorded sample."""
+    names = {"tokens": "token", "positions": "pos", "labels": "label", "mask": "attn_mask"}
+    for ours, theirs in {**names, "loss_mask": "loss_mask"}.items():
+        for row in getattr(made, ours):
+            np.testing.assert_array_equal(row, golden[f"{prefix}/{theirs}"], err_msg=ours)
+    np.testing.assert_array_equal(made.kind > 0, made.loss_mask)
+    assert made.tokens.dtype == made.positions.dtype == made.labels.dtype == np.int32
+    assert made.mask.dtype == made.loss_mask.dtype == bool
+
+
+@pytest.mark.parametrize("name", list(pretraining_cases()))
+def test_generation_samples_match_the_recorded(name):
+    golden = load("coglm_masks")
+    records = np.stack([golden[f"sample/{name}"]] * 2)
+    made = sequence.generation_samples(records, [False, True], CogLMConfig())
+    for row, which in enumerate(("first", "second")):
+        assert_sample(
+            sequence.TrainingSample(*(part[row : row + 1] for part in made)),
+            golden,
+            f"t2i/{name}/{which}",
+        )
+    assert set(np.unique(made.kind)) == {sequence.LossKind.NONE, sequence.LossKind.IMAGE}
+
+
+@pytest.mark.parametrize("name", list(pretraining_cases()))
+def test_captioning_samples_match_the_recorded(name):
+    golden = load("coglm_masks")
+    config = CogLMConfig()
+    records = np.stack([golden[f"sample/{name}"]] * 2)
+    english = sequence.english_texts(records, config, first_chinese=83_823)
+    corners = np.stack([golden[f"i2t/{name}/patch_corners"]] * 2)
+    made = sequence.captioning_samples(records, english, corners, config)
+    assert_sample(made, golden, f"i2t/{name}")
+    kind = made.kind[0]
+    is_image = np.arange(len(kind)) > config.text_slots
+    np.testing.assert_array_equal(kind == sequence.LossKind.PATCH, made.loss_mask[0] & is_image)
+    for (begin, end), is_english in zip(
+        sequence.text_spans(records, config)[0], english[0], strict=True
+    ):
+        language = sequence.LossKind.ENGLISH if is_english else sequence.LossKind.CHINESE
+        assert (kind[begin:end] == language).all()
+
+
+def test_text_span_samples_match_the_recorded():
+    golden = load("coglm_masks")
+    records = np.stack([golden["sample/text"]] * 2)
+    lengths = np.stack([golden["text/span_lengths"]] * 2)
+    gaps = np.stack([golden["text/span_gaps_sorted"]] * 2)
+    none = np.zeros((2, 3), int)  # absent spans change nothing
+    for how_long, where in (
+        (lengths, gaps),
+        (np.append(lengths, none, 1), np.append(gaps, none, 1)),
+    ):
+        made = sequence.text_span_samples(records, how_long, where, CogLMConfig())
+        assert_sample(made, golden, "text")
+
+
+def small_records():
+    english, chinese = [60, 61, 62], [80, 81]
+    return np.stack(
+        [
+            sequence.record([english, chinese], IMAGE, SMALL),
+            sequence.record([chinese, english], IMAGE, SMALL),
+            sequence.record([[70 + n for n in range(SMALL.text_slots)]], IMAGE, SMALL),
+            sequence.record([[60]], IMAGE, SMALL),
+        ]
+    )
+
+
+def test_a_record_is_read_back():
+    records = small_records()
+    assert records.shape == (4, SMALL.text_slots + 1 + 24)
+    np.testing.assert_array_equal(
+        sequence.text_spans(records, SMALL)[:, 0], [[0, 3], [0, 2], [0, 9], [0, 1]]
+    )
+    spans = sequence.text_spans(records, SMALL)
+    np.testing.assert_array_equal(spans[:2, 1], [[4, 6], [3, 6]])
+    assert (spans[2:, 1, 0] == spans[2:, 1, 1]).all()
+    english = sequence.english_texts(records, SMALL, first_chinese=75)
+    np.testing.assert_array_equal(english[:2], [[True, False], [False, True]])
+    assert not english[2, 0] and english[3, 0]
+
+
+def test_a_generation_sample_is_the_layout_of_its_text():
+    records = small_records()[:1]
+    made = sequence.generation_samples(records, [True], SMALL)
+    text, is_text = sequence.right_padded([[80, 81]], SMALL.text_slots, SMALL.vocabulary)
+    layout = sequence.text_to_image(text, is_text, IMAGE, SMALL)
+    start = SMALL.text_slots
+    np.testing.assert_array_equal(made.tokens[0, start:], layout.tokens[0, start:])
+    np.testing.assert_array_equal(made.positions[0, start:], layout.positions[0, start:])
+    np.testing.assert_array_equal(made.mask[0, start:, start:], layout.mask[0, start:, start:])
+    np.testing.assert_array_equal(made.mask[0, -1, :start].nonzero()[0], [4, 5])
+
+
+def test_choices_are_distinct_within_bounds_and_repeatable():
+    config = CogLMConfig()
+    choices = sequence.draw_choices(np.random.default_rng(5), 400, config)
+    again = sequence.draw_choices(np.random.default_rng(5), 400, config)
+    jax.tree.map(np.testing.assert_array_equal, choices, again)
+    assert choices.corners.shape == (400, 20, 2)
+    assert (choices.corners.min(), choices.corners.max()) == (0, 15)
+    for corners in choices.corners:
+        assert len(np.unique(corners, axis=0)) == 20
+    assert 0.2 < choices.captioning.mean() < 0.4 and 0.4 < choices.second.mean() < 0.6
+    rng = np.random.default_rng(0)
+    border = sequence.draw_patches(rng, 50, SMALL, num_patches=3, to_border=True)
+    assert (border.max((0, 1)) == (0, 2)).all()
+
+
+def test_drawn_spans_mask_about_their_share():
+    lengths, gaps = sequence.draw_spans(np.random.default_rng(1), 100, 512)
+    assert lengths.shape == gaps.shape
+    masked = lengths.sum(1)
+    assert (masked <= 0.15 * 512).all() and masked.mean() > 0.15 * 512 - 6
+    records = np.full((100, 512), 30_000)
+    made = sequence.text_span_samples(records, lengths, gaps, CogLMConfig())
+    np.testing.assert_array_equal(made.loss_mask.sum(1), masked)
+    assert made.mask.any(-1)[:, 1:].all()
+    short, _ = sequence.draw_spans(np.random.default_rng(2), 10, 6)
+    assert (short.sum(1) <= 1).all()
+
+
+def test_a_mixed_batch_is_its_parts():
+    records = small_records()
+    english = sequence.english_texts(records, SMALL, first_chinese=75)
+    choices = sequence.draw_choices(np.random.default_rng(0), 4, SMALL, patch_size=2)
+    choices = choices._replace(captioning=np.array([True, False, True, False]))
+    made = sequence.pretraining_samples(records, english, choices, SMALL, patch_size=2)
+    generation = sequence.generation_samples(records, choices.second, SMALL)
+    captions = sequence.captioning_samples(records, english, choices.corners, SMALL, patch_size=2)
+    for row, is_caption in enumerate(choices.captioning):
+        part = captions if is_caption else generation
+        for ours, theirs in zip(made, part, strict=True):
+            np.testing.assert_array_equal(ours[row], theirs[row])
+
+
+def test_pads_are_keys_for_nobody():
+    records = small_records()
+    english = sequence.english_texts(records, SMALL, first_chinese=75)
+    corners = sequence.draw_patches(np.random.default_rng(0), 4, SMALL, patch_size=2)
+    for made in (
+        sequence.generation_samples(records, np.zeros(4), SMALL),
+        sequence.captioning_samples(records, english, corners, SMALL, patch_size=2),
+    ):
+        is_pad = made.tokens == SMALL.vocabulary.pad
+        assert is_pad.any() and not (made.mask & is_pad[:, None, :]).any()
+        assert made.mask.any(-1).all()  # no row is without a key
+
+
+# --- Wrong input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pad([TEXT, []]), r"texts\[1\] must have 1 to 8 tokens: got 0"),
+        (lambda: pad([[60] * 9]), r"texts\[0\] must have 1 to 8 tokens: got 9"),
+        (lambda: pad([[60, 49]]), r"texts\[0\] must hold ids from 50 to 86: got 49"),
+        (lambda: pad([[87]]), r"texts\[0\] must hold ids from 50 to 86: got 87"),
+        (lambda: t2i(IMAGE.repeat(2)), "image must have at most 24 tokens: got 48"),
+        (lambda: t2i(IMAGE, [True]), "text and is_text must have one shape"),
+        (lambda: caption(IMAGE[1:]), r"image must have the 24 tokens of grid \(4, 6\): got 23"),
+        (lambda: fill(np.zeros((4, 6))), "mask must have a true cell to fill: got 0"),
+        (lambda: fill(np.ones((6, 4))), r"mask must have the grid's shape \(4, 6\): got \(6, 4\)"),
+        (lambda: fill(np.eye(4, 6), IMAGE[1:]), r"image must have the grid's shape \(4, 6\): got"),
+        (lambda: fill(np.eye(4, 6), IMAGE + 40), "image must hold ids from 0 to 49: got 50"),
+        (lambda: direct(IMAGE[1:], 3), r"coarse must have the 24 tokens of grid \(4, 6\): got 23"),
+        (lambda: direct(IMAGE, 2), "text must have 3 slots: got 2"),
+        (lambda: iterative(IMAGE), r"fine must have the 36 tokens of grid \(6, 6\): got 24"),
+        (lambda: sequence.record([], IMAGE, SMALL), "texts must be one or two"),
+        (lambda: sequence.record([[60] * 5] * 2, IMAGE, SMALL), r"texts\[1\] must have 1 to 3"),
+        (lambda: sequence.record([[53]], IMAGE, SMALL), r"texts\[0\] must not hold the pad id"),
+        (lambda: sequence.record([TEXT], IMAGE[1:], SMALL), "image must have 24 tokens: got 23"),
+        (lambda: sequence.record([TEXT], IMAGE + 40, SMALL), "image must hold ids from 0 to 49"),
+        (lambda: sequence.text_spans(np.full((1, 34), 53), SMALL), r"records\[0\] must begin with"),
+        (lambda: sequence.text_spans(np.zeros((1, 9)), SMALL), r"records must be \[b, 34\]: got"),
+        (lambda: patches(4), "num_patches must be 1 to 0 for patches of 4 in grid .4, 6.: got 1"),
+        (lambda: patches(2, 9), "num_patches must be 1 to 8 for patches of 2"),
+        (lambda: corners([[[3, 0]]]), r"corners must be \[b, patches, 2\] within \(2, 4\)"),
+        (lambda: spans([[4]], [[31]]), "lengths and gaps must lie within 34 tokens: got ends up"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_named_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def pad(texts):
+    return sequence.right_padded(texts, SMALL.max_text, SMALL.vocabulary)
+
+
+def t2i(image, is_text=None):
+    text = np.array(TEXT)
+    flags = all_true(TEXT) if is_text is None else np.array(is_text)
+    return sequence.text_to_image(text, flags, image, SMALL)
+
+
+def caption(image):
+    return sequence.captioning(image, np.array(TEXT), all_true(TEXT), True, SMALL)
+
+
+def fill(mask, image=IMAGE):
+    return sequence.infill(mask, TEXT, image, SMALL)
+
+
+def direct(coarse, slots):
+    config = DirectSRConfig(SMALL, text_slots=3)
+    text = np.array(TEXT[:slots])
+    return sequence.direct_super_resolution(text, all_true(text), coarse, config)
+
+
+def iterative(fine):
+    config = IterativeSRConfig(SMALL.transformer, SMALL.vocabulary, (6, 6), 3, 48)
+    text = np.array(TEXT[:3])
+    return sequence.iterative_super_resolution(text, all_true(text), fine, config)
+
+
+def patches(size, number=None):
+    return sequence.draw_patches(
+        np.random.default_rng(0), 1, SMALL, patch_size=size, num_patches=number
+    )
+
+
+def corners(places):
+    flags = np.ones((1, 2), bool)
+    return sequence.captioning_samples(
+        small_records()[:1], flags, np.array(places), SMALL, patch_size=2
+    )
+
+
+def spans(lengths, gaps):
+    return sequence.text_span_samples(small_records()[:1], np.array(lengths), np.array(gaps), SMALL)
