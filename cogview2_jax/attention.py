@@ -1,8 +1,9 @@
 """The attention of each network: dense (with or without a cache), direct SR's and iterative SR's.
 
-A class here is what differs between the three networks; `transformer.Block` holds what they share. Each is called
-as `(x [b, s, e], context, cache) → (out [b, s, e], cache)`. Scores are q·k/√d plus an additive term; where the
-mask is False they are −10000, as in the published code, so that a row that sees nothing averages everything.
+A class here is what differs between the three networks; `transformer.Block` holds what they share.
+Each is called as `(x [b, s, e], context, cache) → (out [b, s, e], cache)`. Scores are q·k/√d plus
+an additive term; where the mask is False they are −10000, as in the published code, so that a row
+that sees nothing averages everything.
 """
 
 from typing import NamedTuple
@@ -28,7 +29,8 @@ class KVCache(NamedTuple):
 
 
 class DenseContext(NamedTuple):
-    """Who sees whom. `mask` bool [b or 1, s, t]; `bias` float32 [b or 1, t], added to every score of a key.
+    """Who sees whom. `mask` bool [b or 1, s, t]; `bias` float32 [b or 1, t], added to every score
+    of a key.
 
     `index` is where new keys go in the cache (a scalar); it is not read without one.
     """
@@ -39,7 +41,8 @@ class DenseContext(NamedTuple):
 
 
 class SuperResolutionContext(NamedTuple):
-    """`mask` bool [b or 1, s, t] among the tokens that attend densely (direct SR: text and coarse grid).
+    """`mask` bool [b or 1, s, t] among the tokens that attend densely (direct SR: text and coarse
+    grid).
 
     Iterative SR: [b or 1, text slots], which text slots are words.
     """
@@ -62,7 +65,9 @@ class QKV(nn.Module):
             kernel_init=_init,
             name="query_key_value",
         )(x)
-        q, k, v = rearrange(out, "b s (three h d) -> three b s h d", three=3, h=self.config.num_heads)
+        q, k, v = rearrange(
+            out, "b s (three h d) -> three b s h d", three=3, h=self.config.num_heads
+        )
         return q, k, v
 
 
@@ -77,7 +82,9 @@ def output_projection(config: TransformerConfig, precision: Precision, name: str
 
 
 def dense_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Array:
-    """Softmax attention, [b, s, h, d] queries on [b, t, h, d] keys. `mask` [b or 1, s, t], `bias` [b or 1, t]."""
+    """Softmax attention, [b, s, h, d] queries on [b, t, h, d] keys. `mask` [b or 1, s, t], `bias`
+    [b or 1, t].
+    """
     scores = jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5
     if bias is not None:
@@ -88,9 +95,11 @@ def dense_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | Non
 
 
 def dense_attention_with_lse(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
-    """As `dense_attention`, for every query the same keys ([b or 1, t]): out [b, s, h, d], lse float32 [b, h, s].
+    """As `dense_attention`, for every query the same keys ([b or 1, t]): out [b, s, h, d], lse
+    float32 [b, h, s].
 
-    Masked keys are left out entirely, so that the part can be merged with another; a row with none has lse −inf.
+    Masked keys are left out entirely, so that the part can be merged with another; a row with none
+    has lse −inf.
     """
     scores = jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
@@ -101,7 +110,9 @@ def dense_attention_with_lse(q: Array, k: Array, v: Array, mask: Array) -> tuple
 
 
 class DenseAttention(nn.Module):
-    """CogLM's attention. With a cache, new keys are written at `context.index` and all of it is attended to."""
+    """CogLM's attention. With a cache, new keys are written at `context.index` and all of it is
+    attended to.
+    """
 
     config: TransformerConfig
     precision: Precision
@@ -122,10 +133,11 @@ class DenseAttention(nn.Module):
 
 
 class DirectSRAttention(nn.Module):
-    """Text and coarse grid attend densely through the base matrices, fine queries locally through a second set.
+    """Text and coarse grid attend densely through the base matrices, fine queries locally through a
+    second set.
 
-    A fine query attends, in one softmax, to a window of coarse keys round its parent cell (keys of the base
-    matrices) and a window of fine keys round itself (published `dsr_model.py`).
+    A fine query attends, in one softmax, to a window of coarse keys round its parent cell (keys of
+    the base matrices) and a window of fine keys round itself (published `dsr_model.py`).
     """
 
     config: TransformerConfig
@@ -164,7 +176,9 @@ class DirectSRAttention(nn.Module):
 
 
 class IterativeSRAttention(nn.Module):
-    """Text attends to text; an image cell, in one softmax, to all words and a window of cells round itself."""
+    """Text attends to text; an image cell, in one softmax, to all words and a window of cells round
+    itself.
+    """
 
     config: TransformerConfig
     precision: Precision

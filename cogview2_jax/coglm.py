@@ -53,7 +53,9 @@ def logits(
     precision: Precision = Precision(),
     ids: tuple[int, int] | None = None,
 ) -> Array:
-    """Hidden states [..., e] → float32 logits [..., v] of the ids in the half-open range `ids` (default: all)."""
+    """Hidden states [..., e] → float32 logits [..., v] of the ids in the half-open range `ids`
+    (default: all).
+    """
     start, stop = ids or (0, config.vocabulary.size)
     model = network(config, precision)
     return model.apply({"params": params}, hidden, start, stop, method="logits")
@@ -76,7 +78,8 @@ def apply(
         tokens, positions: int [b, s], positions also [1, s].
         mask: bool [b or 1, s, t], True where query s sees key t.
         bias: float32 [b or 1, t], added to every score of a key (textual-attention up-weighting).
-        ids: half-open range of ids to give logits for; image logits are `(0, num_image)`. Default: all.
+        ids: half-open range of ids to give logits for; image logits are `(0, num_image)`. Default:
+        all.
 
     Returns:
         float32 logits [b, s, v].
@@ -87,7 +90,9 @@ def apply(
     return logits(params, hidden, config=config, precision=precision, ids=ids)
 
 
-def init_cache(config: CogLMConfig, batch: int, length: int, precision: Precision = Precision()) -> KVCache:
+def init_cache(
+    config: CogLMConfig, batch: int, length: int, precision: Precision = Precision()
+) -> KVCache:
     """Empty keys and values for `length` tokens, in the compute dtype."""
     sizes = config.transformer
     shape = (sizes.num_layers, batch, length, sizes.num_heads, sizes.head_dim)
@@ -108,7 +113,8 @@ def extend(
 ) -> tuple[Array, KVCache]:
     """Run tokens [b, s] that follow what the cache holds: hidden [b, s, e] and the longer cache.
 
-    `mask` [b or 1, s, length] and `bias` [b or 1, length] span the whole cache; keys go to `index`….
+    `mask` [b or 1, s, length] and `bias` [b or 1, length] span the whole cache; keys go to
+    `index`….
     """
     context = DenseContext(mask, bias, index)
     model = network(config, precision)

@@ -1,8 +1,10 @@
-"""Sizes and settings of every network, as frozen dataclasses, with the published and the Scenes presets.
+"""Sizes and settings of every network, as frozen dataclasses, with the published and the Scenes
+presets.
 
-Each class is one concern (architecture, precision, sampling) and is checked when it is made. Vary one with
-`dataclasses.replace`; what can be derived is a property. The published numbers are those of the released
-code and weights (paper arXiv 2204.14217, sections 3 to 5; where the two differ, the code's).
+Each class is one concern (architecture, precision, sampling) and is checked when it is made. Vary
+one with `dataclasses.replace`; what can be derived is a property. The published numbers are those
+of the released code and weights (paper arXiv 2204.14217, sections 3 to 5; where the two differ, the
+code's).
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +22,9 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Precision:
-    """Where numbers are kept and where they are computed. Softmax and LayerNorm sums are float32 throughout."""
+    """Where numbers are kept and where they are computed. Softmax and LayerNorm sums are float32
+    throughout.
+    """
 
     params: Any = jnp.float32
     compute: Any = jnp.float32
@@ -41,7 +45,8 @@ class Vocabulary:
     def __post_init__(self) -> None:
         _require(
             0 < self.num_image <= self.size - 3,
-            f"num_image must leave room for three start tokens: got {self.num_image} of {self.size}",
+            f"num_image must leave room for three start tokens: got {self.num_image} of "
+            f"{self.size}",
         )
 
     @property
@@ -72,7 +77,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         _require(
             self.hidden_size % self.num_heads == 0,
-            f"hidden_size must be a multiple of num_heads: got {self.hidden_size} and {self.num_heads}",
+            f"hidden_size must be a multiple of num_heads: got {self.hidden_size}"
+            f" and {self.num_heads}",
         )
 
     @property
@@ -112,13 +118,13 @@ class CogLMConfig:
 
     @property
     def text_slots(self) -> int:
-        """Text places of a training record, `<start_of_image>` not counted (111 + 1 + 400 = 512)."""
+        """Text places of a training record, without `<start_of_image>` (111 + 1 + 400 = 512)."""
         return self.max_text + 1
 
 
 @dataclass(frozen=True)
 class DirectSRConfig:
-    """One-pass super-resolution: the base transformer plus a second attention for the fine queries."""
+    """One-pass super-resolution: the base transformer and a second attention for fine queries."""
 
     coglm: CogLMConfig = field(default_factory=CogLMConfig)
     ratio: int = 3
@@ -140,7 +146,8 @@ class DirectSRConfig:
         return self.text_slots + self.coglm.num_image_tokens
 
 
-# The published 6×6 order of local parallel auto-regression; negative cells are never re-generated.
+# The published 6×6 order of local parallel auto-regression. Rounds count from 1, so that cells of
+# order 0 and below are never re-generated.
 LOPAR_ORDER = (
     (-1, 0, 1, 2, 3, 4),
     (0, -1, 2, -1, -2, 5),
@@ -179,7 +186,7 @@ class IterativeSRConfig:
 class HVQVAEConfig:
     """The hierarchical image tokenizer: one encoder, one codebook, a decoder for each stride.
 
-    `decoder_multipliers` go from the largest stride to the smallest, as in the published state dict.
+    `decoder_multipliers` go from the largest stride to the smallest, as in the published file.
     """
 
     channels: int = 128
@@ -200,7 +207,8 @@ class HVQVAEConfig:
         for strides, multipliers in zip(self.strides[::-1], self.decoder_multipliers, strict=True):
             _require(
                 2 ** (len(multipliers) - 1) == strides,
-                f"a decoder of stride {strides} needs {strides.bit_length()} multipliers: got {multipliers}",
+                f"a decoder of stride {strides} needs {strides.bit_length()} multipliers:"
+                f" got {multipliers}",
             )
         _require(
             self.channels % self.groups == 0,
@@ -216,7 +224,9 @@ class HVQVAEConfig:
 
 @dataclass(frozen=True)
 class ClusterSampling:
-    """Two-step sampling: one of the `top_clusters` most probable clusters, then a token inside it (section 3.3)."""
+    """Two-step sampling (section 3.3): one of the `top_clusters` most probable clusters, then a
+    token inside it.
+    """
 
     temperature: float = 1.15
     top_clusters: int = 16
@@ -226,12 +236,17 @@ class ClusterSampling:
         for name in ("temperature", "within_temperature"):
             value = getattr(self, name)
             _require(value > 0, f"{name} must be above 0: got {value}")
-        _require(self.top_clusters >= 1, f"top_clusters must be at least 1: got {self.top_clusters}")
+        _require(
+            self.top_clusters >= 1, f"top_clusters must be at least 1: got {self.top_clusters}"
+        )
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the pipeline draws at each stage. `text_upweight` is added to every score whose key is a text token."""
+    """How the pipeline draws at each stage.
+
+    `text_upweight` is added to every score whose key is a text token.
+    """
 
     base: ClusterSampling = field(default_factory=ClusterSampling)
     direct: ClusterSampling = field(

@@ -1,4 +1,4 @@
-"""Direct super-resolution: every fine token from the coarse grid in one pass (paper section 3.3)."""
+"""Direct super-resolution: all fine tokens from the coarse grid in one pass (section 3.3)."""
 
 import functools
 
@@ -34,7 +34,8 @@ def init_params(key: Array, config: DirectSRConfig, precision: Precision = Preci
 def from_coglm(coglm_params: Params, config: DirectSRConfig) -> Params:
     """Start from a trained base model: coarse positions tiled over the fine grid, attention copied.
 
-    The positions are tiled (the whole coarse grid repeats), not up-sampled, as in the published code.
+    The positions are tiled (the whole coarse grid repeats), not up-sampled, as in the published
+    code.
     """
     rows, columns = config.coglm.grid
     first = config.coglm.image_position
@@ -61,7 +62,8 @@ def apply(
     """Logits of every fine cell.
 
     Args:
-        tokens: int [b, text slots + coarse cells + fine cells]; the fine cells hold `<start_of_image>`.
+        tokens: int [b, text slots + coarse cells + fine cells]; the fine cells hold
+        `<start_of_image>`.
         positions: int [b or 1, s]; fine cells count from `num_positions`.
         mask: bool [b or 1, p, p] among the p text slots and coarse cells.
 

@@ -1,7 +1,7 @@
 """Decoding as lax loops: token by token over a cache, and in local-parallel rounds. Knows no model.
 
-Both loops take functions. What a step closes over (parameters, masks) is the caller's; one compilation serves
-every prompt and seed as long as the shapes stay.
+Both loops take functions. What a step closes over (parameters, masks) is the caller's; one
+compilation serves every prompt and seed as long as the shapes stay.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,8 @@ def decode(
     """Draw `num_tokens` tokens one after another.
 
     Args:
-        step: (cache, tokens int32 [b], i) → (logits [b, v] for token i + 1, cache), where `tokens` is token i.
+        step: (cache, tokens int32 [b], i) → (logits [b, v] for token i + 1, cache), where `tokens`
+        is token i.
         sample: (key, logits [b, v], i) → token i, int32 [b].
         logits: [b, v] for token 0, from the prefill.
         cache: whatever `step` keeps; its shapes must not change.
@@ -54,7 +55,8 @@ def lopar(
     mask_token: Array | int,
     key: Array,
 ) -> Array:
-    """Local parallel auto-regression: re-predict masked cells of a grid, in rounds (paper section 3.3).
+    """Local parallel auto-regression: re-predict masked cells of a grid, in rounds (paper section
+    3.3).
 
     Args:
         predict: tokens int [b, cells], masked cells holding `mask_token` → logits [b, cells, v].
@@ -66,6 +68,8 @@ def lopar(
     Returns:
         Tokens int32 [b, cells] after the last round.
     """
+    # A NumPy schedule could not be indexed by the loop's counter.
+    reset, write = jnp.asarray(reset), jnp.asarray(write)
 
     def body(round_: Array, tokens: Array) -> Array:
         logits = predict(jnp.where(reset[round_], mask_token, tokens))

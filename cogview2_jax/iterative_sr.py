@@ -1,4 +1,6 @@
-"""Iterative super-resolution: re-predict masked fine tokens from their neighbours and the text (paper section 3.3)."""
+"""Iterative super-resolution: re-predict masked fine tokens from their neighbours and the text
+(paper section 3.3).
+"""
 
 import functools
 
@@ -23,7 +25,9 @@ def network(config: IterativeSRConfig, precision: Precision = Precision()) -> Tr
     )
 
 
-def init_params(key: Array, config: IterativeSRConfig, precision: Precision = Precision()) -> Params:
+def init_params(
+    key: Array, config: IterativeSRConfig, precision: Precision = Precision()
+) -> Params:
     tokens = jnp.zeros((1, config.text_slots + config.num_image_tokens), jnp.int32)
     context = SuperResolutionContext(jnp.ones((1, config.text_slots), bool))
     return network(config, precision).init(key, tokens, tokens, context, None)["params"]

@@ -1,4 +1,6 @@
-"""The sandwich-LayerNorm transformer that CogLM and both super-resolution networks share (SwissArmyTransformer v0.2)."""
+"""The sandwich-LayerNorm transformer that CogLM and both super-resolution networks share
+(SwissArmyTransformer v0.2).
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +65,8 @@ class Transformer(nn.Module):
     """Embeddings, the scanned stack and the tied output.
 
     Attributes:
-        attention: makes the attention module of a layer, called with `config`, `precision` and `name`.
+        attention: makes the attention module of a layer, called with `config`, `precision` and
+        `name`.
         position_tables: sizes of the position tables. Ids count through the first, then the second.
     """
 
@@ -75,7 +78,9 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         e, dtype = self.config.hidden_size, self.precision.params
-        self.word_embeddings = self.param("word_embeddings", _init, (self.vocabulary_size, e), dtype)
+        self.word_embeddings = self.param(
+            "word_embeddings", _init, (self.vocabulary_size, e), dtype
+        )
         names = ("position_embeddings", "extra_position_embeddings")
         self.positions = [
             self.param(name, _init, (size, e), dtype)
@@ -92,8 +97,12 @@ class Transformer(nn.Module):
         self.layers = scanned(self.config, self.precision, self.attention)
         self.final_layernorm = _layernorm(self.config, self.precision, "final_layernorm")
 
-    def __call__(self, tokens: Array, positions: Array, context: Any, cache: Any) -> tuple[Array, Any]:
-        """Tokens int [b, s], positions int [b or 1, s] → hidden [b, s, e] after the final LN, and the cache."""
+    def __call__(
+        self, tokens: Array, positions: Array, context: Any, cache: Any
+    ) -> tuple[Array, Any]:
+        """Tokens int [b, s], positions int [b or 1, s] → hidden [b, s, e] after the final LN, and
+        the cache.
+        """
         table = jnp.concatenate(self.positions) if len(self.positions) > 1 else self.positions[0]
         x = self.word_embeddings[tokens] + table[positions]
         x, cache = self.layers(x.astype(self.precision.compute), context, cache)

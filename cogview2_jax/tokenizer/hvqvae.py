@@ -1,7 +1,9 @@
-"""The hierarchical VQ-VAE: one encoder, one shared codebook, a decoder for each stride (paper section 3.1).
+"""The hierarchical VQ-VAE: one encoder, one shared codebook, a decoder for each stride (paper
+section 3.1).
 
-Pictures are NHWC. The published model (icetk 0.0.7, `ice_image.pt`) is NCHW; only the layout differs. Modules
-here know networks alone; pixels ↔ ids live in `image.py`, training in `objectives.py`.
+Pictures are NHWC. The published model (icetk 0.0.7, `ice_image.pt`) is NCHW; only the layout
+differs. Modules here know networks alone; pixels ↔ ids live in `image.py`, training in
+`objectives.py`.
 """
 
 from typing import Any
@@ -15,7 +17,9 @@ from cogview2_jax.config import HVQVAEConfig, Precision
 Array = jax.Array
 
 
-def _conv(features: int, precision: Precision, name: str, kernel: int = 3, **options: Any) -> nn.Conv:
+def _conv(
+    features: int, precision: Precision, name: str, kernel: int = 3, **options: Any
+) -> nn.Conv:
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -27,7 +31,9 @@ def _conv(features: int, precision: Precision, name: str, kernel: int = 3, **opt
 
 
 def _strided_conv(x: Array, features: int, precision: Precision, name: str) -> Array:
-    """3×3 convolution of stride 2 that pads right and bottom by 1, as every stride-2 one of the published model."""
+    """3×3 convolution of stride 2 that pads right and bottom by 1, as every stride-2 one of the
+    published model.
+    """
     return _conv(features, precision, name, strides=2, padding=((0, 1), (0, 1)))(x)
 
 
@@ -124,11 +130,13 @@ class ResidualDownsampler(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return nn.avg_pool(x, (2, 2), (2, 2)) + _strided_conv(x, x.shape[-1], self.precision, "conv")
+        return nn.avg_pool(x, (2, 2), (2, 2)) + _strided_conv(
+            x, x.shape[-1], self.precision, "conv"
+        )
 
 
 class Decoder(nn.Module):
-    """Code vectors [b, y, x, codebook_dim] → pictures [b, stride·y, stride·x, 3], still normalised."""
+    """Code vectors [b, y, x, codebook_dim] → pictures [b, stride·y, stride·x, 3], normalised."""
 
     multipliers: tuple[int, ...]
     config: HVQVAEConfig
@@ -171,11 +179,15 @@ class HVQVAE(nn.Module):
             precision.params,
         )
         # Named by stride: decoder_4, decoder_8, decoder_16.
-        for stride, multipliers in zip(config.strides, config.decoder_multipliers[::-1], strict=True):
+        for stride, multipliers in zip(
+            config.strides, config.decoder_multipliers[::-1], strict=True
+        ):
             setattr(self, f"decoder_{stride}", Decoder(multipliers, config, precision))
 
     def features(self, images: Array) -> tuple[Array, ...]:
-        """Pictures in [0, 1], [b, y, x, 3] → features before projection at every stride, finest first."""
+        """Pictures in [0, 1], [b, y, x, 3] → features before projection at every stride, finest
+        first.
+        """
         config = self.config
         x = (images - jnp.asarray(config.mean)) / jnp.asarray(config.std)
         levels = [self.encoder(x.astype(self.precision.compute))]
@@ -184,16 +196,22 @@ class HVQVAE(nn.Module):
         return tuple(levels)
 
     def vectors(self, images: Array) -> tuple[Array, ...]:
-        """Pictures in [0, 1] → projected vectors [b, y, x, codebook_dim] at every stride, finest first."""
+        """Pictures in [0, 1] → projected vectors [b, y, x, codebook_dim] at every stride, finest
+        first.
+        """
         return tuple(self.projection(level) for level in self.features(images))
 
     def reconstruct(self, vectors: Array, stride: int) -> Array:
         """Code vectors [b, y, x, codebook_dim] → pictures, nominally in [0, 1] but not clipped."""
         out = getattr(self, f"decoder_{stride}")(vectors.astype(self.precision.compute))
-        return out.astype(jnp.float32) * jnp.asarray(self.config.std) + jnp.asarray(self.config.mean)
+        return out.astype(jnp.float32) * jnp.asarray(self.config.std) + jnp.asarray(
+            self.config.mean
+        )
 
     def __call__(self, images: Array) -> tuple[Array, ...]:
-        """Touch every parameter (for initialisation): pictures → reconstructions at every stride, unquantised."""
+        """Touch every parameter (for initialisation): pictures → reconstructions at every stride,
+        unquantised.
+        """
         return tuple(
             self.reconstruct(vectors, stride)
             for vectors, stride in zip(self.vectors(images), self.config.strides, strict=True)

@@ -45,7 +45,9 @@ def encode(
     """
     level = _level(stride, config)
     if images.shape[1] % stride or images.shape[2] % stride:
-        raise ValueError(f"picture sides must be multiples of stride {stride}: got {images.shape[1:3]}")
+        raise ValueError(
+            f"picture sides must be multiples of stride {stride}: got {images.shape[1:3]}"
+        )
     vectors = HVQVAE(config, precision).apply({"params": params}, images, method="vectors")[level]
     return nearest_code(vectors.astype(jnp.float32), params["codebook"].astype(jnp.float32))
 
@@ -58,7 +60,9 @@ def decode(
     config: HVQVAEConfig,
     precision: Precision = Precision(),
 ) -> Array:
-    """Ids int [b, y, x] → pictures float32 [b, stride·y, stride·x, 3], nominally in [0, 1], not clipped."""
+    """Ids int [b, y, x] → pictures float32 [b, stride·y, stride·x, 3], nominally in [0, 1], not
+    clipped.
+    """
     _level(stride, config)
     vectors = params["codebook"][ids]
     model = HVQVAE(config, precision)

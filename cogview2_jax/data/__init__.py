@@ -1,0 +1,1 @@
+"""Data: the procedural Scenes and the readers that feed training."""

@@ -1,0 +1,110 @@
+"""Scenes as tokens: the text model, and records of any part of the train split, kept on disk."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sentencepiece as spm
+from tqdm import tqdm
+
+from cogview2_jax.data import scenes
+from cogview2_jax.tokenizer import image, text
+from experiments.scenes.presets import (
+    COARSE_PIXELS,
+    COARSE_STRIDE,
+    FINE_PIXELS,
+    FINE_STRIDE,
+    TOKENIZER,
+)
+
+CAPTIONS_PER_LANGUAGE = 3
+
+
+class Tokens(NamedTuple):
+    """`texts` int32 [n, captions, slots], −1 after each text; the first half English, the second
+    Chinese.
+
+    `coarse` int32 [n, 64] and `fine` int32 [n, 576], raster order; `objects` bool [n, 576], fine
+    cells that hold a part of an object. `fine` and `objects` are empty where they were not asked
+    for.
+    """
+
+    texts: np.ndarray
+    coarse: np.ndarray
+    fine: np.ndarray
+    objects: np.ndarray
+
+
+def text_model(directory: Path, num_captions: int = 20_000) -> spm.SentencePieceProcessor:
+    """The text model of the captions of the train split, trained once."""
+    file = directory / "text.model"
+    if not file.exists():
+        rng = np.random.default_rng(31)
+        drawn = [scenes.sample_scene(rng) for _ in range(num_captions // 2)]
+        captions = [
+            scenes.caption(scene, rng, lang) for scene in drawn for lang in scenes.LANGUAGES
+        ]
+        content = text.train_text_model(captions, words=scenes.WORDS["zh"])
+        directory.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return text.load_text_model(file)
+
+
+def _pixels(picture: Any, side: int) -> np.ndarray:
+    return np.asarray(picture.reduce(scenes.CANVAS // side) if side < scenes.CANVAS else picture)
+
+
+def tokenize(
+    directory: Path,
+    tokenizer_params: Any,
+    model: spm.SentencePieceProcessor,
+    indices: range,
+    *,
+    slots: int,
+    fine: bool,
+    batch_size: int = 32,
+) -> Tokens:
+    """Token records of examples `indices` of the train split, from `directory` if they are there."""
+    kind = "fine" if fine else "coarse"
+    file = directory / f"tokens_{indices.start}_{indices.stop}_{kind}.npz"
+    if file.exists():
+        with np.load(file) as arrays:
+            return Tokens(*(arrays[name] for name in Tokens._fields))
+
+    encode = jax.jit(
+        lambda params, pixels, stride: image.encode(
+            params, pixels.astype(jnp.float32) / 255, stride, config=TOKENIZER
+        ).reshape(len(pixels), -1),
+        static_argnums=2,
+    )
+    size = batch_size if not fine else batch_size // 4
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in Tokens._fields}
+    for start in tqdm(range(indices.start, indices.stop, size), desc=file.stem):
+        examples = [scenes.example("train", start + i) for i in range(size)]
+        for number, each in enumerate(examples, start):
+            rng = np.random.default_rng((41, number))
+            texts = np.full((2 * CAPTIONS_PER_LANGUAGE, slots), -1, np.int32)
+            for row in range(len(texts)):
+                language = scenes.LANGUAGES[row // CAPTIONS_PER_LANGUAGE]
+                caption = scenes.caption(each.scene, rng, language)
+                ids = text.encode(model, caption, TOKENIZER.codebook_size, max_tokens=slots)
+                texts[row, : len(ids)] = ids
+            parts["texts"].append(texts)
+        small = np.stack([_pixels(each.image, COARSE_PIXELS) for each in examples])
+        parts["coarse"].extend(np.asarray(encode(tokenizer_params, small, COARSE_STRIDE)))
+        if fine:
+            large = np.stack([_pixels(each.image, FINE_PIXELS) for each in examples])
+            parts["fine"].extend(np.asarray(encode(tokenizer_params, large, FINE_STRIDE)))
+            for each, pixels in zip(examples, large.astype(np.int32), strict=True):
+                background = np.array(scenes.BACKGROUNDS[each.scene.background])
+                on = np.abs(pixels - background).max(axis=-1) > 4
+                side = FINE_PIXELS // FINE_STRIDE
+                on = on.reshape(side, FINE_STRIDE, side, FINE_STRIDE).any(axis=(1, 3))
+                parts["objects"].append(on.reshape(-1))
+    made = Tokens(*(np.array(parts[name])[: len(indices)] for name in Tokens._fields))
+    temporary = file.with_suffix(".partial.npz")
+    np.savez(temporary, **made._asdict())
+    temporary.rename(file)
+    return made

@@ -1,0 +1,89 @@
+"""Train all five parts of the Scenes bundle from zero on a CPU, resumably.
+
+\b
+    python -m experiments.scenes.train
+
+The parts are trained in turn: text model and clusters (seconds), image tokenizer, CogLM, direct and
+iterative super-resolution. Everything lies under --work; run the command again after an
+interruption and it goes on from the last checkpoint. The finished bundle is written to --out.
+"""
+
+from pathlib import Path
+
+import click
+import jax
+import numpy as np
+
+from cogview2_jax import bundle
+from cogview2_jax.tokenizer import clusters, text
+from experiments.scenes import presets, records, tokenizer, transformers
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_STEPS = click.IntRange(min=1)
+
+
+@click.command(help=__doc__)
+@click.option("--work", type=_FOLDER, default=Path("runs/scenes"), show_default=True)
+@click.option("--out", type=_FOLDER, default=Path("runs/scenes/bundle"), show_default=True)
+@click.option("--coglm-scenes", type=_STEPS, default=36_000, show_default=True)
+@click.option("--coglm-steps", type=_STEPS, default=1500, show_default=True)
+@click.option("--sr-scenes", type=_STEPS, default=4_000, show_default=True)
+@click.option("--direct-steps", type=_STEPS, default=900, show_default=True)
+@click.option("--iterative-steps", type=_STEPS, default=700, show_default=True)
+def main(
+    work: Path,
+    out: Path,
+    coglm_scenes: int,
+    coglm_steps: int,
+    sr_scenes: int,
+    direct_steps: int,
+    iterative_steps: int,
+) -> None:
+    text_model = records.text_model(work)
+    vocabulary = text.vocabulary_for(text_model, presets.TOKENIZER.codebook_size)
+    coglm_config = presets.coglm_config(vocabulary)
+    direct_config = presets.direct_sr_config(vocabulary)
+    iterative_config = presets.iterative_sr_config(vocabulary)
+    slots = coglm_config.max_text
+
+    tokenizer_params = tokenizer.run(work / "tokenizer")
+    coarse = records.tokenize(
+        work, tokenizer_params, text_model, range(coglm_scenes), slots=slots, fine=False
+    )
+    coglm_params = transformers.run_coglm(
+        coarse,
+        coglm_config,
+        text.first_chinese(text_model, presets.TOKENIZER.codebook_size),
+        work / "coglm",
+        num_steps=coglm_steps,
+    )
+    fine = records.tokenize(
+        work, tokenizer_params, text_model, range(sr_scenes), slots=slots, fine=True
+    )
+    direct_params = transformers.run_direct_sr(
+        fine, coglm_params, direct_config, work / "direct_sr", num_steps=direct_steps
+    )
+    iterative_params = transformers.run_iterative_sr(
+        fine, iterative_config, work / "iterative_sr", num_steps=iterative_steps
+    )
+    tokenizer_params = tokenizer.run_other_strides(tokenizer_params, work / "tokenizer")
+    codebook = np.asarray(tokenizer_params["codebook"])
+    made = bundle.Bundle(
+        coglm_config,
+        direct_config,
+        iterative_config,
+        presets.TOKENIZER,
+        presets.SAMPLING,
+        *(
+            jax.tree.map(np.asarray, params)
+            for params in (coglm_params, direct_params, iterative_params, tokenizer_params)
+        ),
+        text_model,
+        clusters.cluster_codebook(codebook, presets.NUM_CLUSTERS),
+    )
+    bundle.save(out, made)
+    click.echo(f"the bundle is at {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Train the three transformers on Scenes tokens: CogLM, direct SR from it, iterative SR."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from cogview2_jax import coglm, direct_sr, iterative_sr, objectives, sequence, train
+from cogview2_jax.config import CogLMConfig, DirectSRConfig, IterativeSRConfig
+from experiments.scenes.records import Tokens
+
+# Share of a batch that is pure text (the published third task) and of the rest that is captioning.
+TEXT_SHARE, CAPTION_RATIO = 0.05, 0.3
+PATCH_SIZE, NUM_PATCHES = 4, 3
+OBJECT_WEIGHT = 3.0  # how much more a cell with a part of an object counts in super-resolution
+
+
+def _rows(rng_seed: int, step: int, batch_size: int, size: int) -> np.ndarray:
+    """Which records a step reads: each epoch is a fresh shuffle, a function of the step alone."""
+    start = step * batch_size
+    chosen = []
+    for position in range(start, start + batch_size):
+        epoch, offset = divmod(position, size)
+        chosen.append(_permutation(rng_seed, epoch, size)[offset])
+    return np.array(chosen)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def _texts(rng: np.random.Generator, tokens: Tokens, rows: np.ndarray) -> list[list[int]]:
+    """One caption of each row, language and wording drawn."""
+    column = rng.integers(tokens.texts.shape[1], size=len(rows))
+    return [[int(t) for t in text if t >= 0] for text in tokens.texts[rows, column]]
+
+
+def _optimizer(peak: float, num_steps: int) -> optax.GradientTransformation:
+    """Muon with learning rate `peak` on matrices, AdamW with a tenth of it on the rest."""
+    schedules = [train.warmup_then_anneal(rate, num_steps, 150) for rate in (peak, peak / 10)]
+    return train.muon_with_adamw(*schedules)
+
+
+def _fit(
+    params: Any,
+    loss_fn: Callable[..., Any],
+    batches: Callable[[int], Any],
+    *,
+    peak: float,
+    num_steps: int,
+    directory: Path,
+    name: str,
+) -> Any:
+    optimizer = _optimizer(peak, num_steps)
+    state = train.init_state(params, optimizer)
+    step = train.make_step(loss_fn, optimizer)
+    state = train.fit(
+        state, step, batches, num_steps=num_steps, directory=directory, name=name, save_every=100
+    )
+    return state.params
+
+
+def run_coglm(
+    tokens: Tokens,
+    config: CogLMConfig,
+    first_chinese: int,
+    directory: Path,
+    *,
+    num_steps: int,
+    batch_size: int = 64,
+) -> Any:
+    """CogLM on the three-task mix."""
+    num_text = round(TEXT_SHARE * batch_size)
+
+    def batch(step: int) -> sequence.TrainingSample:
+        rng = np.random.default_rng((61, step))
+        rows = _rows(62, step, batch_size - num_text, len(tokens.coarse))
+        texts = _texts(rng, tokens, rows)
+        records = np.stack(
+            [
+                sequence.record([text], image, config)
+                for text, image in zip(texts, tokens.coarse[rows], strict=True)
+            ]
+        )
+        choices = sequence.draw_choices(
+            rng,
+            len(records),
+            config,
+            caption_ratio=CAPTION_RATIO,
+            patch_size=PATCH_SIZE,
+            num_patches=NUM_PATCHES,
+            to_border=True,
+        )
+        english = sequence.english_texts(records, config, first_chinese)
+        made = sequence.pretraining_samples(
+            records, english, choices, config, patch_size=PATCH_SIZE
+        )
+        # Pure text: captions one after another, cut to the length of a record.
+        length = records.shape[1]
+        prose = _texts(rng, tokens, rng.integers(len(tokens.coarse), size=num_text * length // 4))
+        stream = np.concatenate([np.array(text) for text in prose])[: num_text * length]
+        lengths, gaps = sequence.draw_spans(rng, num_text, length)
+        spans = sequence.text_span_samples(
+            stream.reshape(num_text, length).astype(np.int32), lengths, gaps, config
+        )
+        return sequence.TrainingSample(
+            *(np.concatenate(parts) for parts in zip(made, spans, strict=True))
+        )
+
+    def loss_fn(params: Any, sample: sequence.TrainingSample, key: Any) -> Any:
+        return objectives.coglm_loss(params, sample, config=config)
+
+    return _fit(
+        jax.jit(lambda key: coglm.init_params(key, config))(jax.random.key(21)),
+        loss_fn,
+        batch,
+        peak=0.02,
+        num_steps=num_steps,
+        directory=directory,
+        name="CogLM",
+    )
+
+
+def _fine_batch(
+    rng: np.random.Generator, tokens: Tokens, rows: np.ndarray, slots: int, vocabulary: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Left-padded texts and which slots are words, fine tokens, and the weight of each cell."""
+    text, is_text = sequence.left_padded(_texts(rng, tokens, rows), slots, vocabulary)
+    weights = np.where(tokens.objects[rows], OBJECT_WEIGHT, 1.0).astype(np.float32)
+    return text, is_text, tokens.fine[rows], weights
+
+
+def run_direct_sr(
+    tokens: Tokens,
+    coglm_params: Any,
+    config: DirectSRConfig,
+    directory: Path,
+    *,
+    num_steps: int,
+    batch_size: int = 8,
+) -> Any:
+    """Direct SR, starting from CogLM and training all of it."""
+
+    def batch(step: int) -> Any:
+        rng = np.random.default_rng((71, step))
+        rows = _rows(72, step, batch_size, len(tokens.fine))
+        data = _fine_batch(rng, tokens, rows, config.text_slots, config.coglm.vocabulary)
+        return *data, tokens.coarse[rows]
+
+    def loss_fn(params: Any, data: Any, key: Any) -> Any:
+        text, is_text, fine, weights, coarse = data
+        layout = sequence.direct_super_resolution(text, is_text, coarse, config)
+        return objectives.direct_sr_loss(params, layout, fine, weights, config=config)
+
+    return _fit(
+        direct_sr.from_coglm(coglm_params, config),
+        loss_fn,
+        batch,
+        peak=0.015,
+        num_steps=num_steps,
+        directory=directory,
+        name="direct SR",
+    )
+
+
+def run_iterative_sr(
+    tokens: Tokens,
+    config: IterativeSRConfig,
+    directory: Path,
+    *,
+    num_steps: int,
+    batch_size: int = 12,
+) -> Any:
+    """Iterative SR. Its training masks are those of the rounds, one drawn for each picture."""
+    reset = sequence.lopar_schedule(config).reset
+    order = sequence.lopar_order(config).reshape(-1)
+
+    def batch(step: int) -> Any:
+        rng = np.random.default_rng((81, step))
+        rows = _rows(82, step, batch_size, len(tokens.fine))
+        text, is_text, fine, weights = _fine_batch(
+            rng, tokens, rows, config.text_slots, config.vocabulary
+        )
+        rounds = rng.integers(len(reset), size=batch_size)
+        # Of what a round predicts, only the cells of its own order stay; the others are for later
+        # rounds.
+        stays = order == rounds[:, None] + 1
+        return text, is_text, fine, weights * np.where(stays, 2.0, 1.0), reset[rounds]
+
+    def loss_fn(params: Any, data: Any, key: Any) -> Any:
+        text, is_text, fine, weights, masked = data
+        start = config.vocabulary.start_of_image
+        layout = sequence.iterative_super_resolution(
+            text, is_text, jax.numpy.where(masked, start, fine), config
+        )
+        return objectives.iterative_sr_loss(params, layout, fine, masked, weights, config=config)
+
+    return _fit(
+        jax.jit(lambda key: iterative_sr.init_params(key, config))(jax.random.key(23)),
+        loss_fn,
+        batch,
+        peak=0.02,
+        num_steps=num_steps,
+        directory=directory,
+        name="iterative SR",
+    )
