@@ -56,7 +56,7 @@ def make_step(
         (loss, metrics), grads = grad_fn(state.params, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"loss": loss, "gradient_norm": optax.global_norm(grads)}
+        metrics = metrics | {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(params, opt_state, state.extra, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
