@@ -1,0 +1,1 @@
+"""How often generated pictures show what their prompts say."""
