@@ -43,7 +43,7 @@ A stage's own pictures may be smaller; they come enlarged to 192 pixels, bicubic
 
 
 def load_generator(bundle: Path | None) -> Generate:
-    """The generator of a bundle, or of the one that ships. Raises ValueError or OSError as `load`."""
+    """The generator of a bundle, or of the one that ships. Raises as `cogview2_jax.load`."""
     return cogview2_jax.load(bundle).generate_stages
 
 

@@ -1,0 +1,128 @@
+"""Does each stage earn its place? Pictures after each, held against a clean drawing of what they
+show.
+
+\b
+    python -m experiments.stages.run --json experiments/stages/results.json \\
+        --grid experiments/stages/grid.png
+
+The judge of experiments/caption_match reads each picture, and what it reads is drawn anew on the
+picture's own background. Three figures for a stage, over the pictures of all prompts:
+
+\b
+    right      share of pictures that show all their prompt names
+    sharpness  mean colour gradient on the drawing's edges, as a share of the drawing's own
+    error      mean absolute difference from the drawing inside its objects, in grey levels of 255
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import numpy as np
+from PIL import Image
+
+import cogview2_jax
+from cogview2_jax.data import scenes
+from experiments.caption_match import judge, scoring
+from experiments.caption_match.run import STAGES, experiment
+
+README_PROMPTS = (
+    "a red circle above a striped blue square",
+    "蓝色条纹正方形上方的红色圆",
+    "a large checked green star",
+    "a dotted yellow heart to the left of a small purple cross",
+)
+
+
+def clean_drawing(picture: np.ndarray, found: list[scenes.SceneObject]) -> scenes.Scene | None:
+    """The scene read in a picture uint8 [192, 192, 3], or None where a reading is unclear."""
+    corners = np.concatenate([picture[:8, :8], picture[-8:, -8:]]).reshape(-1, 3)
+    middle = np.median(corners, axis=0)
+    background = min(
+        scenes.BACKGROUNDS, key=lambda name: np.abs(middle - scenes.BACKGROUNDS[name]).sum()
+    )
+    words = (scenes.SHAPES, scenes.COLOURS, scenes.SIZES, scenes.FILLS)
+    for item in found:
+        said = (item.shape, item.colour, item.size, item.fill)
+        if not all(word in known for word, known in zip(said, words, strict=True)):
+            return None
+    return scenes.Scene(tuple(found), background) if found else None
+
+
+def _gradient(picture: np.ndarray) -> np.ndarray:
+    """Length of the colour gradient, float64 [y, x]."""
+    rows, columns = np.gradient(picture.astype(np.float64), axis=(0, 1))
+    return np.sqrt((rows**2 + columns**2).sum(axis=-1))
+
+
+def against_drawing(picture: np.ndarray, scene: scenes.Scene) -> tuple[float, float]:
+    """Sharpness and error (see the module) of a picture uint8 [192, 192, 3]."""
+    drawing = np.asarray(scenes.draw(scene))
+    steep = _gradient(drawing)
+    edges = steep > 20
+    inside = np.abs(drawing.astype(int) - scenes.BACKGROUNDS[scene.background]).max(axis=-1) > 4
+    error = np.abs(picture.astype(int) - drawing)[inside].mean()
+    return float(_gradient(picture)[edges].mean() / steep[edges].mean()), float(error)
+
+
+def measure(
+    pictures: np.ndarray,
+    prompts: list[scoring.Prompt],
+    found: list[list[list[scenes.SceneObject]]],
+) -> dict[str, Any]:
+    """The figures of one stage: `pictures` uint8 [prompts, images, 192, 192, 3]."""
+    right, sharpness, error = [], [], []
+    for of_prompt, prompt, readings in zip(pictures, prompts, found, strict=True):
+        for picture, reading in zip(of_prompt, readings, strict=True):
+            right.append(scenes.check(prompt.claims, reading).all_named)
+            scene = clean_drawing(picture, reading)
+            if scene is not None:
+                sharp, off = against_drawing(picture, scene)
+                sharpness.append(sharp)
+                error.append(off)
+    figures = {"right": right, "sharpness": sharpness, "error": error}
+    means = {name: round(float(np.mean(values)), 4) for name, values in figures.items() if values}
+    return means | {"pictures": len(right), "drawn_anew": len(error)}
+
+
+def grid(pictures: dict[str, np.ndarray]) -> Image.Image:
+    """A row for each stage, base on top, a column for each prompt: its first picture."""
+    rows = [np.concatenate(list(pictures[stage][:, 0]), axis=1) for stage in STAGES]
+    return Image.fromarray(np.concatenate(rows))
+
+
+@click.command(help=__doc__)
+@click.option("--num-prompts", type=click.IntRange(1), default=60, show_default=True)
+@click.option("--num-images", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--seed", default=1, show_default=True)
+@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--grid", "grid_file", type=click.Path(dir_okay=False, path_type=Path))
+def main(
+    num_prompts: int,
+    num_images: int,
+    seed: int,
+    bundle: Path | None,
+    json_file: Path | None,
+    grid_file: Path | None,
+) -> None:
+    try:
+        model = cogview2_jax.load(bundle)
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from None
+    prompts = scoring.make_prompts(num_prompts, seed)
+    _, pictures, found = experiment(model.generate_stages, prompts, num_images, seed, judge.load())
+    results = {stage: measure(pictures[stage], prompts, found[stage]) for stage in STAGES}
+    for stage, figures in results.items():
+        click.echo(f"{stage:8s}" + "".join(f"  {name} {value}" for name, value in figures.items()))
+    if grid_file:
+        made = model.generate_stages(README_PROMPTS, jax.random.key(seed), 1)
+        grid(made).save(grid_file)
+    if json_file:
+        json_file.write_text(json.dumps({"seed": seed, "stages": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
