@@ -32,12 +32,12 @@ class DenseContext(NamedTuple):
     """Who sees whom. `mask` bool [b or 1, s, t]; `bias` float32 [b or 1, t], added to every score
     of a key.
 
-    `index` is where new keys go in the cache (a scalar); it is not read without one.
+    `start` is where new keys go in the cache (a scalar); it is not read without one.
     """
 
     mask: Array
     bias: Array
-    index: Array | int = 0
+    start: Array | int = 0
 
 
 class SuperResolutionContext(NamedTuple):
@@ -110,7 +110,7 @@ def dense_attention_with_lse(q: Array, k: Array, v: Array, mask: Array) -> tuple
 
 
 class DenseAttention(nn.Module):
-    """CogLM's attention. With a cache, new keys are written at `context.index` and all of it is
+    """CogLM's attention. With a cache, new keys are written at `context.start` and all of it is
     attended to.
     """
 
@@ -123,9 +123,9 @@ class DenseAttention(nn.Module):
     ) -> tuple[Array, KVCache | None]:
         q, k, v = QKV(self.config, self.precision, name="qkv")(x)
         if cache is not None:
-            start = (0, context.index, 0, 0)
-            k = jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), start)
-            v = jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start)
+            corner = (0, context.start, 0, 0)
+            k = jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), corner)
+            v = jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), corner)
             cache = KVCache(k, v)
         out = dense_attention(q, k, v, context.mask, context.bias)
         out = rearrange(out, "b s h d -> b s (h d)")

@@ -172,16 +172,15 @@ def coglm_loss(
     """Mean −log p over the loss positions of a batch of pre-training samples, also split by
     `LossKind`.
     """
-    logits = coglm.apply(
-        params, sample.tokens, sample.positions, sample.mask, config=config, precision=precision
-    )
-    losses = _cross_entropy(logits, sample.labels)
+    tokens, positions, labels, mask, loss_mask, kinds = map(jnp.asarray, sample)
+    logits = coglm.apply(params, tokens, positions, mask, config=config, precision=precision)
+    losses = _cross_entropy(logits, labels)
     by_kind = {
-        kind.name.lower(): _mean(losses, sample.kind == kind)
+        kind.name.lower(): _mean(losses, kinds == kind)
         for kind in LossKind
         if kind != LossKind.NONE
     }
-    return _mean(losses, sample.loss_mask), by_kind
+    return _mean(losses, loss_mask), by_kind
 
 
 def direct_sr_loss(

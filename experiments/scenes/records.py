@@ -66,7 +66,7 @@ def tokenize(
     fine: bool,
     batch_size: int = 32,
 ) -> Tokens:
-    """Token records of examples `indices` of the train split, from `directory` if they are there."""
+    """Records of examples `indices` of the train split; from `directory` if they are there."""
     kind = "fine" if fine else "coarse"
     file = directory / f"tokens_{indices.start}_{indices.stop}_{kind}.npz"
     if file.exists():

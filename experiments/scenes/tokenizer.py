@@ -65,9 +65,11 @@ def _optimizer(cycles: tuple[int, ...]) -> optax.GradientTransformation:
 
 
 def _loss(params: Any, data: Any, stride: int, percept: Any, quantize: bool) -> Any:
+    images, weights = data
     return objectives.hvqvae_loss(
         params,
-        *data,
+        images,
+        weights,
         stride,
         config=TOKENIZER,
         quantize=quantize,

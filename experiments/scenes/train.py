@@ -11,7 +11,6 @@ interruption and it goes on from the last checkpoint. The finished bundle is wri
 from pathlib import Path
 
 import click
-import jax
 import numpy as np
 
 from cogview2_jax import bundle
@@ -74,12 +73,12 @@ def main(
         iterative_config,
         presets.TOKENIZER,
         presets.SAMPLING,
-        *(
-            jax.tree.map(np.asarray, params)
-            for params in (coglm_params, direct_params, iterative_params, tokenizer_params)
-        ),
-        text_model,
-        clusters.cluster_codebook(codebook, presets.NUM_CLUSTERS),
+        coglm=coglm_params,
+        direct=direct_params,
+        iterative=iterative_params,
+        tokenizer=tokenizer_params,
+        text_model=text_model,
+        cluster_labels=clusters.cluster_codebook(codebook, presets.NUM_CLUSTERS),
     )
     bundle.save(out, made)
     click.echo(f"the bundle is at {out}")

@@ -41,7 +41,8 @@ def clean_drawing(picture: np.ndarray, found: list[scenes.SceneObject]) -> scene
     corners = np.concatenate([picture[:8, :8], picture[-8:, -8:]]).reshape(-1, 3)
     middle = np.median(corners, axis=0)
     background = min(
-        scenes.BACKGROUNDS, key=lambda name: np.abs(middle - scenes.BACKGROUNDS[name]).sum()
+        scenes.BACKGROUNDS,
+        key=lambda name: float(np.abs(middle - np.array(scenes.BACKGROUNDS[name])).sum()),
     )
     words = (scenes.SHAPES, scenes.COLOURS, scenes.SIZES, scenes.FILLS)
     for item in found:
@@ -53,8 +54,8 @@ def clean_drawing(picture: np.ndarray, found: list[scenes.SceneObject]) -> scene
 
 def _gradient(picture: np.ndarray) -> np.ndarray:
     """Length of the colour gradient, float64 [y, x]."""
-    rows, columns = np.gradient(picture.astype(np.float64), axis=(0, 1))
-    return np.sqrt((rows**2 + columns**2).sum(axis=-1))
+    slopes = np.stack([np.gradient(picture.astype(np.float64), axis=axis) for axis in (0, 1)])
+    return np.sqrt(np.einsum("ayxc,ayxc->yx", slopes, slopes))
 
 
 def against_drawing(picture: np.ndarray, scene: scenes.Scene) -> tuple[float, float]:
@@ -73,18 +74,17 @@ def measure(
     found: list[list[list[scenes.SceneObject]]],
 ) -> dict[str, Any]:
     """The figures of one stage: `pictures` uint8 [prompts, images, 192, 192, 3]."""
-    right, sharpness, error = [], [], []
+    figures: dict[str, list[float]] = {"right": [], "sharpness": [], "error": []}
     for of_prompt, prompt, readings in zip(pictures, prompts, found, strict=True):
         for picture, reading in zip(of_prompt, readings, strict=True):
-            right.append(scenes.check(prompt.claims, reading).all_named)
+            figures["right"].append(scenes.check(prompt.claims, reading).all_named)
             scene = clean_drawing(picture, reading)
             if scene is not None:
                 sharp, off = against_drawing(picture, scene)
-                sharpness.append(sharp)
-                error.append(off)
-    figures = {"right": right, "sharpness": sharpness, "error": error}
+                figures["sharpness"].append(sharp)
+                figures["error"].append(off)
     means = {name: round(float(np.mean(values)), 4) for name, values in figures.items() if values}
-    return means | {"pictures": len(right), "drawn_anew": len(error)}
+    return means | {"pictures": len(figures["right"]), "drawn_anew": len(figures["error"])}
 
 
 def grid(pictures: dict[str, np.ndarray]) -> Image.Image:
