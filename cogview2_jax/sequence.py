@@ -451,6 +451,7 @@ def captioning_samples(
     config: CogLMConfig,
     *,
     patch_size: int = 4,
+    predict_end: bool = False,
 ) -> TrainingSample:
     """Text from image, joined with masked patches: `english` bool [b, 2], a flag for each text;
     `corners` int [b, patches, 2], the (row, column) of each patch's first cell.
@@ -459,6 +460,9 @@ def captioning_samples(
     other text, and sees all image cells. Every row sees every kept cell; kept cells see nothing
     else; masked cells also see earlier masked ones and themselves. The loss is on the texts, and
     on all but the last column of each patch, whose cells predict the next cell.
+
+    The published loss says nothing about where a text ends. With `predict_end`, the last token of
+    each predicts a pad, so that a caption drawn from the model stops.
     """
     spans, width = text_spans(records, config), config.text_slots + 1
     vocabulary, (rows, columns) = config.vocabulary, config.grid
@@ -476,6 +480,7 @@ def captioning_samples(
     image_positions = np.where(image, slot - width + config.image_position, 0)
     positions = np.broadcast_to(image_positions, tokens.shape)
     kind = np.zeros(tokens.shape, np.int8)
+    ends = np.zeros(tokens.shape, bool)
     segment = np.zeros(tokens.shape, np.int8)  # 1 and 2: the texts with their start tokens
     every = np.arange(len(records))
     for number, is_english in enumerate(np.asarray(english, bool).T):
@@ -488,12 +493,16 @@ def captioning_samples(
         segment[inside] = number + 1
         positions = np.where(inside, slot - begin, positions)
         language = np.where(is_english, LossKind.ENGLISH, LossKind.CHINESE)[:, None]
-        kind = np.where(inside & (slot < end), language, kind)
+        predicts = inside & (slot < end + predict_end)
+        kind = np.where(predicts, language, kind)
+        ends |= inside & (slot == end)
 
     masked, in_loss = _patches(corners, config, patch_size)
     kind[:, width:][in_loss] = LossKind.PATCH
     kept = np.append(np.zeros((len(records), width), bool), ~masked, 1)
     labels = np.append(tokens[:, 1:], tokens[:, -1:], 1)
+    if predict_end:
+        labels[ends] = vocabulary.pad
     causal = slot <= slot[:, None]
     is_text = segment > 0
     same_text = (segment[:, :, None] == segment[:, None, :]) & is_text[:, :, None]
@@ -627,6 +636,7 @@ def pretraining_samples(
     config: CogLMConfig,
     *,
     patch_size: int = 4,
+    predict_end: bool = False,
 ) -> TrainingSample:
     """A mixed batch: captioning samples where chosen, generation elsewhere. `records` [b, s],
     `english` [b, 2]. Records of pure text are no part of it: `text_span_samples` makes those.
@@ -635,7 +645,12 @@ def pretraining_samples(
     rows = np.flatnonzero(choices.captioning)
     if rows.size:
         captions = captioning_samples(
-            records[rows], english[rows], choices.corners[rows], config, patch_size=patch_size
+            records[rows],
+            english[rows],
+            choices.corners[rows],
+            config,
+            patch_size=patch_size,
+            predict_end=predict_end,
         )
         for whole, part in zip(made, captions, strict=True):
             whole[rows] = part

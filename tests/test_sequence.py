@@ -536,3 +536,29 @@ def corners(places):
 
 def spans(lengths, gaps):
     return sequence.text_span_samples(small_records()[:1], np.array(lengths), np.array(gaps), SMALL)
+
+
+def test_predict_end_adds_a_pad_label_after_each_text_and_nothing_else():
+    config = CogLMConfig(
+        TransformerConfig(1, 8, 2),
+        Vocabulary(num_image=12, size=24, pad=15, unknown=12),
+        grid=(4, 4),
+        max_text=8,
+        num_positions=32,
+        image_position=10,
+    )
+    image = np.zeros(16, np.int32)
+    records = np.stack([sequence.record([[17, 18, 19], [20, 16]], image, config)])
+    english, corners = np.array([[True, False]]), np.array([[[0, 0]]])
+    plain, ended = (
+        sequence.captioning_samples(
+            records, english, corners, config, patch_size=2, predict_end=predict_end
+        )
+        for predict_end in (False, True)
+    )
+    (added,) = np.nonzero(ended.loss_mask[0] & ~plain.loss_mask[0])
+    assert added.tolist() == [3, 6]  # of 17, 18, 19 | 20, 16, each after its start token
+    assert ended.labels[0, added].tolist() == [15, 15]
+    assert [sequence.LossKind(k).name for k in ended.kind[0, added]] == ["ENGLISH", "CHINESE"]
+    np.testing.assert_array_equal(plain.mask, ended.mask)
+    np.testing.assert_array_equal(plain.tokens, ended.tokens)

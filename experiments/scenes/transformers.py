@@ -98,7 +98,7 @@ def run_coglm(
         )
         english = sequence.english_texts(records, config, first_chinese)
         made = sequence.pretraining_samples(
-            records, english, choices, config, patch_size=PATCH_SIZE
+            records, english, choices, config, patch_size=PATCH_SIZE, predict_end=True
         )
         # Pure text: captions one after another, cut to the length of a record.
         length = records.shape[1]
