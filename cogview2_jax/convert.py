@@ -1,9 +1,10 @@
 """Published tensor names → parameter trees. The only file that knows those names.
 
-Tensors are NumPy arrays (or anything NumPy can read), named as in the published state dicts: linear weights
-[out, in], convolutions [out, in, h, w]. What a network needs, and in which shapes, is read off its own
-`init_params`; here is only what each part is called. A checkpoint that lacks a tensor, has one of another
-shape or has one more than the network is refused by the tensor's name. Numbers keep their dtype.
+Tensors are NumPy arrays (or anything NumPy can read), named as in the published state dicts: linear
+weights [out, in], convolutions [out, in, h, w]. What a network needs, and in which shapes, is read
+off its own `init_params`; here is only what each part is called. A checkpoint that lacks a tensor,
+has one of another shape or has one more than the network is refused by the tensor's name. Numbers
+keep their dtype.
 """
 
 import re
@@ -29,10 +30,13 @@ Tensors = Mapping[str, np.ndarray]
 Params = dict
 Rules = tuple[tuple[str, str], ...]
 
-# Applied in this order to a leaf's path in the tree, such as `layers/attention/dense/kernel`. `{layer}` is
-# the number of a layer, whose leaves the tree keeps stacked.
+# Applied in this order to a leaf's path in the tree, such as `layers/attention/dense/kernel`.
+# `{layer}` is the number of a layer, whose leaves the tree keeps stacked.
 _TRANSFORMER: Rules = (
-    (r"^layers/attention/(qkv_plus/query_key_value|dense_plus)", r"mixins/attention_plus/\1/{layer}"),
+    (
+        r"^layers/attention/(qkv_plus/query_key_value|dense_plus)",
+        r"mixins/attention_plus/\1/{layer}",
+    ),
     (r"(qkv|qkv_plus)/query_key_value", "query_key_value"),
     (r"dense_plus", "dense"),
     (r"^layers", "transformer/layers/{layer}"),
@@ -58,23 +62,23 @@ _HVQVAE_BUFFERS = ("quantize.cluster_size", "quantize.embed_avg")
 
 
 def coglm(tensors: Tensors, config: CogLMConfig) -> Params:
-    """CogLM's parameters. Raises ValueError, naming the tensor, for a checkpoint of another network."""
+    """CogLM's parameters. Another network's checkpoint is a ValueError that names the tensor."""
     return _convert(tensors, coglm_network.init_params, config, _TRANSFORMER)
 
 
 def direct_sr(tensors: Tensors, config: DirectSRConfig) -> Params:
-    """The direct network's: CogLM's names, a second position table and a second attention in each layer."""
+    """As `coglm`, with a second position table and a second attention in each layer."""
     return _convert(tensors, direct_sr_network.init_params, config, _TRANSFORMER)
 
 
 def iterative_sr(tensors: Tensors, config: IterativeSRConfig) -> Params:
-    """The iterative network's: CogLM's names and a second position table."""
+    """As `coglm`, with a second position table."""
     return _convert(tensors, iterative_sr_network.init_params, config, _TRANSFORMER)
 
 
 def hvqvae(tensors: Tensors, config: HVQVAEConfig) -> Params:
-    """The image tokenizer's parameters. The codebook's moving averages are training state and left out."""
-    # The published decoders are numbered in the order of `decoder_multipliers`, ours named by stride.
+    """The image tokenizer's parameters. The codebook's moving averages are passed over."""
+    # Published decoders are numbered in the order of `decoder_multipliers`, ours named by stride.
     decoders = tuple(
         (f"^decoder_{stride}", f"decs/{index}") for index, stride in enumerate(config.strides[::-1])
     )
@@ -96,7 +100,8 @@ def transformer_config(tensors: Tensors, num_heads: int) -> TransformerConfig:
 def table_sizes(tensors: Tensors) -> tuple[int, int]:
     """Rows of a transformer's word and (first) position tables."""
     words, positions = (
-        _shape(tensors, f"transformer.{table}_embeddings.weight")[0] for table in ("word", "position")
+        _shape(tensors, f"transformer.{table}_embeddings.weight")[0]
+        for table in ("word", "position")
     )
     return words, positions
 
@@ -113,7 +118,9 @@ def hvqvae_config(tensors: Tensors) -> HVQVAEConfig:
     decoders = range(_count(tensors, "decs.{}.conv_in.weight"))
     codebook_size, codebook_dim = _shape(tensors, "quantize.embed.weight")
     # Attention lies at the level of one nominal resolution, counted down from the first level's.
-    found = {int(level) for name in tensors for level in re.findall(r"(?:down|up)\.(\d+)\.attn", name)}
+    found = {
+        int(level) for name in tensors for level in re.findall(r"(?:down|up)\.(\d+)\.attn", name)
+    }
     nominal = HVQVAEConfig.nominal_resolution
     return HVQVAEConfig(
         channels=channels,
@@ -130,7 +137,7 @@ def hvqvae_config(tensors: Tensors) -> HVQVAEConfig:
 
 
 def _count(tensors: Tensors, name: str) -> int:
-    """How many tensors are called `name` with a number in its braces: 0, 1, … until one is missing."""
+    """How many tensors have this `name` with 0, 1, … in its braces, until one is missing."""
     count = 0
     while name.format(count) in tensors:
         count += 1
@@ -175,12 +182,14 @@ def _published_name(path: str, rules: Rules) -> str:
 
 
 def _take(tensors: Tensors, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor in our layout, which has `shape`: linear [in, out], convolution [h, w, in, out]."""
+    """The tensor in our layout of this `shape`: linear [in, out], convolution [h, w, in, out]."""
     if name not in tensors:
         raise ValueError(f"tensor {name!r} is missing from the checkpoint")
     tensor = np.asarray(tensors[name])
     # Matrices of weights are the ones to transpose; tables of embeddings are not.
-    to_ours: tuple[int, ...] = {2: (1, 0), 4: (2, 3, 1, 0)}.get(len(shape), tuple(range(len(shape))))
+    to_ours: tuple[int, ...] = {2: (1, 0), 4: (2, 3, 1, 0)}.get(
+        len(shape), tuple(range(len(shape)))
+    )
     if "embed" in name:
         to_ours = tuple(range(len(shape)))
     published_shape = tuple(shape[axis] for axis in np.argsort(to_ours))

@@ -1,0 +1,357 @@
+"""Checks of the four networks, one function for each recorded file.
+
+Inputs (texts, images, masks, weights) come from the file; layouts, numbers and tokens are ours.
+Every network runs under jit, in few shapes.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cogview2_jax import (
+    coglm,
+    convert,
+    direct_sr,
+    generate,
+    iterative_sr,
+    objectives,
+    sampling,
+    sequence,
+)
+from cogview2_jax.attention import KVCache
+from cogview2_jax.config import CogLMConfig, Sampling, TransformerConfig
+from cogview2_jax.tokenizer import image as image_tokenizer
+from cogview2_jax.tokenizer.hvqvae import HVQVAE
+from experiments.parity import configs
+from experiments.parity.golden import Golden, Outcome, close, equal, guarded, seeded_weights
+
+Params = dict
+
+
+# --- coglm.npz ------------------------------------------------------------------------------------
+
+
+def check_coglm(golden: Golden) -> Iterator[Outcome]:
+    """Text → image by one pass and by the cache, captioning, infilling."""
+    tensors = seeded_weights(golden)
+    config = configs.coglm(golden, tensors)
+    yield equal("config", _sizes(config.transformer), golden["config"][:3])
+    params = jax.device_put(convert.coglm(tensors, config))
+    for name, needs, check in (
+        ("text to image", _TEXT_TO_IMAGE, _text_to_image),
+        ("cached decode", ("decode_tokens", "decode_step_logits"), _cached_decode),
+        ("captioning", _CAPTION, _captioning),
+        ("infilling", _INFILL, _infilling),
+    ):
+        yield from guarded(name, golden, needs, check, params, config)
+
+
+def _named(prefix: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}_{name}" for name in names.split())
+
+
+_TEXT_TO_IMAGE = _named("t2i", "tokens position_ids mask attn_plus logits")
+_CAPTION = _named("caption", "tokens mask position_ids loss_mask scores")
+_INFILL = _named("comp", "mask20 text image seq position_ids attention_mask") + _named(
+    "comp", "log_attention_weight step_logits filled_seq result"
+)
+
+
+def _sizes(config: TransformerConfig) -> list[int]:
+    return [config.num_layers, config.hidden_size, config.num_heads]
+
+
+def _text_to_image(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[Outcome]:
+    text, image = configs.split_text(golden["t2i_tokens"], config.vocabulary)
+    words = jnp.ones(text.shape, bool)
+    layout = sequence.text_to_image(jnp.asarray(text), words, jnp.asarray(image), config)
+    yield equal("text to image: tokens", layout.tokens, golden["t2i_tokens"])
+    yield equal("text to image: positions", layout.positions, golden["t2i_position_ids"])
+    yield equal("text to image: mask", layout.mask, golden["t2i_mask"])
+    upweight = golden["t2i_attn_plus"].item()
+    bias = sequence.text_key_bias(layout.is_text, upweight)
+    at_text = np.where(np.arange(bias.shape[-1]) < text.shape[1], np.float32(upweight), 0)
+    yield equal("text to image: up-weighting", bias, at_text)
+
+    recorded = golden["t2i_logits"]
+    ours = jax.jit(partial(coglm.apply, config=config, ids=(0, recorded.shape[-1])))(
+        params, layout.tokens, layout.positions, layout.mask, bias=bias
+    )
+    yield close("text to image: logits", ours, recorded, "logits")
+
+
+def _cached_decode(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[Outcome]:
+    text, image = configs.split_text(golden["decode_tokens"], config.vocabulary)
+    slots = config.max_text
+    padded = sequence.right_padded(text.tolist(), slots, config.vocabulary)
+    words, is_text = (jnp.asarray(part) for part in padded)
+    layout = sequence.text_to_image(words, is_text, jnp.asarray(image), config)
+    ours = _logits_by_cache(params, layout, slots + 1, _upweight(golden, "t2i_attn_plus"), config)
+    recorded = golden["decode_step_logits"]
+    steps = recorded.shape[1]
+    yield close(f"cached decode: logits before each of {steps} tokens", ours, recorded, "logits")
+
+
+def _upweight(golden: Golden, name: str) -> float:
+    return float(golden[name].item()) if name in golden else Sampling().text_upweight
+
+
+def _logits_by_cache(
+    params: Params, layout: sequence.Layout, start: int, upweight: float, config: CogLMConfig
+) -> jax.Array:
+    """Logits [b, s − start, num_image] before each token from slot `start` on, the tokens given: a
+    prefill of the slots before, then one cached step a token in `generate.decode`.
+    """
+    batch, length = layout.tokens.shape
+    ids = (0, config.vocabulary.num_image)
+    bias = sequence.text_key_bias(layout.is_text, upweight)
+
+    @jax.jit
+    def run(params: Params, layout: sequence.Layout, bias: jax.Array) -> jax.Array:
+        def extend(
+            cache: KVCache, first: jax.Array, tokens: jax.Array, mask: jax.Array
+        ) -> tuple[jax.Array, KVCache]:
+            count = tokens.shape[1]
+            positions = jax.lax.dynamic_slice_in_dim(layout.positions, first, count, 1)
+            hidden, cache = coglm.extend(
+                params, cache, tokens, positions, mask, first, config=config, bias=bias
+            )
+            return coglm.logits(params, hidden[:, -1], config=config, ids=ids), cache
+
+        def step(carry: Any, tokens: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
+            # `decode` returns tokens alone, so all logits so far are carried beside the cache.
+            cache, seen = carry
+            visible = sequence.visible_keys(layout.is_text, config.max_text, start + i)
+            logits, cache = extend(cache, start + i, tokens[:, None], visible[:, None])
+            return logits, (cache, seen.at[:, i + 1].set(logits))
+
+        def given(key: jax.Array, logits: jax.Array, i: jax.Array) -> jax.Array:
+            return layout.tokens[:, start + i]
+
+        before = layout.mask[:, :start] & (jnp.arange(length) < start)
+        logits, cache = extend(
+            coglm.init_cache(config, batch, length), jnp.int32(0), layout.tokens[:, :start], before
+        )
+        seen = jnp.zeros((batch, length - start, logits.shape[-1])).at[:, 0].set(logits)
+        steps = length - start
+        _, (_, seen) = generate.decode(step, given, logits, (cache, seen), jax.random.key(0), steps)
+        return seen
+
+    return run(params, layout, bias)
+
+
+def _captioning(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[Outcome]:
+    tokens, cells = jnp.asarray(golden["caption_tokens"]), config.num_image_tokens
+    text = tokens[:, cells + 1 :]
+    english = tokens[:, cells] == config.vocabulary.start_of_english
+    words = jnp.ones(text.shape, bool)
+    layout, loss_mask = sequence.captioning(tokens[:, :cells], text, words, english, config)
+    yield equal("captioning: tokens", layout.tokens, tokens)
+    yield equal("captioning: positions", layout.positions, golden["caption_position_ids"])
+    yield equal("captioning: mask", layout.mask, golden["caption_mask"])
+    yield equal("captioning: loss mask", loss_mask, golden["caption_loss_mask"])
+
+    @jax.jit
+    def score(params: Params) -> jax.Array:
+        logits = coglm.apply(params, layout.tokens, layout.positions, layout.mask, config=config)
+        likelihoods = jax.nn.log_softmax(logits[:, :-1])
+        of_next = jnp.take_along_axis(likelihoods, layout.tokens[:, 1:, None], -1)[..., 0]
+        return jnp.mean(of_next, axis=-1, where=loss_mask[:, 1:])
+
+    yield close("captioning: scores", score(params), golden["caption_scores"], "likelihood")
+
+
+def _infilling(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[Outcome]:
+    mask, text = golden["comp_mask20"], golden["comp_text"].reshape(-1).tolist()
+    cells = golden["comp_image"].reshape(-1, config.num_image_tokens)[0]
+    exact = sequence.infill(mask, text, cells, config, slots=len(text))
+    yield equal("infilling: sequence", exact.tokens, golden["comp_seq"])
+    yield equal("infilling: positions", exact.positions, golden["comp_position_ids"])
+    yield equal("infilling: mask", exact.mask, golden["comp_attention_mask"])
+
+    filled = golden["comp_filled_seq"]
+    kept = exact.tokens >= 0
+    kept_tokens = np.broadcast_to(exact.tokens[kept], filled[:, kept].shape)
+    yield equal("infilling: kept tokens of the filled sequence", kept_tokens, filled[:, kept])
+    grid = sequence.infilled_grid(jnp.asarray(filled), jnp.asarray(exact.slot_of_cell))
+    yield equal("infilling: grid", grid, golden["comp_result"])
+
+    # Through the cache with the text in as many slots as a decoder has.
+    slots = config.max_text
+    made = sequence.infill(mask, text, cells, config, slots=slots)
+    tokens = np.broadcast_to(made.tokens, (len(filled), len(made.tokens))).copy()
+    tokens[:, slots + 1 :] = filled[:, len(text) + 1 :]
+    layout = sequence.Layout(
+        jnp.asarray(tokens),
+        jnp.asarray(made.positions)[None],
+        jnp.asarray(made.mask)[None],
+        jnp.asarray(made.is_text)[None],
+    )
+    upweight = _upweight(golden, "comp_log_attention_weight")
+    ours = _logits_by_cache(params, layout, made.start, upweight, config)
+    sampled = made.tokens[made.start :] < 0
+    recorded = golden["comp_step_logits"]
+    yield close("infilling: logits of each sampled step", ours[:, sampled], recorded, "logits")
+
+
+# --- direct_sr.npz --------------------------------------------------------------------------------
+
+
+def check_direct_sr(golden: Golden) -> Iterator[Outcome]:
+    """Layout, logits of the recorded queries and the most probable token of every query."""
+    tensors = seeded_weights(golden)
+    config = configs.direct_sr(golden, tensors)
+    yield equal("config", _sizes(config.coglm.transformer), golden["config"][:3])
+    params = jax.device_put(convert.direct_sr(tensors, config))
+
+    coarse = golden["low_res_tokens"]
+    texts = _texts(golden["text"], len(coarse), config.text_slots)
+    padded = sequence.left_padded(texts, config.text_slots, config.coglm.vocabulary)
+    text, is_text = (jnp.asarray(part) for part in padded)
+    layout = sequence.direct_super_resolution(text, is_text, jnp.asarray(coarse), config)
+    yield equal("tokens", layout.tokens, golden["tokens"])
+    yield equal("positions", layout.positions, golden["position_ids"])
+    yield equal("mask", layout.mask, golden["attention_mask"])
+
+    logits = jax.jit(partial(direct_sr.apply, config=config))(
+        params, layout.tokens, layout.positions, layout.mask
+    )
+    rows, labels = golden["logit_rows"], jnp.asarray(golden["cluster_labels"])
+    yield close("logits", logits[:, rows], golden["logits"], "logits")
+    most_probable = jax.jit(sampling.greedy_clusters, static_argnums=2)
+    tokens = most_probable(logits, labels, int(golden["config"][5]))
+    yield equal("most probable tokens", tokens, golden["greedy_tokens"])
+
+
+def _texts(recorded: np.ndarray, batch: int, slots: int) -> list[list[int]]:
+    """A text for each row, from one for all or one for each, cut to the slots."""
+    texts: list[list[int]] = np.atleast_2d(recorded)[:, :slots].tolist()
+    return texts * batch if len(texts) == 1 else texts
+
+
+# --- iterative_sr.npz -----------------------------------------------------------------------------
+
+
+def check_iterative_sr(golden: Golden) -> Iterator[Outcome]:
+    """Layout and order, logits of two rounds, tokens after every round of `generate.lopar`."""
+    tensors = seeded_weights(golden)
+    config = configs.iterative_sr(golden, tensors)
+    yield equal("config", _sizes(config.transformer), golden["config"][:3])
+    params = jax.device_put(convert.iterative_sr(tensors, config))
+
+    start, after = golden["start_tokens"], golden["step_tokens"]
+    mask_token = config.vocabulary.start_of_image
+    texts = _texts(golden["text"], len(start), config.text_slots)
+    padded = sequence.left_padded(texts, config.text_slots, config.vocabulary)
+    text, is_text = (jnp.asarray(part) for part in padded)
+    schedule = sequence.lopar_schedule(config)
+
+    def layout(cells: jax.Array) -> sequence.Layout:
+        return sequence.iterative_super_resolution(text, is_text, cells, config)
+
+    first = layout(jnp.where(schedule.reset[0], mask_token, start))
+    yield equal("tokens of the first round", first.tokens, golden["first_input_tokens"])
+    yield equal("positions", first.positions, golden["position_ids"])
+    yield equal("mask", first.mask, golden["attention_mask"])
+    order = golden["lopar_order_6x6"]
+    tiled = sequence.lopar_order(config)[: order.shape[0], : order.shape[1]]
+    yield equal("order", tiled, order)
+
+    @jax.jit
+    def predict(params: Params, cells: jax.Array) -> jax.Array:
+        made = layout(cells)
+        return iterative_sr.apply(params, made.tokens, made.positions, made.mask, config=config)
+
+    rows = golden["logit_rows"]
+    last = np.where(schedule.reset[-1], mask_token, after[-2] if len(after) > 1 else start)
+    for name, cells in (
+        ("first", first.tokens[:, config.text_slots :]),
+        ("last", jnp.asarray(last)),
+    ):
+        ours = predict(params, cells)[:, rows]
+        yield close(f"logits of the {name} round", ours, golden[f"{name}_logits"], "logits")
+
+    # The most probable of the k kept is the most probable of all; k by round is data all the same.
+    top_k = jnp.asarray(golden["topk_per_step"])
+    max_k = min(int(top_k.max()), config.vocabulary.num_image)
+
+    @jax.jit
+    def refine(
+        params: Params, cells: jax.Array, reset: jax.Array, write: jax.Array, begin: int
+    ) -> jax.Array:
+        def most_probable(key: jax.Array, logits: jax.Array, round_: jax.Array) -> jax.Array:
+            k = jnp.minimum(top_k[begin + round_], max_k)
+            return sampling.greedy(sampling.top_k_logits(logits, k, max_k=max_k))
+
+        key = jax.random.key(0)
+        return generate.lopar(
+            partial(predict, params), most_probable, cells, reset, write, mask_token, key
+        )
+
+    cells = jnp.asarray(start, jnp.int32)
+    for number, recorded in enumerate(after):
+        part = slice(number, number + 1)
+        cells = refine(params, cells, schedule.reset[part], schedule.write[part], number)
+        yield equal(f"tokens after round {number + 1}", cells, recorded)
+    cells = refine(params, jnp.asarray(start, jnp.int32), schedule.reset, schedule.write, 0)
+    yield equal(f"tokens after {len(after)} rounds in one loop", cells, after[-1])
+
+
+# --- hvqvae.npz -----------------------------------------------------------------------------------
+
+
+def check_hvqvae(golden: Golden) -> Iterator[Outcome]:
+    """Features, and at every stride ids, commitment loss and pictures."""
+    tensors = seeded_weights(golden)
+    config = convert.hvqvae_config(tensors)
+    sizes = [config.channels, config.z_channels, config.codebook_size, config.codebook_dim]
+    yield equal("config", sizes, golden["config"])
+    # The published file has these beside the weights; the converter is to pass over them.
+    buffers = json.loads(str(golden["buffers"])) if "buffers" in golden else {}
+    tensors |= {name: np.zeros(shape, np.float32) for name, shape in buffers.items()}
+    params = jax.device_put(convert.hvqvae(tensors, config))
+    images = jnp.asarray(golden["images"].transpose(0, 2, 3, 1))
+    recorded = {
+        stride: jnp.asarray(golden[f"ids_rate{stride}"])
+        for stride in config.strides
+        if f"ids_rate{stride}" in golden
+    }
+
+    @jax.jit
+    def run(params: Params, images: jax.Array, recorded: dict[int, jax.Array]) -> tuple[Any, Any]:
+        """The finest features, and (ids, commitment loss, pictures of the recorded ids) by stride.
+
+        All in one function: the strides' encoders are then compiled as one.
+        """
+        everywhere = jnp.ones(images.shape[:3])
+        features = HVQVAE(config).apply({"params": params}, images, method="features")
+        made = {}
+        for stride, ids in recorded.items():
+            _, parts = objectives.hvqvae_loss(params, images, everywhere, stride, config=config)
+            made[stride] = (
+                image_tokenizer.encode(params, images, stride, config=config),
+                parts["commitment"],
+                image_tokenizer.decode(params, ids, stride, config=config),
+            )
+        return features[0], made
+
+    features, made = run(params, images, recorded)
+    of_recorded = golden["encoder_features"].transpose(0, 2, 3, 1)
+    yield close("features", features, of_recorded, "features")
+    for stride in config.strides:
+        needs = tuple(f"{name}_rate{stride}" for name in ("ids", "commit_loss", "decoded"))
+        yield from guarded(f"stride {stride}", golden, needs, _tokenizer_stride, stride, made)
+
+
+def _tokenizer_stride(golden: Golden, stride: int, made: dict[int, Any]) -> Iterator[Outcome]:
+    ids, commitment, pictures = made[stride]
+    yield equal(f"stride {stride}: ids", ids, golden[f"ids_rate{stride}"])
+    recorded_loss = golden[f"commit_loss_rate{stride}"]
+    yield close(f"stride {stride}: commitment loss", commitment, recorded_loss, "likelihood")
+    decoded = golden[f"decoded_rate{stride}"].transpose(0, 2, 3, 1)
+    yield close(f"stride {stride}: pictures", pictures, decoded, "images")
