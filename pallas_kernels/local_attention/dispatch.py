@@ -32,7 +32,8 @@ def local_attention_2d(
     `implementation`: "xla" (tiles with a halo, any device), "reference" (dense, for tests), or
     "auto", which takes "xla" on every device. A named implementation is never replaced by another.
 
-    Returns [b, y, x, h, d] in the inputs' dtype (float32, bfloat16 or float16; sums are float32).
+    Returns [b, y, x, h, d] in the inputs' dtype (float32, bfloat16 or float16; sums are float32,
+    and products follow `jax.default_matmul_precision`, which on a GPU means TF32 unless raised).
     Raises ValueError, in one line, for wrong ranks or shapes, even windows, indivisible grids,
     mixed or unsupported dtypes, a causal window on a coarser grid, and unknown implementations.
 

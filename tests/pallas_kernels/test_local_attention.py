@@ -43,6 +43,10 @@ CASES = {
 }
 
 
+# The dtype changes the rounding, not the geometry: one case of each kind.
+LOW_PRECISION_CASES = ("9x5_odd_grid", "causal_9x9", "11x11_grid_in_the_halo", "cross3_5x5")
+
+
 def draw(case: Case, dtype: str = "float32", batch: int = 2, seed: int = 0):
     """q, k, v and cotangents for the output and the log-sum-exp, as NumPy arrays."""
     b, (y, x), h, d = batch, case.grid, case.heads, case.dim
@@ -103,10 +107,8 @@ def test_reference_is_a_loop_over_cells(name, assert_close):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *itertools.product(CASES, ("float32", "bfloat16")),
-        # The same code path as bfloat16: once alone and once across grids is enough.
-        ("9x5_odd_grid", "float16"),
-        ("cross2_3x3", "float16"),
+        *[(name, "float32") for name in CASES],
+        *itertools.product(LOW_PRECISION_CASES, ("bfloat16", "float16")),
     ],
 )
 def test_values_lse_and_gradients(name, dtype, implementation, assert_close):
@@ -251,7 +253,7 @@ def test_under_vmap_and_scan(implementation, assert_close):
     assert_close(scanned[:, 0], expected, "float32")
 
 
-@pytest.mark.parametrize("tile", [(2, 2), (4, 6), (10, 8), (16, 2), (24, 24)])
+@pytest.mark.parametrize("tile", [(2, 2), (4, 6), (24, 24)])
 @pytest.mark.parametrize("name", ["cross2_3x3", "causal_9x9"])
 def test_xla_does_not_depend_on_the_tile(name, tile, assert_close):
     case = CASES[name]

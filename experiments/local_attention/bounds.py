@@ -1,0 +1,75 @@
+"""How fast local attention could be on this device: counted work over measured rates."""
+
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.local_attention.window import Window
+
+# Forward reads q, k, v and writes out; backward reads those four and a cotangent, writes three.
+_PRODUCTS = {"forward": 2, "forward+backward": 6}  # each 2 * d operations a visible key
+_QUERY_ARRAYS = {"forward": 2, "forward+backward": 6}
+_KEY_ARRAYS = {"forward": 2, "forward+backward": 6}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations and bytes a second, measured on the device."""
+
+    flops: float
+    bytes: float
+
+
+def measure_rates(dtype: str) -> Rates:
+    """The best of twenty square matrix products and of twenty copies (read and write counted)."""
+    on_cpu = jax.default_backend() == "cpu"
+    side, length = (1536, 2**25) if on_cpu else (8192, 2**29)
+    a = jnp.ones((side, side), dtype)
+    b = jnp.ones((length,), jnp.float32)
+    return Rates(
+        flops=2 * side**3 / _best(jax.jit(lambda a: a @ a), a),
+        bytes=2 * b.nbytes / _best(jax.jit(lambda b: b + 1), b),
+    )
+
+
+def visible_keys(grid: tuple[int, int], window: Window) -> int:
+    """Pairs of query and key in its window and in the grid; for windows that are not causal."""
+    pairs = 1
+    for side, radius in zip(grid, window.radius, strict=True):
+        parent, last = np.arange(side) // window.ratio, side // window.ratio - 1
+        pairs *= int((np.minimum(parent + radius, last) - np.maximum(parent - radius, 0) + 1).sum())
+    return pairs
+
+
+def bound_seconds(
+    grid: tuple[int, int],
+    window: Window,
+    *,
+    batch: int,
+    heads: int,
+    dim: int,
+    itemsize: int,
+    direction: str,
+    rates: Rates,
+) -> float:
+    """The larger of the time for the visible keys' products and that for touching each array once.
+
+    No implementation must reach it: nothing is counted for exponentials or for masked keys.
+    """
+    flops = _PRODUCTS[direction] * 2 * dim * batch * heads * visible_keys(grid, window)
+    queries, keys = grid[0] * grid[1], grid[0] * grid[1] // window.ratio**2
+    arrays = _QUERY_ARRAYS[direction] * queries + _KEY_ARRAYS[direction] * keys
+    return max(flops / rates.flops, arrays * batch * heads * dim * itemsize / rates.bytes)
+
+
+def _best(function, argument) -> float:
+    jax.block_until_ready(function(argument))
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        jax.block_until_ready(function(argument))
+        times.append(time.perf_counter() - start)
+    return min(times)
