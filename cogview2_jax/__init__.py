@@ -1,0 +1,45 @@
+"""CogView2 in JAX: text to pictures with hierarchical transformers (arXiv 2204.14217).
+
+    import jax
+    import cogview2_jax
+
+    cv = cogview2_jax.load()
+    images = cv.generate("a red circle above a striped blue square", key=jax.random.key(0))
+
+Importing this is quick and loads nothing: the networks come with the first `load`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cogview2_jax.bundle import Bundle
+    from cogview2_jax.pipeline import CogView
+
+__version__ = "0.1.0"
+__all__ = ["Bundle", "CogView", "__version__", "load"]
+
+
+def load(path: str | os.PathLike[str] | None = None) -> CogView:
+    """The model in the bundle folder `path`, or the one that ships with the package.
+
+    Raises FileNotFoundError or ValueError, in one line, for a missing or damaged bundle.
+    """
+    from cogview2_jax import bundle
+    from cogview2_jax.pipeline import CogView
+
+    return CogView(bundle.load(path))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CogView":
+        from cogview2_jax.pipeline import CogView
+
+        return CogView
+    if name == "Bundle":
+        from cogview2_jax.bundle import Bundle
+
+        return Bundle
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,374 @@
+"""A released model as one folder: configuration, text model and the weights of all four networks.
+
+    config.json          every configuration dataclass, the format's version, what made it
+    text.model           the SentencePiece model
+    weights.safetensors  parameters as float16, names joined with "/", and the cluster labels
+
+Nothing in it is code: the weights are read by `safetensors`, which runs none. Reading is strict. A
+field or a tensor too many, too few or of another shape is refused in one line that names the file,
+what was wrong with it and what to do. In memory parameters are float32.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import shutil
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import sentencepiece as spm
+from safetensors.numpy import save_file
+
+from cogview2_jax import __version__
+from cogview2_jax.config import (
+    CogLMConfig,
+    DirectSRConfig,
+    HVQVAEConfig,
+    IterativeSRConfig,
+    Sampling,
+)
+from cogview2_jax.tokenizer import text
+
+FORMAT = 1
+CONFIG, TEXT_MODEL, WEIGHTS = "config.json", "text.model", "weights.safetensors"
+CLUSTER_LABELS = "cluster_labels"
+SHIPPED = Path(__file__).parent / "bundles" / "scenes"
+_ADVICE = "copy or download the bundle again"
+
+Params = dict
+
+
+class Description(NamedTuple):
+    """What config.json says. Cheap to read: it needs neither the weights nor the networks."""
+
+    coglm_config: CogLMConfig
+    direct_config: DirectSRConfig
+    iterative_config: IterativeSRConfig
+    tokenizer_config: HVQVAEConfig
+    sampling: Sampling
+    made_with: dict[str, str]  # package -> version
+
+
+class Bundle(NamedTuple):
+    """A model in memory. The parameters are float32; the four trees share nothing."""
+
+    coglm_config: CogLMConfig
+    direct_config: DirectSRConfig
+    iterative_config: IterativeSRConfig
+    tokenizer_config: HVQVAEConfig
+    sampling: Sampling
+    coglm: Params
+    direct: Params
+    iterative: Params
+    tokenizer: Params
+    text_model: spm.SentencePieceProcessor
+    cluster_labels: np.ndarray  # int32 [codebook_size], the cluster of each image token
+
+    @property
+    def num_clusters(self) -> int:
+        return int(self.cluster_labels.max()) + 1
+
+
+_CONFIGS = ("coglm_config", "direct_config", "iterative_config", "tokenizer_config", "sampling")
+_NETWORKS = ("coglm", "direct", "iterative", "tokenizer")
+
+
+def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
+    """Write `bundle` as the folder `path`, replacing what is there: all of it appears, or nothing.
+
+    Raises ValueError for parts that do not fit each other and for weights outside float16, OSError
+    (one line) when the disk is full or the place is not writable.
+    """
+    path = Path(path).absolute()
+    configs: dict[str, Any] = {name: getattr(bundle, name) for name in _CONFIGS}
+    _check_description(Description(**configs, made_with={}), path)
+    _check_text_model(bundle.text_model, bundle.coglm_config, path)
+    tensors = _tensors(bundle)
+    _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, bundle, path)
+    content = {
+        "format": FORMAT,
+        "made_with": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
+        | {"cogview2_jax": __version__},
+    } | {name: dataclasses.asdict(config) for name, config in configs.items()}
+
+    # Beside the target, so that the last step is a rename within one file system.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
+    try:
+        partial.mkdir(parents=True)
+        (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        (partial / TEXT_MODEL).write_bytes(bundle.text_model.serialized_model_proto())
+        save_file(tensors, partial / WEIGHTS)
+        shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets only the owner read
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or _one_line(error)
+        raise OSError(f"bundle {path} could not be written: {reason}") from error
+    finally:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def load(path: str | os.PathLike[str] | None = None) -> Bundle:
+    """The bundle in the folder `path`, or the one that ships with the package.
+
+    Raises FileNotFoundError for a missing folder or file and ValueError for a damaged or
+    ill-fitting one, each in one line.
+    """
+    folder = locate(path)
+    description = read_description(folder)
+    text_model = read_text_model(folder, description)
+    bundle = Bundle(
+        description.coglm_config,
+        description.direct_config,
+        description.iterative_config,
+        description.tokenizer_config,
+        description.sampling,
+        coglm={},
+        direct={},
+        iterative={},
+        tokenizer={},
+        text_model=text_model,
+        cluster_labels=np.zeros(0, np.int32),
+    )
+    file = _file(folder, WEIGHTS)
+    try:
+        with safetensors.safe_open(file, framework="numpy") as stored:
+            # Shapes first: they lie in the header, so an unfit file is refused before it is read.
+            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
+            _check_shapes(shapes, bundle, folder)
+            tensors = {name: stored.get_tensor(name) for name in shapes}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({_one_line(error)}): {_ADVICE}") from error
+    labels = tensors.pop(CLUSTER_LABELS).astype(np.int32)
+    if labels.min() < 0:
+        raise ValueError(f"{file} is damaged (a negative cluster label): {_ADVICE}")
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{file} is damaged (tensor {name!r} is not finite): {_ADVICE}")
+    # On the host, all at once: a conversion on the device would be one program for each shape.
+    trees = _nest({name: tensor.astype(np.float32) for name, tensor in tensors.items()})
+    return bundle._replace(**jax.device_put(trees), cluster_labels=labels)
+
+
+def locate(path: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of a bundle.
+
+    Raises FileNotFoundError when there is none, NotADirectoryError when it is a file.
+    """
+    folder = SHIPPED if path is None else Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"bundle {folder} is a file: give the folder that holds {CONFIG}")
+    if path is None:
+        raise FileNotFoundError(
+            f"the bundle that ships with cogview2_jax is missing at {folder}:"
+            " install the package again, or give the folder of another bundle"
+        )
+    raise FileNotFoundError(f"bundle {folder} does not exist: give the folder of a saved bundle")
+
+
+def read_description(folder: Path) -> Description:
+    """config.json of the bundle at `folder`, checked. Raises as `load` does."""
+    file = _file(folder, CONFIG)
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged (not JSON: {_one_line(error)}): {_ADVICE}") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise ValueError(f"{file} is not the configuration of a bundle: {_ADVICE}")
+    if content["format"] != FORMAT:
+        raise ValueError(
+            f"{file} has format {content['format']!r}, this version reads {FORMAT}:"
+            " use the version of cogview2_jax that it was made with"
+        )
+    try:
+        _require_keys(content, {"format", "made_with", *_CONFIGS}, "the file")
+        types = typing.get_type_hints(Description)
+        configs = {name: _read(types[name], content[name], name) for name in _CONFIGS}
+        made_with = content["made_with"]
+        if not isinstance(made_with, dict):
+            raise ValueError("made_with must be an object")
+    except ValueError as error:
+        raise ValueError(f"{file} is unfit ({_one_line(error)}): {_ADVICE}") from error
+    description = Description(**configs, made_with=made_with)
+    _check_description(description, file)
+    return description
+
+
+def read_text_model(folder: Path, description: Description) -> spm.SentencePieceProcessor:
+    """text.model of the bundle at `folder`, checked with the vocabulary. Raises as `load` does."""
+    file = _file(folder, TEXT_MODEL)
+    try:
+        model = text.load_text_model(file)
+    except ValueError as error:
+        raise ValueError(f"{error}: {_ADVICE}") from error
+    _check_text_model(model, description.coglm_config, file)
+    return model
+
+
+@functools.lru_cache(maxsize=4)
+def expected_shapes(
+    coglm_config: CogLMConfig,
+    direct_config: DirectSRConfig,
+    iterative_config: IterativeSRConfig,
+    tokenizer_config: HVQVAEConfig,
+) -> Mapping[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a bundle with this configuration."""
+    # Imported here: the configuration and the text model are read without the networks.
+    from cogview2_jax import coglm, direct_sr, iterative_sr
+    from cogview2_jax.tokenizer import image
+
+    def init(key: jax.Array) -> Params:
+        return {
+            "coglm": coglm.init_params(key, coglm_config),
+            "direct": direct_sr.init_params(key, direct_config),
+            "iterative": iterative_sr.init_params(key, iterative_config),
+            "tokenizer": image.init_params(key, tokenizer_config),
+        }
+
+    like = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    shapes = {name: tuple(leaf.shape) for name, leaf in _flat(like)}
+    return shapes | {CLUSTER_LABELS: (tokenizer_config.codebook_size,)}
+
+
+# --- Checks ---------------------------------------------------------------------------------------
+
+
+def _check_description(description: Description, where: Path) -> None:
+    coglm, direct, iterative, tokenizer, sampling, _ = description
+    pairs = {
+        "direct_config.coglm.grid": (direct.coglm.grid, coglm.grid),
+        "direct_config.coglm.vocabulary": (direct.coglm.vocabulary, coglm.vocabulary),
+        "iterative_config.grid": (iterative.grid, direct.grid),
+        "iterative_config.vocabulary": (iterative.vocabulary, coglm.vocabulary),
+        "tokenizer_config.codebook_size": (tokenizer.codebook_size, coglm.vocabulary.num_image),
+        "the length of sampling.iterative_top_k": (
+            len(sampling.iterative_top_k),
+            iterative.rounds,
+        ),
+    }
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            raise ValueError(f"{where}: {name} must be {expected}: got {found}")
+
+
+def _check_text_model(model: spm.SentencePieceProcessor, config: CogLMConfig, where: Path) -> None:
+    expected = config.vocabulary
+    found = text.vocabulary_for(model, expected.num_image)
+    if found != expected:
+        raise ValueError(
+            f"{where} has {model.vocab_size()} pieces and makes {found}, but the configuration has"
+            f" {expected}: take both from one bundle"
+        )
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], bundle: Bundle, where: Path) -> None:
+    expected = expected_shapes(
+        bundle.coglm_config,
+        bundle.direct_config,
+        bundle.iterative_config,
+        bundle.tokenizer_config,
+    )
+    file = where / WEIGHTS
+    if missing := sorted(expected.keys() - shapes.keys()):
+        raise ValueError(f"{file} lacks tensor {_first(missing)}: {_ADVICE}")
+    if unknown := sorted(shapes.keys() - expected.keys()):
+        raise ValueError(f"{file} has tensor {_first(unknown)}, no part of the model: {_ADVICE}")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ValueError(
+                f"{file}: tensor {name!r} must have shape {shape}: got {shapes[name]}; {_ADVICE}"
+            )
+
+
+def _first(names: list[str]) -> str:
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _file(folder: Path, name: str) -> Path:
+    file = folder / name
+    if not file.is_file():
+        raise FileNotFoundError(f"bundle {folder} has no file {name}: {_ADVICE}")
+    return file
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+# --- Trees and JSON -------------------------------------------------------------------------------
+
+
+def _tensors(bundle: Bundle) -> dict[str, np.ndarray]:
+    """Parameters as float16, and the labels. Raises ValueError for what float16 cannot hold."""
+    trees = jax.device_get({name: getattr(bundle, name) for name in _NETWORKS})
+    tensors = {}
+    for name, leaf in _flat(trees):
+        with np.errstate(over="ignore"):
+            tensors[name] = np.ascontiguousarray(leaf, np.float16)
+        if not np.isfinite(tensors[name]).all():
+            raise ValueError(f"tensor {name!r} has values that float16 cannot hold")
+    return tensors | {CLUSTER_LABELS: np.ascontiguousarray(bundle.cluster_labels, np.int32)}
+
+
+def _flat(tree: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+def _nest(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _require_keys(content: Mapping[str, Any], names: set[str], where: str) -> None:
+    if missing := sorted(names - content.keys()):
+        raise ValueError(f"{where} lacks {missing[0]!r}")
+    if unknown := sorted(content.keys() - names):
+        raise ValueError(f"{where} has an unknown field {unknown[0]!r}")
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """`value` out of JSON as the type `kind` says: a dataclass, a tuple, an int or a float."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be an object: got {value!r}")
+        types = typing.get_type_hints(kind)
+        _require_keys(value, {field.name for field in dataclasses.fields(kind)}, where)
+        fields = {name: _read(types[name], value[name], f"{where}.{name}") for name in value}
+        return typing.cast(type, kind)(**fields)
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list: got {value!r}")
+        if kinds[-1] is ...:
+            kinds = kinds[:1] * len(value)
+        if len(kinds) != len(value):
+            raise ValueError(f"{where} must have {len(kinds)} entries: got {len(value)}")
+        return tuple(
+            _read(part, item, f"{where}[{number}]")
+            for number, (part, item) in enumerate(zip(kinds, value, strict=True))
+        )
+    accepted = (int, float) if kind is float else (kind,)
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise ValueError(f"{where} must be {kind.__name__}: got {value!r}")
+    return kind(value)

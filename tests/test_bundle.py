@@ -1,0 +1,179 @@
+"""Saving and loading a model: exact, strict, all or nothing."""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from cogview2_jax import bundle as bundles
+from cogview2_jax.tokenizer import text
+
+Damage = Callable[[Path], object]
+
+
+def test_a_saved_bundle_loads_equal(tiny, tiny_folder):
+    loaded = bundles.load(tiny_folder)
+    for name in bundles._CONFIGS:
+        assert getattr(loaded, name) == getattr(tiny, name)
+    for name in bundles._NETWORKS:
+        jax.tree.map(np.testing.assert_array_equal, getattr(loaded, name), getattr(tiny, name))
+        assert {leaf.dtype for leaf in jax.tree.leaves(getattr(loaded, name))} == {
+            np.dtype("float32")
+        }
+    np.testing.assert_array_equal(loaded.cluster_labels, tiny.cluster_labels)
+    assert loaded.num_clusters == tiny.cluster_labels.max() + 1
+    assert loaded.text_model.serialized_model_proto() == tiny.text_model.serialized_model_proto()
+
+
+def test_weights_are_float16_on_disk_and_readable_by_all(tiny_folder):
+    tensors = load_file(tiny_folder / bundles.WEIGHTS)
+    labels = tensors.pop(bundles.CLUSTER_LABELS)
+    assert labels.dtype == np.int32
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype("float16")}
+    assert len({file.stat().st_mode for file in tiny_folder.iterdir()}) == 1
+
+
+def edit_config(change: Callable[[dict], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / bundles.CONFIG).read_text())
+        change(content)
+        (folder / bundles.CONFIG).write_text(json.dumps(content))
+
+    return damage
+
+
+def edit_weights(change: Callable[[dict], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / bundles.WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / bundles.WEIGHTS)
+
+    return damage
+
+
+def truncate(folder: Path) -> None:
+    file = folder / bundles.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def other_text_model(folder: Path) -> None:
+    (folder / bundles.TEXT_MODEL).write_bytes(text.train_text_model(["quite another text"]))
+
+
+CODEBOOK, EMBEDDINGS = "tokenizer/codebook", "coglm/word_embeddings"
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no config": (lambda f: (f / bundles.CONFIG).unlink(), "no file config.json"),
+    "no text model": (lambda f: (f / bundles.TEXT_MODEL).unlink(), "no file text.model"),
+    "no weights": (lambda f: (f / bundles.WEIGHTS).unlink(), "no file weights.safetensors"),
+    "not JSON": (lambda f: (f / bundles.CONFIG).write_text("{"), "config.json is damaged"),
+    "not UTF-8": (lambda f: (f / bundles.CONFIG).write_bytes(b"\xff"), "config.json is damaged"),
+    "another JSON": (lambda f: (f / bundles.CONFIG).write_text("[]"), "not the configuration"),
+    "newer format": (edit_config(lambda c: c.update(format=2)), "has format 2"),
+    "unknown field": (edit_config(lambda c: c.update(extra=1)), "unknown field 'extra'"),
+    "missing field": (edit_config(lambda c: c["sampling"].pop("base")), "lacks 'base'"),
+    "wrong type": (edit_config(lambda c: c["coglm_config"].update(max_text="9")), "must be int"),
+    "true for one": (edit_config(lambda c: c["coglm_config"].update(max_text=True)), "be int"),
+    "short grid": (edit_config(lambda c: c["coglm_config"].update(grid=[4])), "have 2 entries"),
+    "invalid value": (
+        edit_config(lambda c: c["sampling"]["base"].update(temperature=0)),
+        "temperature must be above 0",
+    ),
+    "two grids": (
+        edit_config(lambda c: c["iterative_config"].update(grid=[12, 9])),
+        "iterative_config.grid must be (12, 12)",
+    ),
+    "damaged text model": (
+        lambda f: (f / bundles.TEXT_MODEL).write_bytes(b"abc"),
+        "text.model is damaged",
+    ),
+    "other text model": (other_text_model, "text.model has"),
+    "truncated": (truncate, "weights.safetensors is damaged"),
+    "not tensors": (lambda f: (f / bundles.WEIGHTS).write_bytes(b"x" * 99), "is damaged"),
+    "missing tensor": (edit_weights(lambda t: t.pop(CODEBOOK)), f"lacks tensor '{CODEBOOK}'"),
+    "extra tensor": (
+        edit_weights(lambda t: t.update(extra=np.zeros(1, np.float16))),
+        "has tensor 'extra'",
+    ),
+    "wrong shape": (
+        edit_weights(lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS][1:]})),
+        f"tensor '{EMBEDDINGS}' must have shape",
+    ),
+    "not finite": (
+        edit_weights(lambda t: t[EMBEDDINGS].fill(np.nan)),
+        f"tensor '{EMBEDDINGS}' is not finite",
+    ),
+    "negative label": (
+        edit_weights(lambda t: t[bundles.CLUSTER_LABELS].fill(-1)),
+        "negative cluster label",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_bundle_is_refused_in_one_line(name, tiny_folder, tmp_path):
+    damage, message = DAMAGES[name]
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_folder, folder)
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        bundles.load(folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        bundles.load(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        bundles.load(tmp_path / "file")
+
+
+def test_a_missing_shipped_bundle_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(bundles, "SHIPPED", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="install the package again"):
+        bundles.load()
+
+
+@pytest.mark.parametrize("step", ["save_file", "rename"])
+def test_a_failed_save_leaves_what_was_there(step, tiny, tiny_folder, tmp_path, monkeypatch):
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    kept = tmp_path / "kept"
+    shutil.copytree(tiny_folder, kept)
+    before = {file.name: file.read_bytes() for file in kept.iterdir()}
+    rename = Path.rename
+    if step == "save_file":
+        monkeypatch.setattr(bundles, "save_file", full)
+    else:
+        # Only the new folder's step into place fails; the old one can still be put back.
+        monkeypatch.setattr(
+            Path, "rename", lambda a, b: full() if a.suffix == ".partial" else rename(a, b)
+        )
+    for target in (tmp_path / "new", kept):
+        with pytest.raises(OSError, match=f"{target.name} could not be written: No space left"):
+            bundles.save(target, tiny)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert {file.name: file.read_bytes() for file in kept.iterdir()} == before
+
+
+def test_save_replaces_a_bundle(tiny, tmp_path):
+    for _ in range(2):
+        bundles.save(tmp_path / "model", tiny)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    bundles.load(tmp_path / "model")
+
+
+def test_save_refuses_what_float16_cannot_hold(tiny, tmp_path):
+    large = tiny._replace(tokenizer=tiny.tokenizer | {"codebook": np.full((64, 8), 1e6)})
+    with pytest.raises(ValueError, match="'tokenizer/codebook' has values that float16"):
+        bundles.save(tmp_path / "model", large)
+    assert not list(tmp_path.iterdir())
