@@ -114,7 +114,7 @@ def extend(
     """Run tokens [b, s] that follow what the cache holds: hidden [b, s, e] and the longer cache.
 
     `mask` [b or 1, s, length] and `bias` [b or 1, length] span the whole cache; keys go to
-    `index`….
+    `index`…. The caller sees to it that they fit: past the end they would overwrite the last ones.
     """
     context = DenseContext(mask, bias, index)
     model = network(config, precision)

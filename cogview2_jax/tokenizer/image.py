@@ -20,7 +20,9 @@ def init_params(key: Array, config: HVQVAEConfig, precision: Precision = Precisi
 def nearest_code(vectors: Array, codebook: Array) -> Array:
     """Id of the nearest codebook entry by squared distance. [..., d], [v, d] → int32 [...]."""
     # ‖x − c‖² = ‖x‖² − 2x·c + ‖c‖², and ‖x‖² is the same for every c.
-    scores = jnp.sum(codebook**2, axis=-1) - 2 * jnp.einsum("...d,vd->...v", vectors, codebook)
+    # At full precision: a GPU's default would round the products and flip near ties.
+    products = jnp.einsum("...d,vd->...v", vectors, codebook, precision=jax.lax.Precision.HIGHEST)
+    scores = jnp.sum(codebook**2, axis=-1) - 2 * products
     return jnp.argmin(scores, axis=-1).astype(jnp.int32)
 
 
