@@ -306,8 +306,12 @@ def write(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, direction in zip(axes, DIRECTIONS, strict=True):
+    measured = [d for d in DIRECTIONS if any(r.direction == d for r in results)]
+    size = (5 * len(measured) + 1, 4)
+    figure, (axes,) = plt.subplots(
+        1, len(measured), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, direction in zip(axes, measured, strict=True):
         rows = [r for r in results if r.window == "9x9" and r.direction == direction]
         for name in dict.fromkeys(r.implementation for r in rows):
             points = [(r.grid, r.fastest_ms) for r in rows if r.implementation == name]
@@ -320,7 +324,7 @@ def write(
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms")
-    axes[0].legend(loc="upper left")
+    axes[0].legend(loc="lower right")
     figure.suptitle(f"{device_name()}, {setting.dtype}, {setting.heads} heads of {setting.dim}")
     figure.savefig(folder / "plot.png", dpi=120)
     plt.close(figure)
