@@ -15,7 +15,8 @@ from cogview2_jax.config import (
     IterativeSRConfig,
     Precision,
 )
-from cogview2_jax.sequence import Layout, LossKind, TrainingSample
+from cogview2_jax.pretraining import LossKind, TrainingSample
+from cogview2_jax.sequence import Layout
 from cogview2_jax.tokenizer.hvqvae import HVQVAE
 from cogview2_jax.tokenizer.image import nearest_code
 

@@ -8,8 +8,8 @@ Two kinds of function live here:
   leading dimensions: it traces under jit, and its shapes depend on the config alone. Text comes in
   a fixed number of slots with a mask `is_text`, so one compilation serves every prompt;
   `right_padded` and `left_padded` make the slots.
-- What depends on a picture's mask or on drawn choices (`infill`, `lopar_schedule`, the
-  pre-training samples) is NumPy on the host, vectorised over the batch.
+- What depends on a picture's mask (`infill`) or on the config alone (`lopar_schedule`) is NumPy
+  on the host.
 
 Text of the base model is padded on the RIGHT: slot i then holds position i, as in a training
 record, so the slots of a training sample and of the decoder mean the same. The published
@@ -22,7 +22,6 @@ Facts: the released code (`cogview2_text2image.py`, `comp_pipeline/base_completi
 """
 
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -58,7 +57,7 @@ def right_padded(
     tokens = np.full((len(texts), slots), vocabulary.pad, np.int32)
     is_text = np.zeros(tokens.shape, bool)
     for row, text in enumerate(texts):
-        ids = _text_ids(f"texts[{row}]", text, slots, vocabulary)
+        ids = text_ids(f"texts[{row}]", text, slots, vocabulary)
         tokens[row, : len(ids)] = ids
         is_text[row, : len(ids)] = True
     return tokens, is_text
@@ -76,7 +75,7 @@ def left_padded(
     tokens = np.zeros((len(texts), slots), np.int32)
     is_text = np.zeros(tokens.shape, bool)
     for row, text in enumerate(texts):
-        ids = _text_ids(f"texts[{row}]", text, slots, vocabulary)
+        ids = text_ids(f"texts[{row}]", text, slots, vocabulary)
         tokens[row, slots - len(ids) :] = ids
         is_text[row, slots - len(ids) :] = True
     return tokens, is_text
@@ -112,7 +111,7 @@ def text_to_image(
     tokens = _join(text, [config.vocabulary.start_of_image], image)
     positions = _join(_text_positions(is_text), config.image_position - 1 + np.arange(length))
     keys = _join(is_text, np.zeros(length, bool))
-    return Layout(tokens, positions, _text_then_causal(keys, text.shape[-1]), keys)
+    return Layout(tokens, positions, text_then_causal(keys, text.shape[-1]), keys)
 
 
 def visible_keys(is_text: jax.Array, slots: int, query: int | jax.Array) -> jax.Array:
@@ -209,7 +208,7 @@ def infill(
         raise ValueError("mask must have a true cell to fill: got 0")
     if grid_ids.shape not in (config.grid, (config.num_image_tokens,)):
         raise ValueError(f"image must have the grid's shape {config.grid}: got {grid_ids.shape}")
-    _require_range("image", grid_ids.reshape(config.grid)[~masked], 0, config.vocabulary.num_image)
+    require_range("image", grid_ids.reshape(config.grid)[~masked], 0, config.vocabulary.num_image)
     text_tokens, text_is_text = right_padded([text], slots, config.vocabulary)
 
     in_rest = masked.copy()
@@ -230,7 +229,7 @@ def infill(
     slot = np.arange(len(tokens))
     context = (slot > slots) & (slot < start)
     # `<start_of_image>` itself sees no image, as in every other task.
-    see = _text_then_causal(keys, slots) | (context & (slot > slots)[:, None])
+    see = text_then_causal(keys, slots) | (context & (slot > slots)[:, None])
     return Infill(
         tokens.astype(np.int32),
         positions.astype(np.int32),
@@ -330,337 +329,10 @@ def lopar_schedule(config: IterativeSRConfig) -> LoparSchedule:
     return LoparSchedule(reset, reset.copy())
 
 
-# --- Pre-training: records ------------------------------------------------------------------------
-
-
-class LossKind(IntEnum):
-    """What a position of a training sample is asked for."""
-
-    NONE = 0
-    IMAGE = 1  # the next image token, given the text
-    PATCH = 2  # the next cell of a masked patch
-    ENGLISH = 3  # a caption's next token
-    CHINESE = 4
-    SPAN = 5  # the next token of a masked text span
-
-
-class TrainingSample(NamedTuple):
-    """A batch of pre-training samples: the logits at a position predict its label."""
-
-    tokens: np.ndarray  # [b, s] int32
-    positions: np.ndarray  # [b, s] int32
-    labels: np.ndarray  # [b, s] int32
-    mask: np.ndarray  # [b, s, s] bool
-    loss_mask: np.ndarray  # [b, s] bool
-    kind: np.ndarray  # [b, s] int8, a LossKind
-
-
-def record(texts: Sequence[Sequence[int]], image: ArrayLike, config: CogLMConfig) -> np.ndarray:
-    """A training record: one text or two with a pad between, pads, image. int32 [text_slots + 1 +
-    cells].
-
-    The last text place is always a pad: samples put `<start_of_image>` there. Raises ValueError
-    for no text or more than two, texts that do not fit, and wrong ids.
-    """
-    if len(texts) not in (1, 2):
-        raise ValueError(f"texts must be one or two, one for each language: got {len(texts)}")
-    vocabulary, ids = config.vocabulary, np.asarray(image).reshape(-1)
-    if ids.size != config.num_image_tokens:
-        raise ValueError(f"image must have {config.num_image_tokens} tokens: got {ids.size}")
-    _require_range("image", ids, 0, vocabulary.num_image)
-    made = np.full(config.text_slots + 1 + ids.size, vocabulary.pad, np.int32)
-    end = -1
-    for number, text in enumerate(texts):
-        room = config.text_slots - end - 1
-        part = _text_ids(f"texts[{number}]", text, room, vocabulary)
-        if (part == vocabulary.pad).any():  # pads are what ends a text of a record
-            raise ValueError(f"texts[{number}] must not hold the pad id: got {vocabulary.pad}")
-        made[end + 1 : end + 1 + len(part)] = part
-        end += 1 + len(part)
-    made[config.text_slots + 1 :] = ids
-    return made
-
-
-def text_spans(records: np.ndarray, config: CogLMConfig) -> np.ndarray:
-    """Where the texts of `records` [b, s] lie: int [b, 2, 2], (start, end) of each; the second is
-    empty if absent.
-
-    Raises ValueError when a record is not as `record` makes it.
-    """
-    _require_records(records, config)
-    is_pad = records[:, : config.text_slots + 1] == config.vocabulary.pad
-    if not is_pad[:, -1].all() or is_pad[:, 0].any():
-        row = int(np.argmin(is_pad[:, -1] & ~is_pad[:, 0]))
-        raise ValueError(
-            f"records[{row}] must begin with a text and have a pad at {config.text_slots}:"
-            f" got ids {records[row, 0]} and {records[row, config.text_slots]}"
-        )
-    slot = np.arange(is_pad.shape[1])
-    first_end = is_pad.argmax(1)
-    second_start = first_end + 1
-    # The second pad; where there is none, or it follows the first at once, there is no second text.
-    second_end = (is_pad & (slot > first_end[:, None])).argmax(1)
-    second_end = np.maximum(second_end, second_start)
-    first = np.stack([np.zeros_like(first_end), first_end], -1)
-    return np.stack([first, np.stack([second_start, second_end], -1)], 1)
-
-
-def english_texts(records: np.ndarray, config: CogLMConfig, first_chinese: int) -> np.ndarray:
-    """Whether each text of `records` is English, by the published rule: every id below
-    `first_chinese`. [b, 2].
-    """
-    spans, slot = text_spans(records, config), np.arange(config.text_slots + 1)
-    inside = (slot >= spans[..., :1]) & (slot < spans[..., 1:])
-    below = records[:, None, : config.text_slots + 1] < first_chinese
-    return np.asarray((below | ~inside).all(-1))
-
-
-# --- Pre-training: the three tasks ----------------------------------------------------------------
-
-
-def generation_samples(
-    records: np.ndarray, second: ArrayLike, config: CogLMConfig
-) -> TrainingSample:
-    """Image from text: `records` [b, s], and `second` bool [b], which text is shown where there
-    are two.
-
-    Every row sees the chosen text; `<start_of_image>` and the image are causal; the other text is
-    seen by none. The loss is on all image tokens.
-    """
-    spans, width = text_spans(records, config), config.text_slots + 1
-    has_second = spans[:, 1, 1] > spans[:, 1, 0]
-    chosen = (np.asarray(second, bool) & has_second).astype(int)
-    begin, end = spans[np.arange(len(records)), chosen].T[..., None]
-    slot = np.arange(records.shape[1])
-    is_text = (slot >= begin) & (slot < end)
-    tokens = records.astype(np.int32)
-    tokens[:, width - 1] = config.vocabulary.start_of_image
-    image = slot - width + config.image_position
-    positions = np.where(is_text, slot - begin, np.where(slot >= width - 1, image, 0))
-    # The published labels are the record's own tokens, so `<start_of_image>` is nobody's label.
-    labels = np.append(records[:, 1:], records[:, -1:], 1)
-    predicts = np.broadcast_to((slot >= width - 1) & (slot < len(slot) - 1), tokens.shape)
-    kind = predicts * np.int8(LossKind.IMAGE)
-    return _sample(tokens, positions, labels, _text_then_causal(is_text, width - 1), kind)
-
-
-def captioning_samples(
-    records: np.ndarray,
-    english: ArrayLike,
-    corners: np.ndarray,
-    config: CogLMConfig,
-    *,
-    patch_size: int = 4,
-    predict_end: bool = False,
-) -> TrainingSample:
-    """Text from image, joined with masked patches: `english` bool [b, 2], a flag for each text;
-    `corners` int [b, patches, 2], the (row, column) of each patch's first cell.
-
-    The texts move right by one, so that each begins with its start token; each is causal, sees no
-    other text, and sees all image cells. Every row sees every kept cell; kept cells see nothing
-    else; masked cells also see earlier masked ones and themselves. The loss is on the texts, and
-    on all but the last column of each patch, whose cells predict the next cell.
-
-    The published loss says nothing about where a text ends. With `predict_end`, the last token of
-    each predicts a pad, so that a caption drawn from the model stops.
-    """
-    spans, width = text_spans(records, config), config.text_slots + 1
-    vocabulary, (rows, columns) = config.vocabulary, config.grid
-    corners = np.asarray(corners)
-    last = np.array([rows - patch_size, columns - patch_size])
-    if corners.ndim != 3 or (corners < 0).any() or (corners > last).any():
-        raise ValueError(
-            f"corners must be [b, patches, 2] within {tuple(last.tolist())}:"
-            f" got shape {corners.shape} with {corners.min(initial=0)} to {corners.max(initial=0)}"
-        )
-    tokens = records.astype(np.int32)
-    tokens[:, 1:width] = records[:, : width - 1]
-    slot = np.arange(records.shape[1])
-    image = slot >= width
-    image_positions = np.where(image, slot - width + config.image_position, 0)
-    positions = np.broadcast_to(image_positions, tokens.shape)
-    kind = np.zeros(tokens.shape, np.int8)
-    ends = np.zeros(tokens.shape, bool)
-    segment = np.zeros(tokens.shape, np.int8)  # 1 and 2: the texts with their start tokens
-    every = np.arange(len(records))
-    for number, is_english in enumerate(np.asarray(english, bool).T):
-        begin, end = spans[:, number].T[..., None]  # after the move, of start token and last token
-        present = end > begin
-        inside = (slot >= begin) & (slot <= end) & present
-        start_token = np.where(is_english, vocabulary.start_of_english, vocabulary.start_of_chinese)
-        there = np.minimum(begin[:, 0], width - 1)
-        tokens[every, there] = np.where(present[:, 0], start_token, tokens[every, there])
-        segment[inside] = number + 1
-        positions = np.where(inside, slot - begin, positions)
-        language = np.where(is_english, LossKind.ENGLISH, LossKind.CHINESE)[:, None]
-        predicts = inside & (slot < end + predict_end)
-        kind = np.where(predicts, language, kind)
-        ends |= inside & (slot == end)
-
-    masked, in_loss = _patches(corners, config, patch_size)
-    kind[:, width:][in_loss] = LossKind.PATCH
-    kept = np.append(np.zeros((len(records), width), bool), ~masked, 1)
-    labels = np.append(tokens[:, 1:], tokens[:, -1:], 1)
-    if predict_end:
-        labels[ends] = vocabulary.pad
-    causal = slot <= slot[:, None]
-    is_text = segment > 0
-    same_text = (segment[:, :, None] == segment[:, None, :]) & is_text[:, :, None]
-    hidden = image & ~kept
-    mask = same_text & causal
-    mask |= is_text[:, :, None] & image
-    mask |= hidden[:, :, None] & image & causal
-    mask |= kept[:, None, :]
-    return _sample(tokens, positions, labels, mask, kind)
-
-
-def text_span_samples(
-    records: np.ndarray, lengths: np.ndarray, gaps: np.ndarray, config: CogLMConfig
-) -> TrainingSample:
-    """Masked spans of pure text: `records` [b, s] without pads, `lengths` and `gaps` int [b,
-    spans].
-
-    `gaps` ascend and are the spans' starts in a text from which the spans before are cut out, as
-    `draw_spans` gives them; lengths of 0 may end a row of fewer spans. All text between spans is
-    seen by every row, and such a row sees nothing else; a span and the token after it are causal.
-    The loss is on the spans, each token predicting the next.
-    """
-    if records.shape[1] > config.num_positions:
-        raise ValueError(
-            f"records must fit {config.num_positions} positions: got {records.shape[1]} tokens"
-        )
-    lengths, gaps = np.asarray(lengths), np.asarray(gaps)
-    starts = gaps + np.cumsum(lengths, 1) - lengths
-    ends = starts + lengths
-    if (lengths < 0).any() or (gaps < 0).any() or (ends > records.shape[1]).any():
-        raise ValueError(
-            f"lengths and gaps must lie within {records.shape[1]} tokens:"
-            f" got ends up to {ends.max(initial=0)}"
-        )
-    slot = np.arange(records.shape[1])
-    present = (lengths > 0)[..., None]
-    in_span = (present & (slot >= starts[..., None]) & (slot < ends[..., None])).any(1)
-    # What lies before a span opens it up to the previous span's end and one more token, which
-    # stays causal.
-    before = np.append(np.zeros((len(records), 1), int), ends[:, :-1] + 1, 1)
-    shown = (present & (slot >= before[..., None]) & (slot < starts[..., None])).any(1)
-    mask = shown[:, None, :] | (~shown[:, :, None] & (slot <= slot[:, None]))
-    positions = np.broadcast_to(slot, records.shape)
-    labels = np.append(records[:, 1:], records[:, -1:], 1)
-    return _sample(records, positions, labels, mask, in_span * np.int8(LossKind.SPAN))
-
-
-# --- Pre-training: the random choices -------------------------------------------------------------
-
-
-class Choices(NamedTuple):
-    """All that is random in a batch of pre-training samples."""
-
-    captioning: np.ndarray  # [b] bool: captioning and patches instead of generation
-    second: np.ndarray  # [b] bool: which text is shown to generation
-    corners: np.ndarray  # [b, patches, 2] int
-
-
-def draw_choices(
-    rng: np.random.Generator,
-    batch: int,
-    config: CogLMConfig,
-    *,
-    caption_ratio: float = 0.3,
-    patch_size: int = 4,
-    num_patches: int | None = None,
-    to_border: bool = False,
-) -> Choices:
-    """Choices for `pretraining_samples`, with the published ratio of captioning samples; patches
-    as by `draw_patches`.
-    """
-    captioning, second = rng.random((2, batch)) < [[caption_ratio], [0.5]]
-    corners = draw_patches(
-        rng, batch, config, patch_size=patch_size, num_patches=num_patches, to_border=to_border
-    )
-    return Choices(captioning, second, corners)
-
-
-def draw_patches(
-    rng: np.random.Generator,
-    batch: int,
-    config: CogLMConfig,
-    *,
-    patch_size: int = 4,
-    num_patches: int | None = None,
-    to_border: bool = False,
-) -> np.ndarray:
-    """Distinct patch corners [b, patches, 2], int. Default number: patches of 0.8 of the grid's
-    area together (20 in 20×20).
-
-    Published corners stop one short of the last place (0…15 in 20), so the last row and column are
-    never masked; `to_border` includes it. Raises ValueError when there are fewer corners than
-    patches.
-    """
-    rows, columns = (side - patch_size + to_border for side in config.grid)
-    if num_patches is None:
-        num_patches = int(0.8 * config.num_image_tokens / patch_size**2)
-    if rows < 1 or columns < 1 or not 0 < num_patches <= rows * columns:
-        raise ValueError(
-            f"num_patches must be 1 to {max(rows, 0) * max(columns, 0)} for patches of {patch_size}"
-            f" in grid {config.grid}: got {num_patches}"
-        )
-    order = rng.random((batch, rows * columns)).argsort(1)[:, :num_patches]
-    return np.stack([order // columns, order % columns], -1)
-
-
-def draw_spans(
-    rng: np.random.Generator, batch: int, length: int, *, rate: float = 3.0, ratio: float = 0.15
-) -> tuple[np.ndarray, np.ndarray]:
-    """Span lengths and gaps, int [b, spans], for texts of `length` tokens: at most `ratio` of them
-    masked.
-
-    Lengths are Poisson(`rate`), at least 1, taken until the next would pass the share; rows with
-    fewer spans end in lengths of 0.
-    """
-    tries = int(length / rate * ratio) + 10
-    lengths: np.ndarray = np.maximum(rng.poisson(rate, (batch, tries)), 1)
-    lengths[np.cumsum(lengths, 1) > length * ratio] = 0
-    count: np.ndarray = (lengths > 0).sum(1)
-    lengths = lengths[:, : max(int(count.max(initial=0)), 1)]
-    gaps = np.zeros(lengths.shape, int)
-    for row, (number, masked) in enumerate(zip(count, lengths.sum(1), strict=True)):
-        gaps[row, :number] = np.sort(rng.permutation(length - masked)[:number])
-    return lengths, gaps
-
-
-def pretraining_samples(
-    records: np.ndarray,
-    english: np.ndarray,
-    choices: Choices,
-    config: CogLMConfig,
-    *,
-    patch_size: int = 4,
-    predict_end: bool = False,
-) -> TrainingSample:
-    """A mixed batch: captioning samples where chosen, generation elsewhere. `records` [b, s],
-    `english` [b, 2]. Records of pure text are no part of it: `text_span_samples` makes those.
-    """
-    made = generation_samples(records, choices.second, config)
-    rows = np.flatnonzero(choices.captioning)
-    if rows.size:
-        captions = captioning_samples(
-            records[rows],
-            english[rows],
-            choices.corners[rows],
-            config,
-            patch_size=patch_size,
-            predict_end=predict_end,
-        )
-        for whole, part in zip(made, captions, strict=True):
-            whole[rows] = part
-    return made
-
-
 # --- Shared parts ---------------------------------------------------------------------------------
 
 
-def _text_then_causal(is_text: _Array, slots: int) -> _Array:
+def text_then_causal(is_text: _Array, slots: int) -> _Array:
     """[..., s, s]: every row sees the text keys, and what follows the `slots` is causal. NumPy or
     jax, as given.
     """
@@ -684,49 +356,15 @@ def _join(*parts: ArrayLike) -> jax.Array:
     return joined if joined.dtype == bool else joined.astype(jnp.int32)
 
 
-def _patches(
-    corners: np.ndarray, config: CogLMConfig, patch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The cells that lie in a patch, and those in all but a patch's last column: bool [b, cells]
-    each.
-    """
-    offset = np.arange(patch_size)
-    cells = (corners[..., 0, None] + offset)[..., None] * config.grid[1]
-    cells = cells + (corners[..., 1, None] + offset)[..., None, :]  # [b, patches, size, size]
-    row = np.arange(len(corners))[:, None]
-    masked = np.zeros((len(corners), config.num_image_tokens), bool)
-    in_loss = masked.copy()
-    masked[row, cells.reshape(len(corners), -1)] = True
-    in_loss[row, cells[..., :-1].reshape(len(corners), -1)] = True
-    return masked, in_loss
-
-
-def _sample(
-    tokens: np.ndarray,
-    positions: np.ndarray,
-    labels: np.ndarray,
-    mask: np.ndarray,
-    kind: np.ndarray,
-) -> TrainingSample:
-    return TrainingSample(
-        tokens.astype(np.int32),
-        positions.astype(np.int32),
-        labels.astype(np.int32),
-        mask,
-        kind > LossKind.NONE,
-        kind.astype(np.int8),
-    )
-
-
-def _text_ids(name: str, text: Sequence[int], room: int, vocabulary: Vocabulary) -> np.ndarray:
+def text_ids(name: str, text: Sequence[int], room: int, vocabulary: Vocabulary) -> np.ndarray:
     ids = np.asarray(text)
     if ids.ndim != 1 or not 0 < ids.size <= room:
         raise ValueError(f"{name} must have 1 to {room} tokens: got {ids.size}")
-    _require_range(name, ids, vocabulary.num_image, vocabulary.start_of_image)
+    require_range(name, ids, vocabulary.num_image, vocabulary.start_of_image)
     return ids
 
 
-def _require_range(name: str, ids: np.ndarray, low: int, high: int) -> None:
+def require_range(name: str, ids: np.ndarray, low: int, high: int) -> None:
     wrong = ids[(ids < low) | (ids >= high)]
     if wrong.size:
         raise ValueError(f"{name} must hold ids from {low} to {high - 1}: got {wrong[0]}")
@@ -747,9 +385,3 @@ def _require_cells(name: str, image: jax.Array, config: CogLMConfig) -> None:
             f"{name} must have the {config.num_image_tokens} tokens of grid {config.grid}:"
             f" got {image.shape[-1]}"
         )
-
-
-def _require_records(records: np.ndarray, config: CogLMConfig) -> None:
-    length = config.text_slots + 1 + config.num_image_tokens
-    if records.ndim != 2 or records.shape[1] != length:
-        raise ValueError(f"records must be [b, {length}]: got {list(records.shape)}")

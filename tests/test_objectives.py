@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cogview2_jax import coglm, direct_sr, iterative_sr, objectives, sequence
+from cogview2_jax import coglm, direct_sr, iterative_sr, objectives, pretraining, sequence
 from cogview2_jax.config import (
     CogLMConfig,
     DirectSRConfig,
@@ -39,17 +39,23 @@ def base_params():
 
 def test_coglm_loss_is_the_mean_over_its_kinds(base_params):
     cells = _image((2, 16))
-    records = np.stack([sequence.record([t], c, BASE) for t, c in zip(TEXTS, cells, strict=True)])
-    choices = sequence.Choices(
+    records = np.stack(
+        [pretraining.record([t], c, BASE) for t, c in zip(TEXTS, cells, strict=True)]
+    )
+    choices = pretraining.Choices(
         np.array([False, True]), np.zeros(2, bool), np.array([[[0, 0]], [[1, 1]]])
     )
-    english = sequence.english_texts(records, BASE, first_chinese=20)
-    sample = sequence.pretraining_samples(records, english, choices, BASE, patch_size=2)
+    english = pretraining.english_texts(records, BASE, first_chinese=20)
+    sample = pretraining.mixed_samples(records, english, choices, BASE, patch_size=2)
     loss, by_kind = objectives.coglm_loss(base_params, sample, config=BASE)
     logits = coglm.apply(base_params, sample.tokens, sample.positions, sample.mask, config=BASE)
     each = -np.take_along_axis(_log_softmax(logits), sample.labels[..., None], -1)[..., 0]
     np.testing.assert_allclose(loss, each[sample.loss_mask].mean(), rtol=1e-5)
-    for kind in (sequence.LossKind.IMAGE, sequence.LossKind.PATCH, sequence.LossKind.CHINESE):
+    for kind in (
+        pretraining.LossKind.IMAGE,
+        pretraining.LossKind.PATCH,
+        pretraining.LossKind.CHINESE,
+    ):
         expected = each[sample.kind == kind].mean()
         np.testing.assert_allclose(by_kind[kind.name.lower()], expected, rtol=1e-5)
     assert float(by_kind["english"]) == 0  # none in the batch

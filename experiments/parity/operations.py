@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from cogview2_jax import sampling, sequence
+from cogview2_jax import pretraining, sampling
 from cogview2_jax.config import ClusterSampling, CogLMConfig
 from experiments.parity import configs
 from experiments.parity.golden import Check, Golden, Outcome, close, equal, guarded
@@ -64,26 +64,26 @@ def _pretraining_sample(
 
 def _generation_sample(
     golden: Golden, prefix: str, record: np.ndarray, config: CogLMConfig
-) -> sequence.TrainingSample:
-    return sequence.generation_samples(record, [prefix.endswith("/second")], config)
+) -> pretraining.TrainingSample:
+    return pretraining.generation_samples(record, [prefix.endswith("/second")], config)
 
 
 def _captioning_sample(
     golden: Golden, prefix: str, record: np.ndarray, config: CogLMConfig
-) -> sequence.TrainingSample:
-    english = sequence.english_texts(record, config, FIRST_CHINESE)
+) -> pretraining.TrainingSample:
+    english = pretraining.english_texts(record, config, FIRST_CHINESE)
     corners = golden[f"{prefix}/patch_corners"][None]
-    return sequence.captioning_samples(record, english, corners, config)
+    return pretraining.captioning_samples(record, english, corners, config)
 
 
 def _span_sample(
     golden: Golden, prefix: str, record: np.ndarray, config: CogLMConfig
-) -> sequence.TrainingSample:
+) -> pretraining.TrainingSample:
     lengths, gaps = golden[f"{prefix}/span_lengths"], golden[f"{prefix}/span_gaps_sorted"]
-    return sequence.text_span_samples(record, lengths[None], gaps[None], config)
+    return pretraining.text_span_samples(record, lengths[None], gaps[None], config)
 
 
-_SAMPLES: Mapping[str, Callable[..., sequence.TrainingSample]] = {
+_SAMPLES: Mapping[str, Callable[..., pretraining.TrainingSample]] = {
     "t2i": _generation_sample,
     "i2t": _captioning_sample,
     "text": _span_sample,

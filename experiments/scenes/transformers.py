@@ -1,7 +1,8 @@
 """Train the three transformers on Scenes tokens: CogLM, direct SR from it, iterative SR."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import jax
 import numpy as np
 import optax
 
-from cogview2_jax import coglm, direct_sr, iterative_sr, objectives, sequence, train
-from cogview2_jax.config import CogLMConfig, DirectSRConfig, IterativeSRConfig
+from cogview2_jax import coglm, direct_sr, iterative_sr, objectives, pretraining, sequence, train
+from cogview2_jax.config import CogLMConfig, DirectSRConfig, IterativeSRConfig, TransformerConfig
 from experiments.scenes.records import Tokens
 
 # Share of a batch that is pure text (the published third task) and of the rest that is captioning.
@@ -40,10 +41,21 @@ def _texts(rng: np.random.Generator, tokens: Tokens, rows: np.ndarray) -> list[l
     return [[int(t) for t in text if t >= 0] for text in tokens.texts[rows, column]]
 
 
-def _optimizer(peak: float, num_steps: int) -> optax.GradientTransformation:
-    """Muon with learning rate `peak` on matrices, AdamW with a tenth of it on the rest."""
-    schedules = [train.warmup_then_anneal(rate, num_steps, 150) for rate in (peak, peak / 10)]
-    return train.muon_with_adamw(*schedules)
+def _unrolled(sizes: TransformerConfig) -> TransformerConfig:
+    """For training on a CPU, where the scan over layers costs a third of the step."""
+    return dataclasses.replace(sizes, unroll=sizes.num_layers)
+
+
+def _optimizer(peak: float, cycles: Sequence[int]) -> optax.GradientTransformation:
+    """Muon with learning rate `peak` on matrices, AdamW with a tenth of it on the rest. Each of
+    `cycles`, in steps, warms up and anneals to zero.
+    """
+
+    def schedule(rate: float) -> optax.Schedule:
+        parts = [train.warmup_then_anneal(rate, cycle, 150) for cycle in cycles]
+        return optax.join_schedules(parts, np.cumsum(cycles)[:-1].tolist())
+
+    return train.muon_with_adamw(schedule(peak), schedule(peak / 10))
 
 
 def _fit(
@@ -52,15 +64,15 @@ def _fit(
     batches: Callable[[int], Any],
     *,
     peak: float,
-    num_steps: int,
+    cycles: Sequence[int],
     directory: Path,
     name: str,
 ) -> Any:
-    optimizer = _optimizer(peak, num_steps)
+    optimizer = _optimizer(peak, cycles)
     state = train.init_state(params, optimizer)
     step = train.make_step(loss_fn, optimizer)
     state = train.fit(
-        state, step, batches, num_steps=num_steps, directory=directory, name=name, save_every=100
+        state, step, batches, num_steps=sum(cycles), directory=directory, name=name, save_every=100
     )
     return state.params
 
@@ -71,23 +83,24 @@ def run_coglm(
     first_chinese: int,
     directory: Path,
     *,
-    num_steps: int,
+    cycles: Sequence[int],
     batch_size: int = 64,
 ) -> Any:
     """CogLM on the three-task mix."""
+    config = dataclasses.replace(config, transformer=_unrolled(config.transformer))
     num_text = round(TEXT_SHARE * batch_size)
 
-    def batch(step: int) -> sequence.TrainingSample:
+    def batch(step: int) -> pretraining.TrainingSample:
         rng = np.random.default_rng((61, step))
         rows = _rows(62, step, batch_size - num_text, len(tokens.coarse))
         texts = _texts(rng, tokens, rows)
         records = np.stack(
             [
-                sequence.record([text], image, config)
+                pretraining.record([text], image, config)
                 for text, image in zip(texts, tokens.coarse[rows], strict=True)
             ]
         )
-        choices = sequence.draw_choices(
+        choices = pretraining.draw_choices(
             rng,
             len(records),
             config,
@@ -96,23 +109,23 @@ def run_coglm(
             num_patches=NUM_PATCHES,
             to_border=True,
         )
-        english = sequence.english_texts(records, config, first_chinese)
-        made = sequence.pretraining_samples(
+        english = pretraining.english_texts(records, config, first_chinese)
+        made = pretraining.mixed_samples(
             records, english, choices, config, patch_size=PATCH_SIZE, predict_end=True
         )
         # Pure text: captions one after another, cut to the length of a record.
         length = records.shape[1]
         prose = _texts(rng, tokens, rng.integers(len(tokens.coarse), size=num_text * length // 4))
         stream = np.concatenate([np.array(text) for text in prose])[: num_text * length]
-        lengths, gaps = sequence.draw_spans(rng, num_text, length)
-        spans = sequence.text_span_samples(
+        lengths, gaps = pretraining.draw_spans(rng, num_text, length)
+        spans = pretraining.text_span_samples(
             stream.reshape(num_text, length).astype(np.int32), lengths, gaps, config
         )
-        return sequence.TrainingSample(
+        return pretraining.TrainingSample(
             *(np.concatenate(parts) for parts in zip(made, spans, strict=True))
         )
 
-    def loss_fn(params: Any, sample: sequence.TrainingSample, key: Any) -> Any:
+    def loss_fn(params: Any, sample: pretraining.TrainingSample, key: Any) -> Any:
         return objectives.coglm_loss(params, sample, config=config)
 
     return _fit(
@@ -120,7 +133,7 @@ def run_coglm(
         loss_fn,
         batch,
         peak=0.02,
-        num_steps=num_steps,
+        cycles=cycles,
         directory=directory,
         name="CogLM",
     )
@@ -141,10 +154,12 @@ def run_direct_sr(
     config: DirectSRConfig,
     directory: Path,
     *,
-    num_steps: int,
+    cycles: Sequence[int],
     batch_size: int = 8,
 ) -> Any:
     """Direct SR, starting from CogLM and training all of it."""
+    unrolled = dataclasses.replace(config.coglm, transformer=_unrolled(config.coglm.transformer))
+    config = dataclasses.replace(config, coglm=unrolled)
 
     def batch(step: int) -> Any:
         rng = np.random.default_rng((71, step))
@@ -162,7 +177,7 @@ def run_direct_sr(
         loss_fn,
         batch,
         peak=0.015,
-        num_steps=num_steps,
+        cycles=cycles,
         directory=directory,
         name="direct SR",
     )
@@ -173,10 +188,11 @@ def run_iterative_sr(
     config: IterativeSRConfig,
     directory: Path,
     *,
-    num_steps: int,
+    cycles: Sequence[int],
     batch_size: int = 12,
 ) -> Any:
     """Iterative SR. Its training masks are those of the rounds, one drawn for each picture."""
+    config = dataclasses.replace(config, transformer=_unrolled(config.transformer))
     reset = sequence.lopar_schedule(config).reset
     order = sequence.lopar_order(config).reshape(-1)
 
@@ -205,7 +221,7 @@ def run_iterative_sr(
         loss_fn,
         batch,
         peak=0.02,
-        num_steps=num_steps,
+        cycles=cycles,
         directory=directory,
         name="iterative SR",
     )
