@@ -68,11 +68,18 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class TransformerConfig:
+    """The stack of layers that all three networks are made of.
+
+    `unroll` is how many layers one turn of the scan over layers holds. It changes no number: more
+    compile for longer, and spare a CPU the copies of what the backward pass keeps.
+    """
+
     num_layers: int = 48
     hidden_size: int = 3072
     num_heads: int = 48
     mlp_ratio: int = 4
     layernorm_epsilon: float = 1e-5
+    unroll: int = 1
 
     def __post_init__(self) -> None:
         _require(

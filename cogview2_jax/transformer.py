@@ -93,6 +93,7 @@ class Transformer(nn.Module):
             in_axes=(nn.broadcast, 0),
             out_axes=0,
             length=self.config.num_layers,
+            unroll=self.config.unroll,
         )
         self.layers = scanned(self.config, self.precision, self.attention)
         self.final_layernorm = _layernorm(self.config, self.precision, "final_layernorm")

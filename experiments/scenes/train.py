@@ -5,9 +5,12 @@
 
 The parts are trained in turn: text model and clusters (seconds), image tokenizer, CogLM, direct and
 iterative super-resolution. Everything lies under --work; run the command again after an
-interruption and it goes on from the last checkpoint. The finished bundle is written to --out.
+interruption and it goes on from the last checkpoint. A --…-steps option may be repeated: each
+number is a cycle of the learning rate. The finished bundle is written to --out.
 """
 
+import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -18,26 +21,44 @@ from cogview2_jax.tokenizer import clusters, text
 from experiments.scenes import presets, records, tokenizer, transformers
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
-_STEPS = click.IntRange(min=1)
+_COUNT = click.IntRange(min=1)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: a step's buffers, handed back and faulted in again at every
+    step, cost a third of its time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        trim_threshold, mmap_max, arena_max = -1, -4, -8
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
+        mallopt(arena_max, 1)
+
+
+def _cycles(name: str, *default: int) -> Callable[[Callable], Callable]:
+    """An option that may be repeated: each number is a cycle of the learning rate, in steps."""
+    return click.option(name, type=_COUNT, multiple=True, default=default, show_default=True)
 
 
 @click.command(help=__doc__)
 @click.option("--work", type=_FOLDER, default=Path("runs/scenes"), show_default=True)
 @click.option("--out", type=_FOLDER, default=Path("runs/scenes/bundle"), show_default=True)
-@click.option("--coglm-scenes", type=_STEPS, default=36_000, show_default=True)
-@click.option("--coglm-steps", type=_STEPS, default=1100, show_default=True)
-@click.option("--sr-scenes", type=_STEPS, default=4_000, show_default=True)
-@click.option("--direct-steps", type=_STEPS, default=900, show_default=True)
-@click.option("--iterative-steps", type=_STEPS, default=700, show_default=True)
+@click.option("--coglm-scenes", type=_COUNT, default=36_000, show_default=True)
+@click.option("--sr-scenes", type=_COUNT, default=4_000, show_default=True)
+@_cycles("--coglm-steps", 1100, 2000)
+@_cycles("--direct-steps", 900)
+@_cycles("--iterative-steps", 700)
 def main(
     work: Path,
     out: Path,
     coglm_scenes: int,
-    coglm_steps: int,
     sr_scenes: int,
-    direct_steps: int,
-    iterative_steps: int,
+    coglm_steps: tuple[int, ...],
+    direct_steps: tuple[int, ...],
+    iterative_steps: tuple[int, ...],
 ) -> None:
+    _keep_freed_memory()
     text_model = records.text_model(work)
     vocabulary = text.vocabulary_for(text_model, presets.TOKENIZER.codebook_size)
     coglm_config = presets.coglm_config(vocabulary)
@@ -54,16 +75,16 @@ def main(
         coglm_config,
         text.first_chinese(text_model, presets.TOKENIZER.codebook_size),
         work / "coglm",
-        num_steps=coglm_steps,
+        cycles=coglm_steps,
     )
     fine = records.tokenize(
         work, tokenizer_params, text_model, range(sr_scenes), slots=slots, fine=True
     )
     direct_params = transformers.run_direct_sr(
-        fine, coglm_params, direct_config, work / "direct_sr", num_steps=direct_steps
+        fine, coglm_params, direct_config, work / "direct_sr", cycles=direct_steps
     )
     iterative_params = transformers.run_iterative_sr(
-        fine, iterative_config, work / "iterative_sr", num_steps=iterative_steps
+        fine, iterative_config, work / "iterative_sr", cycles=iterative_steps
     )
     tokenizer_params = tokenizer.run_other_strides(tokenizer_params, work / "tokenizer")
     codebook = np.asarray(tokenizer_params["codebook"])
