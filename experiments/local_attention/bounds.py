@@ -1,6 +1,7 @@
 """How fast local attention could be on this device: counted work over measured rates."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -65,7 +66,7 @@ def bound_seconds(
     return max(flops / rates.flops, arrays * batch * heads * dim * itemsize / rates.bytes)
 
 
-def _best(function, argument) -> float:
+def _best(function: Callable[[jax.Array], jax.Array], argument: jax.Array) -> float:
     jax.block_until_ready(function(argument))
     times = []
     for _ in range(20):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,7 @@ def measure(
         needed = least_temporaries(name, grid, window, setting)
         if needed <= setting.memory_limit:
             candidate = compile_one(attend, direction, inputs)
-            needed = candidate.memory_analysis().temp_size_in_bytes
+            needed = temporaries(candidate)
         if needed <= setting.memory_limit:
             compiled[name] = candidate
         else:
@@ -157,7 +158,7 @@ def measure(
             median_ms=1e3 * statistics.median(wall[name]),
             fastest_ms=1e3 * min(wall[name]),
             cpu_ms=1e3 * statistics.median(cpu[name]),
-            temporary_mb=program.memory_analysis().temp_size_in_bytes / 2**20,
+            temporary_mb=temporaries(program) / 2**20,
             bound_ms=1e3 * bound,
         )
         for name, program in compiled.items()
@@ -200,14 +201,24 @@ def draw(
     return q, k, v
 
 
-def compile_one(attend: Callable[..., jax.Array], direction: str, inputs: tuple):
+def compile_one(
+    attend: Callable[..., jax.Array], direction: str, inputs: tuple
+) -> jax.stages.Compiled:
     """The attention alone, or its value and its gradients by all three inputs."""
 
-    def both(q, k, v):
+    def both(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
         out, pull = jax.vjp(attend, q, k, v)
         return out, pull(out)
 
     return jax.jit(attend if direction == "forward" else both).lower(*inputs).compile()
+
+
+def temporaries(program: jax.stages.Compiled) -> int:
+    """Bytes that the program needs beside its inputs and outputs, as its compiler counts them."""
+    analysis = program.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"{jax.default_backend()} does not tell how much memory a program needs")
+    return int(analysis.temp_size_in_bytes)
 
 
 def check_equal(compiled: dict, inputs: tuple, dtype: str) -> None:

@@ -44,9 +44,9 @@ def _cycles(name: str, *default: int) -> Callable[[Callable], Callable]:
 @click.command(help=__doc__)
 @click.option("--work", type=_FOLDER, default=Path("runs/scenes"), show_default=True)
 @click.option("--out", type=_FOLDER, default=Path("runs/scenes/bundle"), show_default=True)
-@click.option("--coglm-scenes", type=_COUNT, default=36_000, show_default=True)
+@click.option("--coglm-scenes", type=_COUNT, default=100_000, show_default=True)
 @click.option("--sr-scenes", type=_COUNT, default=4_000, show_default=True)
-@_cycles("--coglm-steps", 1100, 2000)
+@_cycles("--coglm-steps", 1100, 2900)
 @_cycles("--direct-steps", 900)
 @_cycles("--iterative-steps", 700)
 def main(
