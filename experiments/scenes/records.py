@@ -1,5 +1,6 @@
 """Scenes as tokens: the text model, and records of any part of the train split, kept on disk."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,22 +20,23 @@ from experiments.scenes.presets import (
     TOKENIZER,
 )
 
-CAPTIONS_PER_LANGUAGE = 3
+CAPTIONS = 2  # of a scene, in each language and order
 
 
 class Tokens(NamedTuple):
-    """`texts` int32 [n, captions, slots], −1 after each text; the first half English, the second
-    Chinese.
+    """`texts` int32 [n, languages, orders, captions, slots], −1 after each text; order 0 names
+    the object further up or left first, order 1 the other.
 
     `coarse` int32 [n, 64] and `fine` int32 [n, 576], raster order; `objects` bool [n, 576], fine
-    cells that hold a part of an object. `fine` and `objects` are empty where they were not asked
-    for.
+    cells that hold a part of an object; `repainted` int32 [n, 64], coarse tokens of the scene in
+    other colours and fills. All but `texts` and `coarse` are empty where they were not asked for.
     """
 
     texts: np.ndarray
     coarse: np.ndarray
     fine: np.ndarray
     objects: np.ndarray
+    repainted: np.ndarray
 
 
 def text_model(directory: Path, num_captions: int = 20_000) -> spm.SentencePieceProcessor:
@@ -54,6 +56,31 @@ def text_model(directory: Path, num_captions: int = 20_000) -> spm.SentencePiece
 
 def _pixels(picture: Any, side: int) -> np.ndarray:
     return np.asarray(picture.reduce(scenes.CANVAS // side) if side < scenes.CANVAS else picture)
+
+
+def _texts(
+    scene: scenes.Scene, number: int, model: spm.SentencePieceProcessor, slots: int
+) -> np.ndarray:
+    rng = np.random.default_rng((41, number))
+    before = int(np.argmin([item.x + item.y for item in scene.objects]))
+    texts = np.full((len(scenes.LANGUAGES), 2, CAPTIONS, slots), -1, np.int32)
+    for language, order, row in np.ndindex(texts.shape[:-1]):
+        first = before if order == 0 else 1 - before
+        caption = scenes.caption(scene, rng, scenes.LANGUAGES[language], first)
+        ids = text.encode(model, caption, TOKENIZER.codebook_size, max_tokens=slots)
+        texts[language, order, row, : len(ids)] = ids
+    return texts
+
+
+def _repainted(scene: scenes.Scene, number: int) -> scenes.Scene:
+    rng = np.random.default_rng((42, number))
+    objects = [
+        dataclasses.replace(
+            item, colour=str(rng.choice(list(scenes.COLOURS))), fill=str(rng.choice(scenes.FILLS))
+        )
+        for item in scene.objects
+    ]
+    return dataclasses.replace(scene, objects=tuple(objects))
 
 
 def tokenize(
@@ -84,17 +111,16 @@ def tokenize(
     for start in tqdm(range(indices.start, indices.stop, size), desc=file.stem):
         examples = [scenes.example("train", start + i) for i in range(size)]
         for number, each in enumerate(examples, start):
-            rng = np.random.default_rng((41, number))
-            texts = np.full((2 * CAPTIONS_PER_LANGUAGE, slots), -1, np.int32)
-            for row in range(len(texts)):
-                language = scenes.LANGUAGES[row // CAPTIONS_PER_LANGUAGE]
-                caption = scenes.caption(each.scene, rng, language)
-                ids = text.encode(model, caption, TOKENIZER.codebook_size, max_tokens=slots)
-                texts[row, : len(ids)] = ids
-            parts["texts"].append(texts)
+            parts["texts"].append(_texts(each.scene, number, model, slots))
         small = np.stack([_pixels(each.image, COARSE_PIXELS) for each in examples])
         parts["coarse"].extend(np.asarray(encode(tokenizer_params, small, COARSE_STRIDE)))
         if fine:
+            others = [
+                scenes.draw(_repainted(each.scene, number))
+                for number, each in enumerate(examples, start)
+            ]
+            small = np.stack([_pixels(other, COARSE_PIXELS) for other in others])
+            parts["repainted"].extend(np.asarray(encode(tokenizer_params, small, COARSE_STRIDE)))
             large = np.stack([_pixels(each.image, FINE_PIXELS) for each in examples])
             parts["fine"].extend(np.asarray(encode(tokenizer_params, large, FINE_STRIDE)))
             for each, pixels in zip(examples, large.astype(np.int32), strict=True):

@@ -46,7 +46,7 @@ def _cycles(name: str, *default: int) -> Callable[[Callable], Callable]:
 @click.option("--out", type=_FOLDER, default=Path("runs/scenes/bundle"), show_default=True)
 @click.option("--coglm-scenes", type=_COUNT, default=100_000, show_default=True)
 @click.option("--sr-scenes", type=_COUNT, default=4_000, show_default=True)
-@_cycles("--coglm-steps", 1100, 2900)
+@_cycles("--coglm-steps", 1100, 2100, 2000)
 @_cycles("--direct-steps", 900)
 @_cycles("--iterative-steps", 700)
 def main(

@@ -7,7 +7,7 @@ from PIL import Image
 
 from cogview2_jax.data import scenes
 from cogview2_jax.data.scenes import Claims, ObjectClaim, Scene, SceneObject
-from cogview2_jax.data.scenes.captions import _LEXICONS
+from cogview2_jax.data.scenes.captions import _LEXERS, _LEXICONS
 
 COUNT = 1500
 
@@ -35,7 +35,7 @@ def test_the_streams_stay_what_they_were():
     example = scenes.example("train", 5)
     assert example.captions == {
         "en": "a cyan triangle above a large checked blue semicircle",
-        "zh": "青色小三角形下方的蓝色大半圆",
+        "zh": "上方有一个青色小三角形，下方有一个蓝色大半圆",
     }
     assert example.scene == Scene(
         (
@@ -44,6 +44,22 @@ def test_the_streams_stay_what_they_were():
         ),
         "mist",
     )
+
+
+@pytest.mark.parametrize("language", scenes.LANGUAGES)
+def test_the_object_to_be_named_first_is(language, drawn):
+    rng = np.random.default_rng(0)
+    for example in drawn["train"][:200]:
+        objects = example.scene.objects
+        for first in range(len(objects)):
+            text = scenes.caption(example.scene, rng, language, first)
+            words = [match.group(1) for match in _LEXERS[language].finditer(text)]
+            found = [_LEXICONS[language][word] for word in words if word]
+            shapes = [value for kind, value in found if kind == "shape"]
+            assert shapes == [
+                objects[first].shape,
+                *(o.shape for o in objects if o != objects[first]),
+            ]
 
 
 def test_splits_are_disjoint_streams(drawn):

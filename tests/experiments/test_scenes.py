@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cogview2_jax.config import TransformerConfig
+from cogview2_jax.data import scenes
 from cogview2_jax.tokenizer import image, text
 from experiments.scenes import presets, records, transformers
 
@@ -47,13 +48,19 @@ def narrow(config):
 
 
 def test_records_hold_texts_of_both_languages_and_both_grids(tokens, text_model):
-    assert tokens.texts.shape == (8, 6, SLOTS)
-    assert tokens.coarse.shape == (8, 64) and tokens.fine.shape == (8, 576)
+    assert tokens.texts.shape == (8, 2, 2, 2, SLOTS)
+    assert tokens.coarse.shape == tokens.repainted.shape == (8, 64)
+    assert tokens.fine.shape == (8, 576)
     assert tokens.objects.any(1).all() and not tokens.objects.all(1).any()
     size = presets.TOKENIZER.codebook_size
-    for row in tokens.texts:
-        captions = [text.decode(text_model, [t for t in ids if t >= 0], size) for ids in row]
-        assert [caption.isascii() for caption in captions] == [True] * 3 + [False] * 3
+    for by_language in tokens.texts:
+        for language, order, row in np.ndindex(by_language.shape[:-1]):
+            ids = [t for t in by_language[language, order, row] if t >= 0]
+            caption = text.decode(text_model, ids, size)
+            assert caption.isascii() == (language == 0)
+            claims = scenes.parse_caption(caption)
+            if claims.relation and language == 0:
+                assert (claims.relation in ("above", "left of")) == (order == 0)
 
 
 def test_records_on_disk_are_not_made_again(work, tokens, text_model):

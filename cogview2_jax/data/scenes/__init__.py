@@ -17,7 +17,7 @@ from cogview2_jax.data.scenes.captions import (
     parse_caption,
 )
 from cogview2_jax.data.scenes.drawing import DEFAULT_STYLE, Style, draw
-from cogview2_jax.data.scenes.sampling import SPLITS, Example, example, sample_scene
+from cogview2_jax.data.scenes.sampling import SPLITS, Example, example, example_scene, sample_scene
 from cogview2_jax.data.scenes.scene import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -69,6 +69,7 @@ __all__ = [
     "check",
     "draw",
     "example",
+    "example_scene",
     "parse_caption",
     "place_of",
     "relation_of",

@@ -139,27 +139,33 @@ TEMPLATES: Mapping[tuple[str, str], tuple[str, ...]] = {
 }
 
 
-def caption(scene: Scene, rng: np.random.Generator, language: str) -> str:
+def caption(
+    scene: Scene, rng: np.random.Generator, language: str, first_named: int | None = None
+) -> str:
     """A sentence about the scene in "en" or "zh".
 
     It always names the shapes and, of two objects, their relation or their places; colour, size,
-    fill and the place of a single object are each left out about one time in five. Raises
-    ValueError on another language.
+    fill and the place of a single object are each left out about one time in five. Of two objects,
+    the one numbered `first_named` is named first, or either one. Raises ValueError on another
+    language.
     """
     if language not in LANGUAGES:
         raise ValueError(f"unknown language {language!r}; one of {', '.join(LANGUAGES)}")
     objects = list(scene.objects)
-    if rng.random() < 0.5:
-        objects.reverse()
+    can_place = None not in [place_of(item.x, item.y) for item in objects]
+    if len(objects) == 1:
+        form = "one with place" if can_place and rng.random() < _NAMED else "one"
+    else:
+        nameable = can_place or relation_of(*objects) is None
+        form = "places" if nameable and rng.random() < 0.4 else "relation"
+    template = pick(rng, TEMPLATES[language, form])
+    if len(objects) == 2:
+        first = int(rng.integers(2)) if first_named is None else first_named
+        if (template.index("{b}") < template.index("{a}")) != (first == 1):
+            objects.reverse()
     relation = relation_of(*objects) if len(objects) == 2 else None
     places = [place_of(item.x, item.y) for item in objects]
-    if len(objects) == 1:
-        form = "one with place" if places[0] is not None and rng.random() < _NAMED else "one"
-    else:
-        nameable = relation is None or None not in places
-        form = "places" if nameable and rng.random() < 0.4 else "relation"
     phrases = [_noun_phrase(item, rng, language) for item in objects]
-    template = pick(rng, TEMPLATES[language, form])
     place_words = _EN_PLACES if language == "en" else _ZH_PLACES
     fields = {"a": phrases[0], "b": phrases[-1]}
     if form in ("one with place", "places"):

@@ -101,11 +101,22 @@ def _two_centres(rng: np.random.Generator, any_large: bool) -> list[tuple[int, i
     return centres if rng.random() < 0.5 else centres[::-1]
 
 
-def example(split: str, index: int) -> Example:
-    """Example number `index` (>= 0) of `split`, always the same.
+def example_scene(split: str, index: int) -> Scene:
+    """The scene of example number `index` (>= 0) of `split`.
 
     Raises ValueError on an unknown split or a negative index.
     """
+    return _scene(split, index)[0]
+
+
+def example(split: str, index: int) -> Example:
+    """Example number `index` (>= 0) of `split`, always the same. Errors as in `example_scene`."""
+    drawn, rng = _scene(split, index)
+    captions = {language: caption(drawn, rng, language) for language in LANGUAGES}
+    return Example(draw(drawn), drawn, captions)
+
+
+def _scene(split: str, index: int) -> tuple[Scene, np.random.Generator]:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; one of {', '.join(SPLITS)}")
     if index < 0:
@@ -113,6 +124,4 @@ def example(split: str, index: int) -> Example:
     # Philox is counter-based: the key alone selects the stream, and no example depends on another.
     key = np.array([0x5CE2E500 + SPLITS[split], index], dtype=np.uint64)
     rng = np.random.Generator(np.random.Philox(key=key))
-    scene = sample_scene(rng, pairs="unseen" if split == "composition" else "seen")
-    captions = {language: caption(scene, rng, language) for language in LANGUAGES}
-    return Example(draw(scene), scene, captions)
+    return sample_scene(rng, pairs="unseen" if split == "composition" else "seen"), rng
