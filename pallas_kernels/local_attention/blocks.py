@@ -1,18 +1,25 @@
-"""How the GPU kernels are cut into blocks: one table, by device, dtype and shape.
+"""How the GPU kernels are cut into blocks: one table, by device, dtype, head dim and ratio.
 
 Nothing is tuned at run time. `experiments/local_attention/compile_gate.py` says what the compiler
-makes of an entry; a shape that no entry names gets the last one that fits any.
+makes of an entry.
 """
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
+
+INTERPRETER = "interpreter"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How one kernel runs: cells (rows, columns) a program owns, cells of the other grid it meets
-    a step, warps a program, and steps in flight. Cells and blocks are powers of two, 16 or more.
+    """How one kernel runs.
+
+    `tile` is the cells (rows, columns) that a program owns and `block` the cells of the other grid
+    that it meets a step, both a power of two of at least 16 cells, else ValueError; `num_warps`
+    is its size in 32 threads, and `num_stages` the steps in flight.
     """
 
     tile: tuple[int, int]
@@ -21,7 +28,7 @@ class Launch:
     num_stages: int
 
     def __post_init__(self) -> None:
-        for name, n in (("tile", self.tile[0] * self.tile[1]), ("block", self.block)):
+        for name, n in (("tile", math.prod(self.tile)), ("block", self.block)):
             if n < 16 or n & (n - 1):
                 raise ValueError(f"{name} must hold a power of two of at least 16 cells, got {n}")
 
@@ -35,9 +42,56 @@ class BlockSizes:
     dkv: Launch
 
 
+class _Entry(NamedTuple):
+    device: str  # how the device's kind begins
+    itemsize: int  # the largest, in bytes
+    dim: int  # the largest
+    coarse: bool  # whether for keys on a coarser grid
+    blocks: BlockSizes
+
+
+_TABLE = (
+    # Small, so that small test cases have many tiles and steps.
+    _Entry(INTERPRETER, 4, 128, False, BlockSizes(*[Launch((4, 4), 16, 4, 2)] * 3)),
+    _Entry(INTERPRETER, 4, 128, True, BlockSizes(*[Launch((4, 4), 16, 4, 2)] * 3)),
+    _Entry(
+        "",
+        2,
+        64,
+        False,
+        BlockSizes(
+            forward=Launch((8, 8), 64, num_warps=4, num_stages=2),
+            dq=Launch((8, 8), 32, num_warps=4, num_stages=2),
+            dkv=Launch((8, 8), 32, num_warps=4, num_stages=2),
+        ),
+    ),
+    # A key of a coarser grid is seen by ratio² times as many queries: small tiles of keys, or most
+    # of what a program meets is hidden, and there are too few programs.
+    _Entry(
+        "",
+        2,
+        64,
+        True,
+        BlockSizes(
+            forward=Launch((8, 8), 64, num_warps=4, num_stages=2),
+            dq=Launch((8, 8), 32, num_warps=4, num_stages=2),
+            dkv=Launch((4, 4), 32, num_warps=2, num_stages=2),
+        ),
+    ),
+    # Float32 is multiplied without tensor cores and fills twice the registers, as do 128 columns.
+    _Entry("", 4, 128, False, BlockSizes(*[Launch((4, 8), 32, num_warps=4, num_stages=2)] * 3)),
+    _Entry("", 4, 128, True, BlockSizes(*[Launch((4, 4), 32, num_warps=4, num_stages=2)] * 3)),
+)
+
+
 def block_sizes(device_kind: str, dtype: jnp.dtype, dim: int, ratio: int) -> BlockSizes:
-    return BlockSizes(
-        forward=Launch((8, 8), 64, num_warps=4, num_stages=2),
-        dq=Launch((8, 8), 32, num_warps=4, num_stages=2),
-        dkv=Launch((8, 8), 32, num_warps=4, num_stages=2),
-    )
+    """The first entry of the table that fits; the last ones fit any device.
+
+    `device_kind` is as jax.Device has it, or INTERPRETER. Raises ValueError for a dim over 128.
+    """
+    for entry in _TABLE:
+        fits = jnp.dtype(dtype).itemsize <= entry.itemsize and dim <= entry.dim
+        fits &= entry.coarse == (ratio > 1)
+        if fits and device_kind.startswith(entry.device):
+            return entry.blocks
+    raise ValueError(f"no block sizes for {dtype} and a head dim of {dim}")

@@ -74,9 +74,7 @@ class Halo:
         """Rows and columns of parents that hold all that a tile sees, wherever the tile lies."""
         rows, columns = (
             min(size, (side + self.ratio - 2) // self.ratio + 1 + before + after)
-            for size, side, (before, after) in zip(
-                self.parents, self.tile, self.sight, strict=True
-            )
+            for size, side, (before, after) in zip(self.parents, self.tile, self.sight, strict=True)
         )
         return rows, columns
 

@@ -12,6 +12,7 @@ Scores are computed again in the backward pass, from the log-sum-exp: see FlashA
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.local_attention.blocks import BlockSizes, Launch, block_sizes
+from pallas_kernels.local_attention.blocks import INTERPRETER, BlockSizes, Launch, block_sizes
 from pallas_kernels.local_attention.halo import Halo, hidden
 from pallas_kernels.local_attention.window import Window
 
 MAX_DIM = 128
+LEAST_CAPABILITY = (8, 0)  # the first with bfloat16 products
 _LOG2_E = math.log2(math.e)
 # The score of a hidden pair, and what the running maximum starts at: far enough apart that hidden
 # scores weigh exactly zero even before a seen one was met, and both finite, so nothing is nan.
@@ -47,15 +49,38 @@ def local_attention(
     q [b, y, x, h, d], k and v [b, key y, key x, h, d], inputs already checked by the dispatch, d
     at most 128; float32, bfloat16 or float16. Accumulates in float32; returns out [b, y, x, h, d]
     in q's dtype and the log-sum-exp [b, h, y, x] in float32. Differentiable once, in q, k and v.
-    `interpret` runs the kernels' code op by op on any device, slowly, for tests. Raises ValueError
-    for a larger d.
+    `interpret` runs the kernels' code op by op on any device, slowly, for tests.
     """
-    dim = q.shape[-1]
-    if dim > MAX_DIM:
-        raise ValueError(f"pallas_triton serves head dims up to {MAX_DIM}, got {dim}")
     if blocks is None:
-        blocks = block_sizes(_device_kind(interpret), q.dtype, dim, window.ratio)
+        device_kind = INTERPRETER if interpret else jax.devices()[0].device_kind
+        blocks = block_sizes(device_kind, q.dtype, q.shape[-1], window.ratio)
     return _attention(q, k, v, _Call(window, float(scale), blocks, interpret))
+
+
+def obstacle(device: jax.Device | None, dim: int) -> str | None:
+    """Why the kernels cannot run for a head dim on a device, or None if they can.
+
+    A device of None stands for interpretation.
+    """
+    if dim > MAX_DIM:
+        return f"its head dim may be at most {MAX_DIM}, got {dim}"
+    if device is None:
+        return None
+    capability = compute_capability(device)
+    if capability is None:
+        return f"it needs an NVIDIA GPU, the default device is {device.device_kind!r}"
+    if capability < LEAST_CAPABILITY:
+        return "it needs compute capability {}.{}, {!r} has {}.{}".format(
+            *LEAST_CAPABILITY, device.device_kind, *capability
+        )
+    return None
+
+
+def compute_capability(device: jax.Device) -> tuple[int, int] | None:
+    """(major, minor) of an NVIDIA GPU, None for other devices."""
+    name = str(getattr(device, "compute_capability", ""))  # "9.0"; another maker's are words
+    found = re.fullmatch(r"(\d+)\.(\d+)", name) if device.platform == "gpu" else None
+    return (int(found[1]), int(found[2])) if found else None
 
 
 @dataclass(frozen=True)
@@ -173,9 +198,8 @@ def _dq_kernel(
     def step(i: Any, dq: jax.Array) -> jax.Array:
         keys, key_codes = place.others(i)
         k, v = _load(k_ref, keys), _load(v_ref, keys)
-        scores = (scale * _LOG2_E) * _dot(q, k, transpose_b=True)
-        scores = jnp.where(hidden(halo, codes, key_codes), _HIDDEN, scores)
-        weights = jnp.exp2(scores - lse[:, None])
+        scores = (scale * _LOG2_E) * _dot(q, k, transpose_b=True) - lse[:, None]
+        weights = jnp.exp2(jnp.where(hidden(halo, codes, key_codes), _HIDDEN, scores))
         dscores = weights * (_dot(dout, v, transpose_b=True) - delta[:, None])
         return dq + _dot(dscores.astype(k.dtype), k)
 
@@ -207,9 +231,9 @@ def _dkv_kernel(
         queries, query_codes = place.others(i)
         q, dout = _load(q_ref, queries), _load(dout_ref, queries)
         lse, delta = _load_vector(lse_ref, queries), _load_vector(delta_ref, queries)
-        scores = (scale * _LOG2_E) * _dot(k, q, transpose_b=True)
-        scores = jnp.where(hidden(halo, codes, query_codes), _HIDDEN, scores)
-        weights = jnp.exp2(scores - (lse * _LOG2_E)[None, :])
+        lse *= _LOG2_E
+        scores = (scale * _LOG2_E) * _dot(k, q, transpose_b=True) - lse[None, :]
+        weights = jnp.exp2(jnp.where(hidden(halo, codes, query_codes), _HIDDEN, scores))
         dv += _dot(weights.astype(dout.dtype), dout)
         dscores = weights * (_dot(v, dout, transpose_b=True) - delta[None, :])
         return dk + _dot(dscores.astype(q.dtype), q), dv
@@ -306,7 +330,3 @@ def _cells(array: jax.Array) -> jax.Array:
 
 def _like(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
-def _device_kind(interpret: bool) -> str:
-    return "interpreter" if interpret else jax.devices()[0].device_kind

@@ -14,7 +14,8 @@ from pallas_kernels import local_attention_2d, local_attention_2d_with_lse
 from pallas_kernels.local_attention import xla
 from pallas_kernels.local_attention.window import Window
 
-IMPLEMENTATIONS = ("xla",)
+KERNEL = "pallas_triton_interpret"
+IMPLEMENTATIONS = ("xla", KERNEL)
 GOLDEN = Path(__file__).parents[1] / "golden" / "local_attention.npz"
 
 
@@ -40,6 +41,7 @@ CASES = {
     "cross3_5x5": Case((24, 24), (5, 5), ratio=3, heads=1),
     "cross3_9x5_odd_grid": Case((9, 15), (9, 5), ratio=3),
     "cross2_3x3": Case((10, 8), (3, 3), ratio=2),
+    "19x15_wide_halo": Case((17, 21), (19, 15), heads=1, dim=24),
 }
 
 
@@ -57,14 +59,23 @@ def draw(case: Case, dtype: str = "float32", batch: int = 2, seed: int = 0):
     return (q, k, v), cotangents
 
 
-# Compiled, here and below: run op by op, the suite takes minutes.
-attention = jax.jit(
-    local_attention_2d_with_lse, static_argnames=("window", "causal", "scale", "implementation")
-)
+@functools.cache
+def compiled(function, **options):
+    """Compiled, because op by op the suite takes minutes; the interpreted kernels without much
+    optimisation, which takes longer than they run."""
+    cheap = {"xla_backend_optimization_level": 0} if options["implementation"] == KERNEL else {}
+    return jax.jit(functools.partial(function, **options), compiler_options=cheap)
 
 
-@functools.partial(jax.jit, static_argnames=("window", "causal", "implementation"))
-def values_and_gradients(inputs, cotangents, *, window, causal, implementation):
+def attention(q, k, v, **options):
+    return compiled(local_attention_2d_with_lse, **options)(q, k, v)
+
+
+def values_and_gradients(inputs, cotangents, **options):
+    return compiled(_values_and_gradients, **options)(inputs, cotangents)
+
+
+def _values_and_gradients(inputs, cotangents, *, window, causal, implementation):
     def loss(q, k, v):
         out, lse = local_attention_2d_with_lse(
             q, k, v, window=window, causal=causal, implementation=implementation
@@ -337,8 +348,13 @@ GRID = (1, 6, 6, 2, 4)
         ),
         (
             *[zeros(*GRID)] * 3,
-            {"implementation": "pallas_triton"},
-            "implementation='pallas_triton' does not exist; there are 'auto', 'reference', 'xla'",
+            {"implementation": "mosaic"},
+            "implementation='mosaic' does not exist; there are 'auto', 'pallas_triton', ",
+        ),
+        (
+            *[zeros(1, 6, 6, 1, 136)] * 3,
+            {"implementation": KERNEL},
+            "cannot serve this call: its head dim may be at most 128, got 136",
         ),
     ],
 )
