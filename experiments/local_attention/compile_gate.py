@@ -1,4 +1,4 @@
-"""What does the CUDA compiler make of the attention kernels? Compiles them for sm_90a, needs no GPU.
+"""What does the CUDA compiler make of the attention kernels, for sm_90a? Needs no GPU.
 
     python -m experiments.local_attention.compile_gate [--grids 60 64] [--dtype float32] [--dim 128]
 
@@ -34,7 +34,8 @@ WINDOWS = [Window(9, 5), Window(9, 9), Window(5, 5, ratio=3)]
 _TARGET = f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800

@@ -146,8 +146,8 @@ def _forward_kernel(
     [cells]."""
     place = halo.place(pl.program_id(0))
     rows, exists, codes = place.own()
-    exists = None if halo.divides else exists
-    q = _load(q_ref, rows, exists)
+    mask = None if halo.divides else exists
+    q = _load(q_ref, rows, mask)
 
     def step(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, out = carry
@@ -168,11 +168,11 @@ def _forward_kernel(
         jnp.zeros(q.shape, jnp.float32),
     )
     largest, total, out = jax.lax.fori_loop(0, halo.steps, step, start)
-    if exists is not None:
-        # Tiles' cells that are out of the grid may see nothing; they are not stored.
-        total = jnp.where(exists, total, 1.0)
-    _store(out_ref, rows, exists, out / total[:, None])
-    plgpu.store(lse_ref.at[rows], (largest + jnp.log2(total)) / _LOG2_E, mask=exists)
+    if mask is not None:
+        # Cells that stick out of the grid may see nothing; they are not stored.
+        total = jnp.where(mask, total, 1.0)
+    _store(out_ref, rows, mask, out / total[:, None])
+    plgpu.store(lse_ref.at[rows], (largest + jnp.log2(total)) / _LOG2_E, mask=mask)
 
 
 def _dq_kernel(
@@ -190,9 +190,9 @@ def _dq_kernel(
     """dq [tile, d] of a tile of queries."""
     place = halo.place(pl.program_id(0))
     rows, exists, codes = place.own()
-    exists = None if halo.divides else exists
-    q, dout = (_load(ref, rows, exists) for ref in (q_ref, dout_ref))
-    lse, delta = (_load_vector(ref, rows, exists) for ref in (lse_ref, delta_ref))
+    mask = None if halo.divides else exists
+    q, dout = (_load(ref, rows, mask) for ref in (q_ref, dout_ref))
+    lse, delta = (_load_vector(ref, rows, mask) for ref in (lse_ref, delta_ref))
     lse *= _LOG2_E
 
     def step(i: Any, dq: jax.Array) -> jax.Array:
@@ -204,7 +204,7 @@ def _dq_kernel(
         return dq + _dot(dscores.astype(k.dtype), k)
 
     dq = jax.lax.fori_loop(0, halo.steps, step, jnp.zeros(q.shape, jnp.float32))
-    _store(dq_ref, rows, exists, scale * dq)
+    _store(dq_ref, rows, mask, scale * dq)
 
 
 def _dkv_kernel(
@@ -223,8 +223,8 @@ def _dkv_kernel(
     """dk and dv [tile, d] of a tile of keys, gathered from the queries that see it."""
     place = halo.place(pl.program_id(0))
     rows, exists, codes = place.own()
-    exists = None if halo.divides else exists
-    k, v = (_load(ref, rows, exists) for ref in (k_ref, v_ref))
+    mask = None if halo.divides else exists
+    k, v = (_load(ref, rows, mask) for ref in (k_ref, v_ref))
 
     def step(i: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dk, dv = carry
@@ -240,8 +240,8 @@ def _dkv_kernel(
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     dk, dv = jax.lax.fori_loop(0, halo.steps, step, (zeros, zeros))
-    _store(dk_ref, rows, exists, scale * dk)
-    _store(dv_ref, rows, exists, dv)
+    _store(dk_ref, rows, mask, scale * dk)
+    _store(dv_ref, rows, mask, dv)
 
 
 def _run(
