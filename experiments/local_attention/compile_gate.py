@@ -258,7 +258,7 @@ def _count_instructions(cubin: Path) -> tuple[int, int]:
         elif instruction and instruction[1] != "NOP":
             total += 1
             back = re.search(r"\bBRA .*`\(\.(L_x_\d+)\)", instruction[1])
-            if back and back[1] in labels:
+            if back and labels.get(back[1], total) < total - 1:  # code ends in a jump to itself
                 loops.append(total - labels[back[1]])
     return total, max(loops)
 

@@ -167,3 +167,21 @@ def test_lowers_for_cuda_without_a_gpu(grid, window, dim, dtype):
         assert f"local_attention_{kernel}" in text
     assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 3
     assert [a.shape for a in exported.out_avals][2:] == [queries.shape, keys.shape, keys.shape]
+
+
+def test_the_compile_gate_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(compile_gate, "_tool", lambda name: None)
+    assert compile_gate.main([]) == 2
+    said = capsys.readouterr().err
+    assert "pip install" in said and said.count("\n") == 1
+
+
+def test_resident_programs_are_bound_by_the_scarcest_resource():
+    needs = {"name": "dq", "programs": 1, "spilled": 0, "instructions": 0, "in_loop": 0}
+    for threads, registers, shared, expected in [
+        (128, 128, 0, 4),  # 65,536 registers
+        (128, 16, 56 * 1024, 4),  # 228 KB, of which a program's first is the system's
+        (256, 16, 0, 8),  # 2,048 threads
+    ]:
+        kernel = compile_gate.Kernel(threads=threads, registers=registers, shared=shared, **needs)
+        assert kernel.resident == expected
