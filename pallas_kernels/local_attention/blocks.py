@@ -46,52 +46,41 @@ class _Entry(NamedTuple):
     device: str  # how the device's kind begins
     itemsize: int  # the largest, in bytes
     dim: int  # the largest
-    coarse: bool  # whether for keys on a coarser grid
+    ratio: float  # the largest, of the query grid to the key grid
     blocks: BlockSizes
 
 
+def _same(launch: Launch) -> BlockSizes:
+    return BlockSizes(launch, launch, launch)
+
+
+_WIDE = Launch((8, 8), 64, num_warps=4, num_stages=2)
+_NARROW = Launch((8, 8), 32, num_warps=4, num_stages=2)
+# A key of a coarser grid is seen by ratio² times as many queries: with large tiles of keys most of
+# what a program meets is hidden, and there are too few programs.
+_FEW_KEYS = Launch((4, 4), 32, num_warps=2, num_stages=2)
+_MANY_WARPS = Launch((8, 8), 32, num_warps=8, num_stages=2)
 _TABLE = (
     # Small, so that small test cases have many tiles and steps.
-    _Entry(INTERPRETER, 4, 128, False, BlockSizes(*[Launch((4, 4), 16, 4, 2)] * 3)),
-    _Entry(INTERPRETER, 4, 128, True, BlockSizes(*[Launch((4, 4), 16, 4, 2)] * 3)),
-    _Entry(
-        "",
-        2,
-        64,
-        False,
-        BlockSizes(
-            forward=Launch((8, 8), 64, num_warps=4, num_stages=2),
-            dq=Launch((8, 8), 32, num_warps=4, num_stages=2),
-            dkv=Launch((8, 8), 32, num_warps=4, num_stages=2),
-        ),
-    ),
-    # A key of a coarser grid is seen by ratio² times as many queries: small tiles of keys, or most
-    # of what a program meets is hidden, and there are too few programs.
-    _Entry(
-        "",
-        2,
-        64,
-        True,
-        BlockSizes(
-            forward=Launch((8, 8), 64, num_warps=4, num_stages=2),
-            dq=Launch((8, 8), 32, num_warps=4, num_stages=2),
-            dkv=Launch((4, 4), 32, num_warps=2, num_stages=2),
-        ),
-    ),
-    # Float32 is multiplied without tensor cores and fills twice the registers, as do 128 columns.
-    _Entry("", 4, 128, False, BlockSizes(*[Launch((4, 8), 32, num_warps=4, num_stages=2)] * 3)),
-    _Entry("", 4, 128, True, BlockSizes(*[Launch((4, 4), 32, num_warps=4, num_stages=2)] * 3)),
+    _Entry(INTERPRETER, 4, 128, math.inf, _same(Launch((4, 4), 16, num_warps=4, num_stages=2))),
+    _Entry("", 2, 64, 1, BlockSizes(forward=_WIDE, dq=_NARROW, dkv=_NARROW)),
+    _Entry("", 2, 64, math.inf, BlockSizes(forward=_WIDE, dq=_NARROW, dkv=_FEW_KEYS)),
+    _Entry("", 2, 128, 1, BlockSizes(forward=_NARROW, dq=_NARROW, dkv=_MANY_WARPS)),
+    _Entry("", 2, 128, math.inf, BlockSizes(forward=_NARROW, dq=_NARROW, dkv=_FEW_KEYS)),
+    # Float32 is multiplied without tensor cores and fills twice the registers.
+    _Entry("", 4, 64, 1, _same(Launch((4, 8), 32, num_warps=4, num_stages=2))),
+    _Entry("", 4, 128, math.inf, _same(Launch((4, 4), 32, num_warps=4, num_stages=2))),
 )
 
 
 def block_sizes(device_kind: str, dtype: jnp.dtype, dim: int, ratio: int) -> BlockSizes:
-    """The first entry of the table that fits; the last ones fit any device.
+    """The first entry of the table that fits; entries with no device's name fit any device.
 
     `device_kind` is as jax.Device has it, or INTERPRETER. Raises ValueError for a dim over 128.
     """
+    itemsize = jnp.dtype(dtype).itemsize
     for entry in _TABLE:
-        fits = jnp.dtype(dtype).itemsize <= entry.itemsize and dim <= entry.dim
-        fits &= entry.coarse == (ratio > 1)
+        fits = itemsize <= entry.itemsize and dim <= entry.dim and ratio <= entry.ratio
         if fits and device_kind.startswith(entry.device):
             return entry.blocks
     raise ValueError(f"no block sizes for {dtype} and a head dim of {dim}")

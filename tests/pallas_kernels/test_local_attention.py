@@ -59,12 +59,17 @@ def draw(case: Case, dtype: str = "float32", batch: int = 2, seed: int = 0):
     return (q, k, v), cotangents
 
 
+def compile_for(implementation):
+    """jax.jit; for the interpreted kernels without much optimisation, which takes longer than they
+    run."""
+    cheap = {"xla_backend_optimization_level": 0} if implementation == KERNEL else {}
+    return functools.partial(jax.jit, compiler_options=cheap)
+
+
 @functools.cache
 def compiled(function, **options):
-    """Compiled, because op by op the suite takes minutes; the interpreted kernels without much
-    optimisation, which takes longer than they run."""
-    cheap = {"xla_backend_optimization_level": 0} if options["implementation"] == KERNEL else {}
-    return jax.jit(functools.partial(function, **options), compiler_options=cheap)
+    """Run op by op, the suite takes minutes."""
+    return compile_for(options["implementation"])(functools.partial(function, **options))
 
 
 def attention(q, k, v, **options):
@@ -177,7 +182,7 @@ def test_a_cell_sees_its_window_and_nothing_else(name, implementation):
     window = Window(*case.window, causal=case.causal, ratio=case.ratio)
     mask = window.dense_mask(case.grid)
 
-    @jax.jit
+    @compile_for(implementation)
     def reached(y, x):
         def cell(k, v):
             out = local_attention_2d(
@@ -256,11 +261,12 @@ def test_under_vmap_and_scan(implementation, assert_close):
     attend = functools.partial(
         local_attention_2d, window=case.window, implementation=implementation
     )
-    expected = jax.jit(attend)(q, k, v)
+    expected = compile_for(implementation)(attend)(q, k, v)
     stacked = tuple(a[:, None] for a in (q, k, v))
-    mapped = jax.jit(jax.vmap(attend))(*stacked)
+    mapped = compile_for(implementation)(jax.vmap(attend))(*stacked)
     assert_close(mapped[:, 0], expected, "float32")
-    _, scanned = jax.lax.scan(lambda carry, qkv: (carry, attend(*qkv)), 0, stacked)
+    over = compile_for(implementation)(lambda *stacked: jax.lax.map(lambda s: attend(*s), stacked))
+    scanned = over(*stacked)
     assert_close(scanned[:, 0], expected, "float32")
 
 
