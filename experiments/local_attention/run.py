@@ -23,6 +23,7 @@ import numpy as np
 
 from experiments.local_attention import bounds, peers
 from pallas_kernels import local_attention_2d
+from pallas_kernels.local_attention import pallas_triton
 from pallas_kernels.local_attention.window import Window
 
 IMPLEMENTATIONS = ("xla",)
@@ -167,11 +168,13 @@ def measure(
 
 def implementations(window: Window) -> dict[str, Callable[..., jax.Array]]:
     """Ours first, then the peers, by the name they are printed under."""
+    on_nvidia = pallas_triton.compute_capability(jax.devices()[0]) is not None
+    kernels = ["pallas_triton"] if on_nvidia else []
     ours = {
         name: functools.partial(
             local_attention_2d, window=(window.rows, window.columns), implementation=name
         )
-        for name in IMPLEMENTATIONS
+        for name in (*IMPLEMENTATIONS, *kernels)
     }
     return {
         **ours,
@@ -258,8 +261,8 @@ def time_in_turn(
 
 
 HEADER = (
-    f"{'grid':>7} {'window':>9} {'direction':<17}{'':<8}{'fastest':>10} {'median':>10} {'CPU':>10} "
-    f"{'of xla':>7} {'of bound':>9} {'temporary':>11}"
+    f"{'grid':>7} {'window':>9} {'direction':<17}{'':<14}{'fastest':>10} {'median':>10} "
+    f"{'CPU':>10} {'of xla':>7} {'of bound':>9} {'temporary':>11}"
 )
 
 
@@ -267,7 +270,7 @@ def table(results: list[Result]) -> str:
     """The ratios are of the fastest calls, which others on the machine disturb least."""
     first = results[0]
     return "\n".join(
-        f"{r.grid:>3}x{r.grid:<3} {r.window:>9} {r.direction:<17}{r.implementation:<8}"
+        f"{r.grid:>3}x{r.grid:<3} {r.window:>9} {r.direction:<17}{r.implementation:<14}"
         f"{r.fastest_ms:>7.1f} ms {r.median_ms:>7.1f} ms {r.cpu_ms:>7.1f} ms "
         f"{r.fastest_ms / first.fastest_ms:>6.1f}x {r.fastest_ms / r.bound_ms:>8.1f}x "
         f"{r.temporary_mb:>8.0f} MB"

@@ -1,13 +1,24 @@
 """The public functions: check the inputs, choose an implementation, run it."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.local_attention import reference, xla
+from pallas_kernels.local_attention import pallas_triton, reference, xla
 from pallas_kernels.local_attention.window import Window
 
 # Every implementation has one signature: (q, k, v, *, window: Window, scale) -> (out, lse).
-_IMPLEMENTATIONS = {"reference": reference.local_attention, "xla": xla.local_attention}
+_IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "reference": reference.local_attention,
+    "xla": xla.local_attention,
+    "pallas_triton": pallas_triton.local_attention,
+    "pallas_triton_interpret": functools.partial(pallas_triton.local_attention, interpret=True),
+}
+# What "auto" takes the kernels on: the compute capability that they are compiled for, without
+# spills, by experiments/local_attention/compile_gate.py.
+_PALLAS_TRITON_CAPABILITIES = ((9, 0),)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -29,13 +40,24 @@ def local_attention_2d(
     first floor(rows * columns / 2) + 1 cells of the window in raster order and needs equal grids.
     Scores are multiplied by `scale`, 1 / sqrt(d) by default.
 
-    `implementation`: "xla" (tiles with a halo, any device), "reference" (dense, for tests), or
-    "auto", which takes "xla" on every device. A named implementation is never replaced by another.
+    `implementation` is one of
 
-    Returns [b, y, x, h, d] in the inputs' dtype (float32, bfloat16 or float16; sums are float32,
-    and products follow `jax.default_matmul_precision`, which on a GPU means TF32 unless raised).
+    - "xla": tiles with a halo, any device;
+    - "pallas_triton": fused kernels, on NVIDIA GPUs of compute capability 8.0 or more and for
+      head dims up to 128;
+    - "pallas_triton_interpret": their code run op by op on any device, slowly, for tests;
+    - "reference": dense, for tests;
+    - "auto": "pallas_triton" where the default device (`jax.default_device`, else the first of
+      the default backend) has compute capability 9.0 and the head dim is at most 128, else "xla".
+
+    A named implementation is never replaced by another.
+
+    Returns [b, y, x, h, d] in the inputs' dtype (float32, bfloat16 or float16). Sums are float32.
+    Products of float32 inputs are exact in the kernels; in the others they follow
+    `jax.default_matmul_precision`, which on a GPU means TF32 unless raised.
     Raises ValueError, in one line, for wrong ranks or shapes, even windows, indivisible grids,
-    mixed or unsupported dtypes, a causal window on a coarser grid, and unknown implementations.
+    mixed or unsupported dtypes, a causal window on a coarser grid, implementations that do not
+    exist, and a named one that cannot serve this call.
 
     CogView2, arXiv 2204.14217, section 3.3 and Image-Local-Attention. There, cells out of the grid
     score -10000 before the softmax, which float32 cannot tell from not counting them.
@@ -60,17 +82,34 @@ def local_attention_2d_with_lse(
     The pair is a part for `merge_attention`. Gradients flow through both.
     """
     geometry = _check(q, k, v, window, causal)
-    attend = _IMPLEMENTATIONS[_choose(implementation)]
+    attend = _IMPLEMENTATIONS[_choose(implementation, q.shape[-1])]
     return attend(q, k, v, window=geometry, scale=q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _choose(implementation: str) -> str:
+def _choose(implementation: str, dim: int) -> str:
+    """The implementation for a head dim on the default device, or a ValueError."""
     if implementation == "auto":
-        return "xla"
+        device = _default_device()
+        if pallas_triton.compute_capability(device) not in _PALLAS_TRITON_CAPABILITIES:
+            return "xla"
+        return "xla" if pallas_triton.obstacle(device, dim) else "pallas_triton"
     if implementation not in _IMPLEMENTATIONS:
         names = ", ".join(repr(name) for name in ("auto", *sorted(_IMPLEMENTATIONS)))
         raise ValueError(f"implementation={implementation!r} does not exist; there are {names}")
+    obstacle = None
+    if implementation == "pallas_triton":
+        obstacle = pallas_triton.obstacle(_default_device(), dim)
+    elif implementation == "pallas_triton_interpret":
+        obstacle = pallas_triton.obstacle(None, dim)
+    if obstacle:
+        raise ValueError(f"implementation={implementation!r} cannot serve this call: {obstacle}")
     return implementation
+
+
+def _default_device() -> jax.Device:
+    """The device that jax computes on where nothing else is asked for."""
+    default = jax.config.jax_default_device  # a device, a platform's name or None
+    return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 
 def _check(

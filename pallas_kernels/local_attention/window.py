@@ -44,6 +44,16 @@ class Window:
         return self.rows // 2, self.columns // 2
 
     @property
+    def sight(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Cells before and after its parent that a query sees: of rows, then of columns.
+
+        A causal window looks at no later row. Reflected (after, before), this is which parents
+        see a key.
+        """
+        row_radius, column_radius = self.radius
+        return (row_radius, 0 if self.causal else row_radius), (column_radius, column_radius)
+
+    @property
     def num_keys(self) -> int:
         """Keys a query sees when none is out of the grid."""
         return self.rows * self.columns // 2 + 1 if self.causal else self.rows * self.columns
@@ -65,10 +75,10 @@ class Window:
     def reach(self, tile: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of keys that a tile of queries sees: its parents and their halo.
 
-        The tile's sides must be multiples of the ratio. A causal window looks at no later row.
+        The tile's sides must be multiples of the ratio.
         """
-        rows = tile[0] // self.ratio + (self.rows // 2 if self.causal else self.rows - 1)
-        return rows, tile[1] // self.ratio + self.columns - 1
+        rows, columns = (n // self.ratio + sum(s) for n, s in zip(tile, self.sight, strict=True))
+        return rows, columns
 
     def tile_mask(self, tile: tuple[int, int]) -> np.ndarray:
         """Which of the keys in reach each query of a tile sees.

@@ -14,7 +14,8 @@ from pallas_kernels import local_attention_2d, local_attention_2d_with_lse
 from pallas_kernels.local_attention import xla
 from pallas_kernels.local_attention.window import Window
 
-IMPLEMENTATIONS = ("xla",)
+KERNEL = "pallas_triton_interpret"
+IMPLEMENTATIONS = ("xla", KERNEL)
 GOLDEN = Path(__file__).parents[1] / "golden" / "local_attention.npz"
 
 
@@ -40,6 +41,7 @@ CASES = {
     "cross3_5x5": Case((24, 24), (5, 5), ratio=3, heads=1),
     "cross3_9x5_odd_grid": Case((9, 15), (9, 5), ratio=3),
     "cross2_3x3": Case((10, 8), (3, 3), ratio=2),
+    "19x15_wide_halo": Case((17, 21), (19, 15), heads=1, dim=24),
 }
 
 
@@ -57,14 +59,28 @@ def draw(case: Case, dtype: str = "float32", batch: int = 2, seed: int = 0):
     return (q, k, v), cotangents
 
 
-# Compiled, here and below: run op by op, the suite takes minutes.
-attention = jax.jit(
-    local_attention_2d_with_lse, static_argnames=("window", "causal", "scale", "implementation")
-)
+def compile_for(implementation):
+    """jax.jit; for the interpreted kernels without much optimisation, which takes longer than they
+    run."""
+    cheap = {"xla_backend_optimization_level": 0} if implementation == KERNEL else {}
+    return functools.partial(jax.jit, compiler_options=cheap)
 
 
-@functools.partial(jax.jit, static_argnames=("window", "causal", "implementation"))
-def values_and_gradients(inputs, cotangents, *, window, causal, implementation):
+@functools.cache
+def compiled(function, **options):
+    """Run op by op, the suite takes minutes."""
+    return compile_for(options["implementation"])(functools.partial(function, **options))
+
+
+def attention(q, k, v, **options):
+    return compiled(local_attention_2d_with_lse, **options)(q, k, v)
+
+
+def values_and_gradients(inputs, cotangents, **options):
+    return compiled(_values_and_gradients, **options)(inputs, cotangents)
+
+
+def _values_and_gradients(inputs, cotangents, *, window, causal, implementation):
     def loss(q, k, v):
         out, lse = local_attention_2d_with_lse(
             q, k, v, window=window, causal=causal, implementation=implementation
@@ -166,7 +182,7 @@ def test_a_cell_sees_its_window_and_nothing_else(name, implementation):
     window = Window(*case.window, causal=case.causal, ratio=case.ratio)
     mask = window.dense_mask(case.grid)
 
-    @jax.jit
+    @compile_for(implementation)
     def reached(y, x):
         def cell(k, v):
             out = local_attention_2d(
@@ -245,11 +261,12 @@ def test_under_vmap_and_scan(implementation, assert_close):
     attend = functools.partial(
         local_attention_2d, window=case.window, implementation=implementation
     )
-    expected = jax.jit(attend)(q, k, v)
+    expected = compile_for(implementation)(attend)(q, k, v)
     stacked = tuple(a[:, None] for a in (q, k, v))
-    mapped = jax.jit(jax.vmap(attend))(*stacked)
+    mapped = compile_for(implementation)(jax.vmap(attend))(*stacked)
     assert_close(mapped[:, 0], expected, "float32")
-    _, scanned = jax.lax.scan(lambda carry, qkv: (carry, attend(*qkv)), 0, stacked)
+    over = compile_for(implementation)(lambda *stacked: jax.lax.map(lambda s: attend(*s), stacked))
+    scanned = over(*stacked)
     assert_close(scanned[:, 0], expected, "float32")
 
 
@@ -337,8 +354,13 @@ GRID = (1, 6, 6, 2, 4)
         ),
         (
             *[zeros(*GRID)] * 3,
-            {"implementation": "pallas_triton"},
-            "implementation='pallas_triton' does not exist; there are 'auto', 'reference', 'xla'",
+            {"implementation": "mosaic"},
+            "implementation='mosaic' does not exist; there are 'auto', 'pallas_triton', ",
+        ),
+        (
+            *[zeros(1, 6, 6, 1, 136)] * 3,
+            {"implementation": KERNEL},
+            "cannot serve this call: its head dim may be at most 128, got 136",
         ),
     ],
 )

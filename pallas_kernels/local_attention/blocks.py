@@ -1,0 +1,86 @@
+"""How the GPU kernels are cut into blocks: one table, by device, dtype, head dim and ratio.
+
+Nothing is tuned at run time. `experiments/local_attention/compile_gate.py` says what the compiler
+makes of an entry.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+INTERPRETER = "interpreter"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel runs.
+
+    `tile` is the cells (rows, columns) that a program owns and `block` the cells of the other grid
+    that it meets a step, both a power of two of at least 16 cells, else ValueError; `num_warps`
+    is its size in 32 threads, and `num_stages` the steps in flight.
+    """
+
+    tile: tuple[int, int]
+    block: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name, n in (("tile", math.prod(self.tile)), ("block", self.block)):
+            if n < 16 or n & (n - 1):
+                raise ValueError(f"{name} must hold a power of two of at least 16 cells, got {n}")
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """The three kernels': forward, dq (by tiles of queries), dkv (by tiles of keys)."""
+
+    forward: Launch
+    dq: Launch
+    dkv: Launch
+
+
+class _Entry(NamedTuple):
+    device: str  # how the device's kind begins
+    itemsize: int  # the largest, in bytes
+    dim: int  # the largest
+    ratio: float  # the largest, of the query grid to the key grid
+    blocks: BlockSizes
+
+
+def _same(launch: Launch) -> BlockSizes:
+    return BlockSizes(launch, launch, launch)
+
+
+_WIDE = Launch((8, 8), 64, num_warps=4, num_stages=2)
+_NARROW = Launch((8, 8), 32, num_warps=4, num_stages=2)
+# A key of a coarser grid is seen by ratio² times as many queries: with large tiles of keys most of
+# what a program meets is hidden, and there are too few programs.
+_FEW_KEYS = Launch((4, 4), 32, num_warps=2, num_stages=2)
+_MANY_WARPS = Launch((8, 8), 32, num_warps=8, num_stages=2)
+_TABLE = (
+    # Small, so that small test cases have many tiles and steps.
+    _Entry(INTERPRETER, 4, 128, math.inf, _same(Launch((4, 4), 16, num_warps=4, num_stages=2))),
+    _Entry("", 2, 64, 1, BlockSizes(forward=_WIDE, dq=_NARROW, dkv=_NARROW)),
+    _Entry("", 2, 64, math.inf, BlockSizes(forward=_WIDE, dq=_NARROW, dkv=_FEW_KEYS)),
+    _Entry("", 2, 128, 1, BlockSizes(forward=_NARROW, dq=_NARROW, dkv=_MANY_WARPS)),
+    _Entry("", 2, 128, math.inf, BlockSizes(forward=_NARROW, dq=_NARROW, dkv=_FEW_KEYS)),
+    # Float32 is multiplied without tensor cores and fills twice the registers.
+    _Entry("", 4, 64, 1, _same(Launch((4, 8), 32, num_warps=4, num_stages=2))),
+    _Entry("", 4, 128, math.inf, _same(Launch((4, 4), 32, num_warps=4, num_stages=2))),
+)
+
+
+def block_sizes(device_kind: str, dtype: jnp.dtype, dim: int, ratio: int) -> BlockSizes:
+    """The first entry of the table that fits; entries with no device's name fit any device.
+
+    `device_kind` is as jax.Device has it, or INTERPRETER. Raises ValueError for a dim over 128.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    for entry in _TABLE:
+        fits = itemsize <= entry.itemsize and dim <= entry.dim and ratio <= entry.ratio
+        if fits and device_kind.startswith(entry.device):
+            return entry.blocks
+    raise ValueError(f"no block sizes for {dtype} and a head dim of {dim}")
