@@ -390,12 +390,11 @@ def _check(file: Path, digests: Sequence[bytes]) -> None:
 
     reader = ArrayRecordReader(str(file))
     try:
-        intact = reader.ok() and reader.num_records() == len(digests)
+        intact = reader.num_records() == len(digests)
         intact = intact and all(hashlib.sha256(reader.read()).digest() == each for each in digests)
+        reader.close()  # raises what was wrong when it was opened
     except (RuntimeError, IndexError):
         intact = False
-    finally:
-        reader.close()
     if not intact:
         raise OSError(f"{file} does not hold what was written to it: the disk is full or failing")
 

@@ -268,7 +268,7 @@ class Tfds:
 
         builder = _tfds_builder(name, data_dir, download)
         features = builder.info.features
-        texts = [path for path, feature in _leaves(features) if _is(feature, "Text")]
+        texts = sorted(path for path, feature in _leaves(features) if _is(feature, "Text"))
         if not fields and len(texts) == 1:
             fields = texts
         if pictures_only:
