@@ -145,8 +145,8 @@ def begin(folder: Path, manifest: Manifest) -> None:
 
 
 def write_durably(file: Path, content: bytes) -> None:
-    """The file appears whole or not at all, also when the machine goes down."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    """The file appears whole or not at all, also when the machine goes down; for one writer."""
+    partial = file.with_name(f".{file.name}.partial")
     try:
         partial.write_bytes(content)
         rename_durably(partial, file)

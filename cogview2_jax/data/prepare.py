@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import io
 import json
+import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -230,7 +231,9 @@ def _prepare(
     progress: Callable[[int], None],
 ) -> Report:
     """Make all shards of `manifest` in `folder` that are not there."""
-    manifests.begin(folder, manifest)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        manifests.begin(folder, manifest)
     done = [shard for shard in range(manifest.num_shards) if _is_done(folder, manifest, shard)]
     progress(sum(len(manifest.inputs(shard)) for shard in done))
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
@@ -246,10 +249,11 @@ def _prepare(
                         )
         finally:
             pool.shutdown(cancel_futures=True)
-    return summarise(folder, manifest)
+    with _locked(folder):
+        return _summarise(folder, manifest)
 
 
-def summarise(folder: Path, manifest: Manifest) -> Report:
+def _summarise(folder: Path, manifest: Manifest) -> Report:
     """Numbers of the shards that are done; when all are, also written, with all refusals."""
     records, lines = 0, []
     kinds: Counter[str] = Counter()
@@ -266,6 +270,8 @@ def summarise(folder: Path, manifest: Manifest) -> Report:
         len(done) == manifest.num_shards,
     )
     if made.complete:
+        for lock in folder.glob(".records-*.lock"):  # of runs killed just after their last shard
+            lock.unlink(missing_ok=True)
         content = json.dumps(made._asdict(), indent=2) + "\n"
         manifests.write_durably(folder / manifests.REFUSED, b"".join(lines))
         manifests.write_durably(folder / manifests.REPORT, content.encode())
@@ -296,8 +302,11 @@ def _write_shard(
             name = item.name
             made, refused = recipe.read(item)
         except Refused as one:
-            return None, [Refusal(index, one.name or name, one.kind, one.reason)]
-        return made, [Refusal(index, name, one.kind, one.reason, text) for text, one in refused]
+            return None, [Refusal(index, _short(one.name or name), one.kind, _short(one.reason))]
+        return made, [
+            Refusal(index, _short(name), one.kind, _short(one.reason), _short(caption))
+            for caption, one in refused
+        ]
 
     def accepted() -> Iterator[Any]:
         ahead = workers + 2 * recipe.batch_size
@@ -341,6 +350,17 @@ def _in_order(
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the others wait."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -405,6 +425,10 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:  # "write() failed: No space left on device; writing …; …"
         raise OSError(f"cannot write to {folder}: {str(error).split(';')[0]}") from error
+
+
+def _short(words: str, most: int = 300) -> str:
+    return words if len(words) <= most else words[: most - 1] + "…"
 
 
 def _json_line(content: Any) -> bytes:

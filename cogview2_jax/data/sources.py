@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, Protocol
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of picture files
+# What is opened, by content. Pillow knows more, among them PostScript, which it would have run.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 MOST_BYTES = 1 << 28  # of one picture file; a larger one is refused before it is read
 # What the path or the file is to blame for, and not the machine.
 _OF_THE_FILE = {
@@ -449,8 +451,9 @@ def read_picture(file: Path) -> bytes:
 def open_picture(picture: bytes | Image.Image) -> Image.Image:
     """A picture, upright and in RGB, on white where it is transparent. Raises Refused."""
     try:
-        opened = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
-        opened = ImageOps.exif_transpose(opened)
+        if isinstance(picture, bytes):
+            picture = Image.open(io.BytesIO(picture), formats=FORMATS)
+        opened = ImageOps.exif_transpose(picture)
         if opened.has_transparency_data:
             opened = opened.convert("RGBA")
             white = Image.new("RGBA", opened.size, "white")
@@ -459,7 +462,7 @@ def open_picture(picture: bytes | Image.Image) -> Image.Image:
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise Refused("unreadable image", "not a picture that Pillow can read") from error
+        raise Refused("unreadable image", f"not a picture in {', '.join(FORMATS)}") from error
     except Exception as error:  # damaged files make decoders raise nearly anything
         raise Refused("unreadable image", _first_line(error) or type(error).__name__) from error
 

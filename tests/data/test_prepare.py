@@ -230,6 +230,24 @@ def test_a_folder_of_pictures_keeps_them_as_they_are(tmp_path):
     assert [row["name"] for row in refusals(tmp_path / "records")] == ["below/b.JPG", "d.png"]
 
 
+def test_what_a_kill_may_leave_behind_is_cleared(made, make, captions_file, tmp_path):
+    folder = tmp_path / "records"
+    folder.mkdir()
+    shard = made[0] / "records-00001-of-00005.array_record"
+    for name in (f".{shard.name}.partial", f".{shard.name}.lock", ".records.json.partial"):
+        (folder / name).write_bytes(b"half")
+    make(sources.CaptionsFile(captions_file), folder)
+    assert_same(made[0], folder)
+    (folder / f".{shard.name}.lock").touch()  # killed between the shard's name and the lock's end
+    make(sources.CaptionsFile(captions_file), folder)
+    assert_same(made[0], folder)
+
+
+def test_postscript_is_not_run():
+    with pytest.raises(sources.Refused, match="not a picture"):
+        sources.open_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+
+
 def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     (tmp_path / "a.jpg").write_bytes(picture(0))
