@@ -536,8 +536,8 @@ def prepare_command(
     caption, a malformed line) are left out and listed in refused.jsonl, with the reason.
 
     The same command goes on after a kill, and may run several times at once on one folder, to use
-    several machines or devices: each run takes shards that no other holds. The records are the
-    same however they were made.
+    several devices: each run takes shards that no other holds. The records are the same however
+    they were made.
     """
     if len(caption_fields) > 2 or len(set(caption_fields)) < len(caption_fields):
         raise click.UsageError("--caption-field can be given once or twice, with two names")

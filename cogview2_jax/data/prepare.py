@@ -231,9 +231,10 @@ def _prepare(
     progress: Callable[[int], None],
 ) -> Report:
     """Make all shards of `manifest` in `folder` that are not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        manifests.begin(folder, manifest)
+    with _one_line_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            manifests.begin(folder, manifest)
     done = [shard for shard in range(manifest.num_shards) if _is_done(folder, manifest, shard)]
     progress(sum(len(manifest.inputs(shard)) for shard in done))
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
@@ -249,7 +250,7 @@ def _prepare(
                         )
         finally:
             pool.shutdown(cancel_futures=True)
-    with _locked(folder):
+    with _one_line_errors(folder), _locked(folder):
         return _summarise(folder, manifest)
 
 
@@ -331,10 +332,11 @@ def _write_shard(
         finally:
             with _one_line_errors(folder):
                 writer.close()
-        _check(partial, written)
         report = {"records": len(written), "refused": [each._asdict() for each in refusals]}
-        manifests.write_durably(_report_file(folder, manifest, shard), _json_line(report))
-        manifests.rename_durably(partial, file)
+        with _one_line_errors(folder):
+            _check(partial, written)
+            manifests.write_durably(_report_file(folder, manifest, shard), _json_line(report))
+            manifests.rename_durably(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -416,15 +418,20 @@ def _check(file: Path, digests: Sequence[bytes]) -> None:
     except (RuntimeError, IndexError):
         intact = False
     if not intact:
-        raise OSError(f"{file} does not hold what was written to it: the disk is full or failing")
+        raise OSError(f"{file.name} does not hold what was written to it: a full or failing disk")
 
 
 @contextlib.contextmanager
 def _one_line_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # "write() failed: No space left on device; writing …; …"
-        raise OSError(f"cannot write to {folder}: {str(error).split(';')[0]}") from error
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None)
+        # array_record says "write() failed: No space left on device; writing …; …"
+        reason = reason or str(error).split(";")[0].removeprefix("write() failed: ")
+        raise OSError(
+            f"cannot write to {folder}: {reason} (the same command goes on from here)"
+        ) from error
 
 
 def _short(words: str, most: int = 300) -> str:
