@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,8 +120,12 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def load(path: str | os.PathLike[str] | None = None) -> Bundle:
+def load(
+    path: str | os.PathLike[str] | None = None, networks: Collection[str] = _NETWORKS
+) -> Bundle:
     """The bundle in the folder `path`, or the one that ships with the package.
+
+    Parameters of networks other than `networks` are not read: their trees are empty.
 
     Raises FileNotFoundError for a missing folder or file and ValueError for a damaged or
     ill-fitting one, each in one line.
@@ -148,7 +152,10 @@ def load(path: str | os.PathLike[str] | None = None) -> Bundle:
             # Shapes first: they lie in the header, so an unfit file is refused before it is read.
             shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
             _check_shapes(shapes, bundle, folder)
-            tensors = {name: stored.get_tensor(name) for name in shapes}
+            wanted = {CLUSTER_LABELS, *networks}
+            tensors = {
+                name: stored.get_tensor(name) for name in shapes if name.split("/")[0] in wanted
+            }
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged ({_one_line(error)}): {_ADVICE}") from error
     labels = tensors.pop(CLUSTER_LABELS).astype(np.int32)

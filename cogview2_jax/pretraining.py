@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cogview2_jax.config import CogLMConfig
+from cogview2_jax.config import CogLMConfig, Vocabulary
 from cogview2_jax.sequence import require_range, text_ids, text_then_causal
 
 # --- Records --------------------------------------------------------------------------------------
@@ -48,22 +48,31 @@ def record(texts: Sequence[Sequence[int]], image: ArrayLike, config: CogLMConfig
     The last text place is always a pad: samples put `<start_of_image>` there. Raises ValueError
     for no text or more than two, texts that do not fit, and wrong ids.
     """
-    if len(texts) not in (1, 2):
-        raise ValueError(f"texts must be one or two, one for each language: got {len(texts)}")
     vocabulary, ids = config.vocabulary, np.asarray(image).reshape(-1)
     if ids.size != config.num_image_tokens:
         raise ValueError(f"image must have {config.num_image_tokens} tokens: got {ids.size}")
     require_range("image", ids, 0, vocabulary.num_image)
-    made = np.full(config.text_slots + 1 + ids.size, vocabulary.pad, np.int32)
+    part = text_part(texts, config.text_slots, vocabulary)
+    return np.concatenate([part, ids.astype(np.int32)])
+
+
+def text_part(
+    texts: Sequence[Sequence[int]], text_slots: int, vocabulary: Vocabulary
+) -> np.ndarray:
+    """The text places of a training record, which do not depend on the image: int32 [text_slots +
+    1]. Raises ValueError as `record` does.
+    """
+    if len(texts) not in (1, 2):
+        raise ValueError(f"texts must be one or two, one for each language: got {len(texts)}")
+    made = np.full(text_slots + 1, vocabulary.pad, np.int32)
     end = -1
     for number, text in enumerate(texts):
-        room = config.text_slots - end - 1
+        room = text_slots - end - 1
         part = text_ids(f"texts[{number}]", text, room, vocabulary)
         if (part == vocabulary.pad).any():  # pads are what ends a text of a record
             raise ValueError(f"texts[{number}] must not hold the pad id: got {vocabulary.pad}")
         made[end + 1 : end + 1 + len(part)] = part
         end += 1 + len(part)
-    made[config.text_slots + 1 :] = ids
     return made
 
 

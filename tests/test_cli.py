@@ -103,13 +103,25 @@ def test_info_shows_model_and_devices(run, tiny_folder):
         assert expected in out
 
 
-@pytest.mark.parametrize("command", [(), ("generate",), ("caption",), ("infill",), ("info",)])
+COMMANDS = [
+    (),
+    ("generate",),
+    ("caption",),
+    ("infill",),
+    ("info",),
+    ("data",),
+    ("data", "prepare"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_by_example(command, run):
     code, out, _ = run(*command, "--help")
     assert code == 0
     assert "Examples:" in out and f"cogview2 {' '.join(command)}" in out
 
 
+SCENES = ["data", "prepare", "scenes", "--count", "2", "--out"]
 BAD = {
     "empty prompt": (["generate", ""], "at least one word"),
     "blank prompt": (["generate", "a star", " "], "at least one word"),
@@ -138,7 +150,47 @@ BAD = {
     "not a picture": (["caption", "FILE"], "not a picture"),
     "wrong box": (["infill", "a star", "PICTURE", "--box", "1", "0", "0", "1"], "box must be"),
     "no box": (["infill", "a star", "PICTURE"], "--box"),
+    "no source": (["data", "prepare", "--out", "o"], "Missing argument"),
+    "nowhere to": (["data", "prepare", "scenes", "--count", "2"], "--out"),
+    "endless scenes": (["data", "prepare", "scenes", "--out", "o"], "give --count"),
+    "no captions file": (["data", "prepare", "no.jsonl", "--out", "o"], "no.jsonl: No such file"),
+    "another ending": (["data", "prepare", "FILE", "--out", "o"], "must be .jsonl"),
+    "a folder of pictures": (["data", "prepare", "CONFIG", "--out", "o"], "or --pictures"),
+    "records in a file": ([*SCENES, "FILE"], "cannot write to"),
+    "unknown split": ([*SCENES, "o", "--split", "trian"], "split must be one of"),
+    "third language": (
+        [*SCENES, "o", *(f"--caption-field={name}" for name in "abc")],
+        "once or twice",
+    ),
+    "no such stride": ([*SCENES, "o", "--stride", "6"], "--stride must be one of 4, 8, 16: got 6"),
+    "no such size": ([*SCENES, "o", "--size", "20"], "sizes must be multiples of stride 8: got"),
+    "pictures with a size": (
+        [*SCENES, "o", "--pictures", "--size", "32"],
+        "--pictures keeps files as they are",
+    ),
 }
+
+
+def test_data_prepare_writes_records_and_goes_on(run, tiny_folder, tmp_path):
+    out = tmp_path / "records"
+    options = ("--bundle", tiny_folder, "--apart", "--allow-unknown", "--shard-size", 2)
+    command = ("data", "prepare", "scenes", "--count", 3, "--out", out, *options)
+    code, said, _ = run(*command, "--batch-size", 4, "--workers", 2)
+    assert code == 0
+    assert said.startswith(f"{out}: 4 records of 3 inputs, 2 refused\n")
+    assert f"{out / 'refused.jsonl'}: 2 long caption" in said
+    assert run(*command, "--batch-size", 4)[:2] == (0, said)
+    code, _, err = run(*command, "--batch-size", 5)
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.startswith(f"cogview2: {out} was begun with settings.batch_size 4, now it is 5")
+
+
+def test_data_prepare_says_when_nothing_is_left(run, tiny_folder, tmp_path):
+    out = tmp_path / "records"
+    code, _, err = run(*SCENES, out, "--bundle", tiny_folder, "--caption-field", "en")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("cogview2: no input became a record: see ")
 
 
 @pytest.mark.parametrize("name", BAD)

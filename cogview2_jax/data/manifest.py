@@ -1,0 +1,176 @@
+"""What a folder of prepared records holds: its settings, its layout and the names of its files.
+
+    records.json                             the settings; a folder has one set of them
+    records-00003-of-00010.array_record      the records of inputs 3·n to 4·n, in their order
+    records-00003-of-00010.json              how many records, and which inputs were refused
+    refused.jsonl, report.json               all refusals and their numbers, once all are done
+
+A shard is done when its array_record file exists. Nothing in the folder is code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogview2_jax.config import CogLMConfig, Vocabulary
+
+FORMAT = 1
+MANIFEST, REPORT, REFUSED = "records.json", "report.json", "refused.jsonl"
+TOKENS, PICTURES = "tokens", "pictures"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row of int32 for each record: `text_slots` places of text, a pad, then the image tokens
+    of each of `sizes` in raster order.
+
+    The published record is `Layout()`: 111 + 1 + 20·20 = 512. `sizes` are sides in pixels of the
+    square picture, `stride` the pixels of a token's side. Raises ValueError for sizes that the
+    stride does not divide, that repeat or that descend.
+    """
+
+    text_slots: int = 111
+    stride: int = 8
+    sizes: tuple[int, ...] = (160,)
+    vocabulary: Vocabulary = Vocabulary()
+
+    def __post_init__(self) -> None:
+        if self.text_slots < 1:
+            raise ValueError(f"text_slots must be at least 1: got {self.text_slots}")
+        if not self.sizes or any(size < 1 or size % self.stride for size in self.sizes):
+            raise ValueError(
+                f"sizes must be multiples of stride {self.stride}: got {list(self.sizes)}"
+            )
+        if sorted(set(self.sizes)) != list(self.sizes):
+            raise ValueError(f"sizes must ascend, each once: got {list(self.sizes)}")
+
+    @classmethod
+    def of(cls, config: CogLMConfig, stride: int = 8, *more: int) -> Layout:
+        """The layout of `pretraining.record` for `config`, and of more sizes in pixels."""
+        if config.grid[0] != config.grid[1]:
+            raise ValueError(f"grid must be square: got {config.grid}")
+        sizes = (config.grid[0] * stride, *more)
+        return cls(config.text_slots, stride, sizes, config.vocabulary)
+
+    def cells(self, size: int) -> int:
+        """Image tokens of a picture of `size` pixels a side."""
+        return (size // self.stride) ** 2
+
+    @property
+    def length(self) -> int:
+        return self.text_slots + 1 + sum(map(self.cells, self.sizes))
+
+    def columns(self, size: int) -> slice:
+        """Where the image tokens of `size` lie in a record. Raises ValueError for another size."""
+        if size not in self.sizes:
+            raise ValueError(f"size must be one of {list(self.sizes)}: got {size}")
+        before = self.sizes[: self.sizes.index(size)]
+        start = self.text_slots + 1 + sum(map(self.cells, before))
+        return slice(start, start + self.cells(size))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The settings that decide what every record of a folder is.
+
+    `settings` holds, as JSON values, what else the records depend on: source, fields, tokenizer.
+    `layout` is None where `kind` is "pictures": such a record is a picture file as it was found.
+    """
+
+    kind: str
+    num_inputs: int
+    shard_size: int
+    layout: Layout | None
+    settings: dict[str, Any]
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_inputs // self.shard_size)
+
+    def inputs(self, shard: int) -> range:
+        """The numbers of the inputs of a shard."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.num_inputs))
+
+    def shard_file(self, folder: Path, shard: int) -> Path:
+        return folder / f"records-{shard:05d}-of-{self.num_shards:05d}.array_record"
+
+
+def to_json(manifest: Manifest) -> dict[str, Any]:
+    # Through JSON and back, so that what was read compares equal to what is about to be written.
+    content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(manifest)))
+    return {"format": FORMAT} | content
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a folder. Raises FileNotFoundError or ValueError, in one line."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no prepared records: it has no {MANIFEST}")
+    try:
+        content = json.loads(file.read_bytes())
+        if content.pop("format") != FORMAT:
+            raise ValueError("another format")
+        if layout := content["layout"]:
+            vocabulary = Vocabulary(**layout.pop("vocabulary"))
+            layout["sizes"] = tuple(layout["sizes"])
+            content["layout"] = Layout(**layout, vocabulary=vocabulary)
+        return Manifest(**content)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is damaged or of another version ({reason})") from error
+
+
+def begin(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, or check that the one that is there says the same.
+
+    Raises ValueError that names the first difference, OSError when the folder is not writable.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MANIFEST).exists():
+        write_durably(folder / MANIFEST, (json.dumps(to_json(manifest), indent=2) + "\n").encode())
+        return
+    there, asked = to_json(read(folder)), to_json(manifest)
+    if difference := _first_difference(there, asked):
+        name, old, new = difference
+        raise ValueError(
+            f"{folder} was begun with {name} {old!r}, now it is {new!r}:"
+            " give the settings it was begun with, or another folder"
+        )
+
+
+def write_durably(file: Path, content: bytes) -> None:
+    """The file appears whole or not at all, also when the machine goes down; for one writer."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_bytes(content)
+        rename_durably(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def rename_durably(partial: Path, file: Path) -> None:
+    """Give a finished file its name, once its content is on the disk."""
+    for path in (partial, file.parent):
+        if path == file.parent:
+            partial.replace(file)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _first_difference(there: Any, asked: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(there, dict) and isinstance(asked, dict):
+        for key in {**there, **asked}:
+            found = _first_difference(there.get(key), asked.get(key), f"{name}.{key}".strip("."))
+            if found:
+                return found
+        return None
+    return None if there == asked else (name, there, asked)

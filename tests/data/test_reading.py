@@ -1,0 +1,171 @@
+"""Reading: the same global batches for any number of processes, and exact resumption."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogview2_jax.data import manifest as manifests
+from cogview2_jax.data import prepare, reading, sources
+from cogview2_jax.data.manifest import Layout, Manifest
+
+from .conftest import picture
+
+grain = pytest.importorskip("grain")
+RECORDS = 37
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """37 token records that begin with their number, in shards of 0, 10, 20 and 7."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    folder = tmp_path_factory.mktemp("records")
+    layout = Layout(3, 8, (16,))
+    manifest = Manifest(manifests.TOKENS, 80, 20, layout, {})
+    manifests.begin(folder, manifest)
+    number = 0
+    for shard, length in enumerate((0, 10, 20, 7)):
+        writer = ArrayRecordWriter(str(manifest.shard_file(folder, shard)), "group_size:1")
+        for _ in range(length):
+            row = np.arange(layout.length, dtype="<i4") + 100 * number
+            writer.write(row.tobytes())
+            number += 1
+        writer.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    photos, folder = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("pictures")
+    for i in range(6):
+        (photos / f"{i}.jpg").write_bytes(picture(i, 60, 48))
+    prepare.prepare_pictures(sources.PictureFolder(photos), folder, shard_size=4)
+    return folder
+
+
+def numbers(batch):
+    return (batch[:, 0] // 100).tolist()
+
+
+def test_every_record_once_an_epoch_in_another_order(folder):
+    dataset = reading.tokens(folder, 4, seed=1)
+    batches = [dataset[step] for step in range(RECORDS)]  # four epochs
+    assert batches[0].dtype == np.int32 and batches[0].shape == (4, 8)
+    order = np.concatenate([numbers(batch) for batch in batches]).reshape(4, RECORDS)
+    assert (np.sort(order) == np.arange(RECORDS)).all()
+    assert len({tuple(row) for row in order.tolist()}) == 4
+    again = reading.tokens(folder, 4, seed=1)
+    assert numbers(again[5]) == numbers(batches[5])
+    assert numbers(reading.tokens(folder, 4, seed=2)[5]) != numbers(batches[5])
+
+
+@pytest.mark.parametrize("epochs", [None, 2])
+@pytest.mark.parametrize("count", [2, 4])
+def test_global_batches_are_the_same_for_any_number_of_processes(folder, count, epochs):
+    one = reading.tokens(folder, 8, epochs=epochs)
+    many = [
+        reading.tokens(folder, 8, process_index=i, process_count=count, epochs=epochs)
+        for i in range(count)
+    ]
+    if epochs:
+        assert {len(one), *map(len, many)} == {2 * RECORDS // 8}
+    for step in (0, 1, 4, 5, 8):
+        parts = [each[step] for each in many]
+        assert {len(part) for part in parts} == {8 // count}
+        np.testing.assert_array_equal(np.concatenate(parts), one[step])
+
+
+def test_it_resumes_exactly(folder):
+    dataset = reading.tokens(folder, 4, seed=3)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    batches = iter(dataset.to_iter_dataset(options))
+    for _ in range(11):
+        next(batches)
+    state = batches.get_state()
+    assert state == {"next_index": 11}
+    expected = [next(batches) for _ in range(3)]
+    resumed = iter(dataset.to_iter_dataset(options))
+    resumed.set_state(state)
+    for step, batch in enumerate(expected, 11):
+        np.testing.assert_array_equal(next(resumed), batch)
+        np.testing.assert_array_equal(dataset[step], batch)
+
+
+def test_crops_and_flips_are_a_function_of_seed_and_place(pictures):
+    one = reading.pictures(pictures, 4, 16, seed=5)
+    assert one[0].shape == (4, 16, 16, 3) and one[0].dtype == np.uint8
+    many = [
+        reading.pictures(pictures, 4, 16, seed=5, process_index=i, process_count=2) for i in (0, 1)
+    ]
+    for step in (0, 3):
+        np.testing.assert_array_equal(np.concatenate([each[step] for each in many]), one[step])
+    epochs = np.concatenate([one[step] for step in range(3)])  # each picture twice
+    assert len(np.unique(epochs.reshape(12, -1), axis=0)) == 12
+
+
+def test_a_crop_lies_in_the_picture_and_half_are_mirrored():
+    across = np.broadcast_to(np.arange(60, dtype=np.uint8)[None, :, None], (48, 60, 3))
+    image = Image.fromarray(np.ascontiguousarray(across))
+    rng = np.random.default_rng(0)
+    crops = [reading.random_crop(image, 16, rng, 16) for _ in range(200)]
+    mirrored = [bool(crop[0, 0, 0] > crop[0, -1, 0]) for crop in crops]
+    assert 70 < sum(mirrored) < 130
+    edges = [abs(int(crop[0, 0, 0]) - int(crop[0, -1, 0])) for crop in crops]
+    assert min(edges) < 20 and max(edges) > 38
+    kept = [reading.random_crop(image, 16, rng, 16, flip=False) for _ in range(20)]
+    assert all(crop[0, 0, 0] < crop[0, -1, 0] for crop in kept)
+    assert reading.random_crop(image, 64, rng, 64).shape == (64, 64, 3)  # a smaller picture grows
+
+
+def test_mistakes_are_one_line(folder, pictures, tmp_path):
+    with pytest.raises(ValueError, match="shared equally"):
+        reading.tokens(folder, 9, process_count=2)
+    with pytest.raises(ValueError, match="shared equally"):
+        reading.tokens(folder, 8, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="at most the number of records"):
+        reading.tokens(folder, 38, epochs=1)
+    with pytest.raises(ValueError, match="holds pictures"):
+        reading.tokens(pictures, 4)
+    with pytest.raises(ValueError, match="holds tokens"):
+        reading.pictures(folder, 4, 16)
+    with pytest.raises(FileNotFoundError, match="no prepared records"):
+        reading.Records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-5000], "is damaged: delete it"),
+        (lambda content: b"", "is damaged: delete it"),
+        (lambda content: content.replace(b"s", b"t"), "is damaged: delete it"),
+        (None, "lacks 1 of 4 shards"),
+    ],
+)
+def test_a_damaged_shard_is_named(folder, tmp_path, damage, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    file = reading.Records(copy).manifest.shard_file(copy, 2)
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        records = reading.Records(copy)
+        [records[i] for i in range(len(records))]
+
+
+def test_a_damaged_manifest_is_named(folder, tmp_path):
+    for content in ("", "[]", '{"format": 1}', '{"format": 2}'):
+        (tmp_path / manifests.MANIFEST).write_text(content)
+        with pytest.raises(ValueError, match="records.json is damaged"):
+            manifests.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options", [{"text_slots": 0}, {"sizes": ()}, {"sizes": (20,)}, {"sizes": (32, 16)}]
+)
+def test_unfit_layouts_are_refused(options):
+    with pytest.raises(ValueError):
+        Layout(**options)

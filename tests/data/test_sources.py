@@ -1,0 +1,218 @@
+"""Sources: what they read, and in what words they refuse."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from cogview2_jax.data import scenes, sources
+from cogview2_jax.data.sources import CaptionsFile, Refused, caption_sets
+
+from .conftest import picture
+
+
+def captions_file(folder, name, content: str | bytes):
+    (folder / "a.jpg").write_bytes(picture(0))
+    file = folder / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def test_json_lines(tmp_path):
+    rows = [
+        {"image": "a.jpg", "caption": "a cat", "more": 1},
+        {"image": str(tmp_path / "a.jpg"), "caption": ["a cat", "a dog"]},
+    ]
+    content = "\ufeff" + "\r\n\n".join(map(json.dumps, rows)) + "\n  \n"
+    source = CaptionsFile(captions_file(tmp_path, "captions.jsonl", content))
+    assert len(source) == 2
+    assert source[0] == ("line 1: a.jpg", picture(0), ({"caption": "a cat"},))
+    assert source[1].captions == ({"caption": "a cat"}, {"caption": "a dog"})
+    assert source[1].name.startswith("line 3: ")
+
+
+def test_tab_separated_with_and_without_names(tmp_path):
+    named = captions_file(tmp_path, "named.tsv", "id\tzh\timage\n7\t猫\ta.jpg\n")
+    source = CaptionsFile(named, fields=("zh",))
+    assert len(source) == 1 and source[0].captions == ({"zh": "猫"},)
+    assert source[0].name == "line 2: a.jpg"
+    (tmp_path / "elsewhere").mkdir()
+    plain = captions_file(tmp_path, "plain.tsv", "a.jpg\ta cat\t猫\na.jpg\ta cat\n")
+    os.rename(plain, tmp_path / "elsewhere" / "plain.tsv")
+    source = CaptionsFile(tmp_path / "elsewhere" / "plain.tsv", tmp_path, ("en", "zh"))
+    assert source[0].captions == ({"en": "a cat", "zh": "猫"},)
+    assert source[1].captions == ({"en": "a cat"},)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "reason"),
+    [
+        ("{", "malformed line", "not JSON"),
+        ("[" * 100_000, "malformed line", "not JSON"),
+        ("3", "malformed line", "not a JSON object"),
+        (b"\xff\xfe", "malformed line", "not UTF-8"),
+        ('{"caption": "a"}', "malformed line", "no path"),
+        ('{"image": 3, "caption": "a"}', "malformed line", "no path"),
+        ('{"image": "a.jpg", "caption": 3}', "malformed line", "a text or a list"),
+        ('{"image": "a.jpg", "caption": null}', "empty caption", "no caption"),
+        ('{"image": "a.jpg", "caption": []}', "empty caption", "no caption"),
+        ('{"image": "b.jpg", "caption": "a"}', "missing image", "no such file"),
+        ('{"image": "a.jpg/b", "caption": "a"}', "missing image", "no such file"),
+        ('{"image": "a\\u0000b", "caption": "a"}', "missing image", "not a path"),
+        ('{"image": "\\ud800", "caption": "a"}', "missing image", "not a path"),
+        ('{"image": "/dev/zero", "caption": "a"}', "missing image", "not a file"),
+        ('{"image": ".", "caption": "a"}', "missing image", "not a file"),
+        ('{"image": "%s", "caption": "a"}' % ("a" * 300), "missing image", "name too long"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_said_in_one(tmp_path, line, kind, reason):
+    file = captions_file(tmp_path, "captions.jsonl", line)
+    with pytest.raises(Refused, match=reason) as caught:
+        CaptionsFile(file)[0]
+    assert caught.value.kind == kind and "\n" not in caught.value.reason
+    assert caught.value.name.startswith("line 1")
+
+
+@pytest.mark.parametrize("row", ["a.jpg", "a.jpg\t", "a.jpg\ta\tb"])
+def test_wrong_columns_are_refused(tmp_path, row):
+    with pytest.raises(Refused):
+        CaptionsFile(captions_file(tmp_path, "captions.tsv", row))[0]
+
+
+def test_unfit_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be .jsonl"):
+        CaptionsFile(captions_file(tmp_path, "captions.csv", "a"))
+    with pytest.raises(ValueError, match="has no lines"):
+        CaptionsFile(captions_file(tmp_path, "captions.jsonl", "\n \n"))
+    with pytest.raises(ValueError, match="no column 'caption'"):
+        CaptionsFile(captions_file(tmp_path, "captions.tsv", "image\ttext\n"))
+    with pytest.raises(FileNotFoundError):
+        CaptionsFile(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ValueError, match="has no pictures"):
+        (tmp_path / "empty").mkdir()
+        sources.PictureFolder(tmp_path / "empty")
+
+
+def test_captions_go_side_by_side():
+    assert caption_sets({"en": ["a", "b"], "zh": "猫"}) == (
+        {"en": "a", "zh": "猫"},
+        {"en": "b", "zh": "猫"},
+    )
+    assert caption_sets({"en": None, "zh": "猫"}) == ({"zh": "猫"},)
+    assert caption_sets({}) == ()
+    with pytest.raises(Refused, match="do not go together: 2 of 'en', 3 of 'zh'"):
+        caption_sets({"en": ["a", "b"], "zh": ["猫"] * 3})
+
+
+def test_a_machine_out_of_order_is_no_refusal(tmp_path, monkeypatch):
+    source = CaptionsFile(
+        captions_file(tmp_path, "captions.jsonl", '{"image": "a.jpg", "caption": "a"}')
+    )
+
+    def fail(path):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        source[0]
+
+
+def test_pictures_come_upright_and_on_white():
+    from PIL import Image
+
+    tall = Image.new("RGB", (4, 8))
+    tall.getexif()[0x0112] = 6  # turned by a quarter
+    assert sources.open_picture(tall).size == (8, 4)
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert sources.open_picture(clear).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_scenes():
+    source = sources.Scenes(3, "train", ("zh",))
+    example = scenes.example("train", 2)
+    assert len(source) == 3
+    assert source[2].captions == ({"zh": example.captions["zh"]},)
+    assert source[2].picture == example.image
+    with pytest.raises(ValueError, match="split must be one of"):
+        sources.Scenes(3, "trian")
+    with pytest.raises(ValueError, match="captions of Scenes are en, zh"):
+        sources.Scenes(3, fields=("fr",))
+    assert len(sources.First(source, 2)) == 2
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    """A data set with the features of coco_captions, one picture damaged, as tfds writes it."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    import numpy as np
+
+    class TinyCaptions(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            texts = tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()})
+            features = {
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "image/filename": tfds.features.Text(),
+                "captions": texts,
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                disable_shuffling=True,
+                features=tfds.features.FeaturesDict(features),
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._examples()}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+        def _examples(self):
+            for i in range(4):
+                captions = [{"id": j, "text": f"a cat {j}"} for j in range(2)]
+                content = picture(i)[: 200 if i == 2 else None]
+                yield i, {"image": content, "image/filename": f"{i}.jpg", "captions": captions}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    TinyCaptions(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_a_prepared_tfds_set_is_read_by_name(tfds_folder):
+    source = sources.Tfds("tiny_captions", "train", tfds_folder, ("captions/text",))
+    assert len(source) == 4
+    captions = ({"captions/text": "a cat 0"}, {"captions/text": "a cat 1"})
+    assert source[1] == ("tiny_captions/1.0.0/train/1", picture(1), captions)
+    assert source.fingerprint["source"] == "tiny_captions/1.0.0/train"
+    with pytest.raises(Refused):
+        sources.open_picture(source[2].picture)
+    assert sources.Tfds("tiny_captions", "train[:2]", tfds_folder, pictures_only=True)[1][2] == ()
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "nosuch"}, "is neither a captions file"),
+        ({"split": "trian"}, "Unknown split"),
+        ({"fields": ("caption",)}, "no text 'caption': choose --caption-field of captions/text"),
+        ({"fields": ()}, "has 2 texts: choose"),
+        ({"image_field": "picture"}, "no image in 'picture'"),
+        ({"name": "nosuch", "download": True}, "tfds could not prepare nosuch"),
+        ({"name": "coco_captions", "download": True}, "tfds needs .* to prepare coco_captions"),
+    ],
+)
+def test_tfds_mistakes_are_one_line(tfds_folder, options, message):
+    if "coco_captions" in options.values():
+        try:
+            import tensorflow  # noqa: F401
+        except ImportError:
+            pass
+        else:
+            pytest.skip("here TensorFlow would download it")
+    arguments = {"name": "tiny_captions", "data_dir": tfds_folder, "fields": ("captions/text",)}
+    with pytest.raises(ValueError, match=message) as caught:
+        sources.Tfds(**arguments | options)
+    assert "\n" not in str(caught.value)
