@@ -701,13 +701,12 @@ def _check_writable(out: Path) -> None:
 
 
 def _open_picture(file: Path) -> Image.Image:
-    from PIL import Image
+    from cogview2_jax.data import sources
 
     try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "not a picture that Pillow can read"
+        return sources.open_picture(sources.read_picture(file))
+    except (sources.Refused, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise click.ClickException(f"{file}: {reason}") from error
 
 

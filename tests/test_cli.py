@@ -146,7 +146,7 @@ BAD = {
     "bundle is a file": (["info", "--bundle", "FILE"], "is a file"),
     "damaged config": (["generate", "a star", "--bundle", "CONFIG"], "config.json is damaged"),
     "damaged weights": (["generate", "a star", "--bundle", "WEIGHTS"], "is damaged"),
-    "no picture": (["caption", "NOWHERE"], "No such file"),
+    "no picture": (["caption", "NOWHERE"], "no such file"),
     "not a picture": (["caption", "FILE"], "not a picture"),
     "wrong box": (["infill", "a star", "PICTURE", "--box", "1", "0", "0", "1"], "box must be"),
     "no box": (["infill", "a star", "PICTURE"], "--box"),
