@@ -6,17 +6,19 @@ show.
         --grid experiments/stages/grid.png
 
 The judge of experiments/caption_match reads each picture, and what it reads is drawn anew on the
-picture's own background. Three figures for a stage, over the pictures of all prompts:
+picture's own background. Four figures for a stage; the last two are over the same pictures for all
+stages, those whose reading is clear after each:
 
 \b
     right      share of pictures that show all their prompt names
+    clear      share of pictures in which the judge is sure of all it sees
     sharpness  mean colour gradient on the drawing's edges, as a share of the drawing's own
     error      mean absolute difference from the drawing inside its objects, in grey levels of 255
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import jax
@@ -69,22 +71,32 @@ def against_drawing(picture: np.ndarray, scene: scenes.Scene) -> tuple[float, fl
 
 
 def measure(
-    pictures: np.ndarray,
-    prompts: list[scoring.Prompt],
-    found: list[list[list[scenes.SceneObject]]],
-) -> dict[str, Any]:
-    """The figures of one stage: `pictures` uint8 [prompts, images, 192, 192, 3]."""
-    figures: dict[str, list[float]] = {"right": [], "sharpness": [], "error": []}
-    for of_prompt, prompt, readings in zip(pictures, prompts, found, strict=True):
-        for picture, reading in zip(of_prompt, readings, strict=True):
-            figures["right"].append(scenes.check(prompt.claims, reading).all_named)
-            scene = clean_drawing(picture, reading)
-            if scene is not None:
-                sharp, off = against_drawing(picture, scene)
-                figures["sharpness"].append(sharp)
-                figures["error"].append(off)
-    means = {name: round(float(np.mean(values)), 4) for name, values in figures.items() if values}
-    return means | {"pictures": len(figures["right"]), "drawn_anew": len(figures["error"])}
+    pictures: Mapping[str, np.ndarray],
+    prompts: Sequence[scoring.Prompt],
+    found: Mapping[str, Sequence[Sequence[Sequence[scenes.SceneObject]]]],
+) -> dict[str, dict[str, float]]:
+    """The figures of each stage: `pictures` uint8 [prompts, images, 192, 192, 3] of each."""
+    figures: dict[str, dict[str, list[float]]] = {
+        stage: {"right": [], "clear": [], "sharpness": [], "error": []} for stage in pictures
+    }
+    for row, prompt in enumerate(prompts):
+        for column in range(len(found[next(iter(pictures))][row])):
+            drawings = {}
+            for stage, figure in figures.items():
+                reading = found[stage][row][column]
+                drawings[stage] = clean_drawing(pictures[stage][row, column], list(reading))
+                figure["right"].append(scenes.check(prompt.claims, reading).all_named)
+                figure["clear"].append(drawings[stage] is not None)
+            for stage, scene in drawings.items():
+                if scene is not None and None not in drawings.values():
+                    sharp, off = against_drawing(pictures[stage][row, column], scene)
+                    figures[stage]["sharpness"].append(sharp)
+                    figures[stage]["error"].append(off)
+    return {
+        stage: {name: round(float(np.mean(values)), 4) for name, values in figure.items() if values}
+        | {"pictures": len(figure["right"]), "compared": len(figure["error"])}
+        for stage, figure in figures.items()
+    }
 
 
 def grid(pictures: dict[str, np.ndarray]) -> Image.Image:
@@ -114,7 +126,7 @@ def main(
         raise click.UsageError(str(error)) from None
     prompts = scoring.make_prompts(num_prompts, seed)
     _, pictures, found = experiment(model.generate_stages, prompts, num_images, seed, judge.load())
-    results = {stage: measure(pictures[stage], prompts, found[stage]) for stage in STAGES}
+    results = measure(pictures, prompts, found)
     for stage, figures in results.items():
         click.echo(f"{stage:8s}" + "".join(f"  {name} {value}" for name, value in figures.items()))
     if grid_file:

@@ -30,14 +30,19 @@ def test_blur_costs_sharpness_and_adds_error():
     assert softer[1] > soft[1] > 1
 
 
-def test_measure_counts_right_pictures_and_passes_over_unclear_readings():
+def test_measure_counts_right_pictures_and_compares_those_clear_after_every_stage():
     scene = _scene()
-    picture = np.asarray(scenes.draw(scene))
+    drawn = scenes.draw(scene)
+    sharp = np.asarray(drawn)
+    soft = np.asarray(drawn.filter(ImageFilter.GaussianBlur(2)))
     text = scenes.example("test", 3).captions["en"]
-    prompt = Prompt(text, scenes.parse_caption(text))
-    pictures = np.stack([np.stack([picture, picture])])
-    found = [[list(scene.objects), []]]
-    figures = run.measure(pictures, [prompt], found)
-    assert figures["right"] == 0.5
-    assert (figures["pictures"], figures["drawn_anew"]) == (2, 1)
-    assert (figures["sharpness"], figures["error"]) == (1.0, 0.0)
+    prompts = [Prompt(text, scenes.parse_caption(text))]
+    pictures = {"base": np.stack([np.stack([soft, soft])]), "full": np.stack([[sharp, sharp]])}
+    objects = list(scene.objects)
+    found = {"base": [[objects, []]], "full": [[objects, objects]]}
+    figures = run.measure(pictures, prompts, found)
+    assert (figures["base"]["right"], figures["full"]["right"]) == (0.5, 1.0)
+    assert (figures["base"]["clear"], figures["full"]["clear"]) == (0.5, 1.0)
+    assert figures["base"]["compared"] == figures["full"]["compared"] == 1
+    assert (figures["full"]["sharpness"], figures["full"]["error"]) == (1.0, 0.0)
+    assert figures["base"]["sharpness"] < 0.9
