@@ -108,7 +108,7 @@ def _choose(implementation: str, dim: int) -> str:
 
 def _default_device() -> jax.Device:
     """The device that jax computes on where nothing else is asked for."""
-    default = jax.config.jax_default_device  # a device, a platform's name or None
+    default = getattr(jax.config, "jax_default_device", None)  # a device, a platform or None
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 
