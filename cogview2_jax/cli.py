@@ -169,8 +169,9 @@ def generate(
     begin = time.perf_counter()
     folder = _check_model_and_prompts(bundle, prompts)
     _check_writable(out)
-    timings = {}
-    cv, timings["load"] = _load(folder)
+    begin = time.perf_counter()
+    cv, _ = _load(folder)
+    timings = {"load": time.perf_counter() - begin}
 
     import jax
     from tqdm import tqdm
@@ -328,8 +329,7 @@ Examples:
 def info(bundle: Path | None) -> None:
     """Show the model, its configuration and the devices."""
     folder = _check_model_and_prompts(bundle, ())
-    cache = _use_compilation_cache()
-    cv, _ = _load(folder)
+    cv, cache = _load(folder)
     from cogview2_jax import bundle as bundles
 
     description = bundles.read_description(folder)
@@ -713,15 +713,13 @@ def _open_picture(file: Path) -> Image.Image:
 # --- The model and its compilations ---------------------------------------------------------------
 
 
-def _load(folder: Path) -> tuple[CogView, float]:
-    """The model, and the seconds that loading took."""
-    begin = time.perf_counter()
-    _use_compilation_cache()
+def _load(folder: Path) -> tuple[CogView, Path | None]:
+    """The model, and where compiled programs are kept."""
+    cache = _use_compilation_cache()
     import cogview2_jax
 
     with _refusing():
-        cv = cogview2_jax.load(folder)
-    return cv, time.perf_counter() - begin
+        return cogview2_jax.load(folder), cache
 
 
 def _use_compilation_cache() -> Path | None:

@@ -7,7 +7,7 @@ one would.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,18 +62,21 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def warmup_then_anneal(peak: float, num_steps: int, warmup: int) -> optax.Schedule:
-    """Linear warm-up, constant to the middle of the run, then linear to zero."""
-    warmup = min(warmup, max(1, num_steps // 4))
-    half = max(num_steps // 2, warmup + 1)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warmup),
+def warmup_then_anneal(peak: float, cycles: Sequence[int], warmup: int) -> optax.Schedule:
+    """In each of `cycles`, in steps: linear warm-up, constant to the middle, linear to zero."""
+    parts: list[optax.Schedule] = []
+    ends: list[int] = []
+    for num_steps in cycles:
+        up = min(warmup, max(1, num_steps // 4))
+        half = max(num_steps // 2, up + 1)
+        parts += [
+            optax.linear_schedule(0.0, peak, up),
             optax.constant_schedule(peak),
             optax.linear_schedule(peak, 0.0, num_steps - half),
-        ],
-        [warmup, half],
-    )
+        ]
+        start = ends[-1] if ends else 0
+        ends += [start + up, start + half, start + num_steps]
+    return optax.join_schedules(parts, ends[:-1])
 
 
 def muon_with_adamw(

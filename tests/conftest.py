@@ -1,7 +1,6 @@
 """A tiny model with random weights, for everything that composes the networks."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -75,18 +74,13 @@ def tiny_bundle() -> bundles.Bundle:
         model,
         rng.integers(0, CLUSTERS, CODES).astype(np.int32),
     )
-    trees: dict[str, Any] = {}
+    flat = {}
     for name, shape in bundles.expected_shapes(base, direct, iterative, tokenizer).items():
-        *parents, last = name.split("/")
-        if not parents:
-            continue
-        node = trees
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        # Rounded, so that saving changes nothing; large enough that logits differ clearly.
-        values = 0.3 * rng.standard_normal(shape) + (last == "scale")
-        node[last] = values.astype(np.float16).astype(np.float32)
-    return empty._replace(**trees)
+        if "/" in name:  # cluster labels are no network's
+            # Rounded, so that saving changes nothing; large enough that logits differ clearly.
+            values = 0.3 * rng.standard_normal(shape) + name.endswith("/scale")
+            flat[name] = values.astype(np.float16).astype(np.float32)
+    return empty._replace(**bundles._nest(flat))
 
 
 @pytest.fixture(scope="session")

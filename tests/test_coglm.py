@@ -10,6 +10,14 @@ import pytest
 
 from cogview2_jax import attention, coglm, sequence
 from cogview2_jax.config import CogLMConfig, Precision, TransformerConfig, Vocabulary
+from tests.common import (
+    TOLERANCE,
+    assert_bfloat16_is_close_to_float32,
+    assert_gradients_reach_every_parameter,
+    assert_rows_do_not_depend_on_their_batch,
+    parameter_count,
+    random_params,
+)
 
 SMALL = CogLMConfig(
     TransformerConfig(num_layers=2, hidden_size=32, num_heads=2),
@@ -21,26 +29,13 @@ SMALL = CogLMConfig(
 )
 TEXT, CELLS = [50, 51, 52, 53], SMALL.num_image_tokens
 IMAGE = np.arange(2 * CELLS).reshape(2, CELLS) % 40
-# Sums of float32 products in another order, and logits of about 1.
-TOLERANCE = 1e-5
 
 apply = jax.jit(functools.partial(coglm.apply, config=SMALL))
 
 
-def drawn(shapes):
-    """Random parameters, scales round 1. Fresh biases are zero, behind which much could hide."""
-    rng = np.random.default_rng(0)
-
-    def leaf(path, like):
-        centre, spread = (1, 0.2) if path[-1].key == "scale" else (0, 0.2)
-        return jnp.asarray(centre + spread * rng.standard_normal(like.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
-
-
 @pytest.fixture(scope="module")
 def params():
-    return drawn(jax.eval_shape(lambda key: coglm.init_params(key, SMALL), jax.random.key(0)))
+    return random_params(coglm.init_params, SMALL)
 
 
 def layout_of(texts, image, slots=SMALL.max_text, pad=sequence.right_padded):
@@ -152,13 +147,7 @@ def test_more_pads_change_nothing(params, pad):
 
 def test_a_row_does_not_depend_on_its_batch(params):
     layout = layout_of([TEXT, TEXT[:1]], IMAGE)
-    together = image_logits(params, layout)
-    swapped = image_logits(params, sequence.Layout(*(part[::-1] for part in layout)))
-    np.testing.assert_allclose(swapped[::-1], together, rtol=0, atol=TOLERANCE)
-    for row in range(2):
-        twice = sequence.Layout(*(part[np.array([row, row])] for part in layout))
-        ours = image_logits(params, twice)
-        np.testing.assert_allclose(ours[0], together[row], rtol=0, atol=TOLERANCE)
+    assert_rows_do_not_depend_on_their_batch(functools.partial(image_logits, params), layout)
 
 
 def test_the_bias_moves_attention_to_its_keys(params):
@@ -219,16 +208,14 @@ def test_an_empty_part_has_no_weight_and_a_finite_gradient():
 
 
 def test_bfloat16_is_close_to_float32(params):
-    half = Precision(jnp.bfloat16, jnp.bfloat16)
     layout = layout_of([TEXT] * 2, IMAGE)
-    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    run = jax.jit(functools.partial(coglm.apply, config=SMALL, precision=half))
-    ours = image_logits(rounded, layout, run=run)
-    assert ours.dtype == jnp.float32
-    expected = image_logits(jax.tree.map(lambda x: x.astype(jnp.float32), rounded), layout)
-    # A number of 8 bits is off by up to 2^-9 of itself, ten times a layer: 0.035 of the spread was
-    # seen.
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=0.05 * float(jnp.std(expected)))
+
+    def logits_of(params, precision):
+        run = jax.jit(functools.partial(coglm.apply, config=SMALL, precision=precision))
+        return image_logits(params, layout, run=run)
+
+    assert_bfloat16_is_close_to_float32(logits_of, params)
+    half = Precision(jnp.bfloat16, jnp.bfloat16)
     assert coglm.init_cache(SMALL, 1, 4, half).keys.dtype == jnp.bfloat16
     fresh = jax.eval_shape(lambda key: coglm.init_params(key, SMALL, half), jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype(jnp.bfloat16)}
@@ -248,15 +235,12 @@ def test_gradients_reach_every_parameter_and_are_finite(params):
         logits = coglm.apply(params, layout.tokens, layout.positions, layout.mask, config=SMALL)
         return (jax.nn.log_softmax(logits) ** 2).mean()
 
-    for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(params)):
-        assert np.isfinite(gradient).all() and gradient.any()
+    assert_gradients_reach_every_parameter(loss, params)
 
 
 def test_the_published_network_has_six_billion_parameters():
-    config = CogLMConfig()
-    shapes = jax.eval_shape(lambda key: coglm.init_params(key, config), jax.random.key(0))
     e, n = 3072, 48
     layer = (e * 3 * e + 3 * e) + (e * e + e) + (e * 4 * e + 4 * e) + (4 * e * e + e) + 4 * 2 * e
     tables = (150_003 + 1024) * e
-    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    total = parameter_count(coglm.init_params, CogLMConfig())
     assert total == n * layer + tables + 2 * e == 5_902_285_824

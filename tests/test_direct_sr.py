@@ -1,7 +1,7 @@
 """Direct super-resolution: what a fine cell depends on, pads, batches, its start, size."""
 
 import dataclasses
-import math
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,14 @@ from cogview2_jax.config import (
     Vocabulary,
 )
 from pallas_kernels.local_attention.window import Window
+from tests.common import (
+    TOLERANCE,
+    assert_bfloat16_is_close_to_float32,
+    assert_gradients_reach_every_parameter,
+    assert_rows_do_not_depend_on_their_batch,
+    parameter_count,
+    random_params,
+)
 
 SMALL = DirectSRConfig(
     CogLMConfig(
@@ -34,27 +42,11 @@ SMALL = DirectSRConfig(
 )
 TEXT = [50, 51, 52]
 COARSE = np.arange(40).reshape(2, 20) % 40
-TOLERANCE = 1e-5
-
-
-def drawn(shapes):
-    """Random parameters, scales round 1. Fresh biases are zero, behind which much could hide."""
-    rng = np.random.default_rng(0)
-
-    def leaf(path, like):
-        centre, spread = (1, 0.2) if path[-1].key == "scale" else (0, 0.2)
-        return jnp.asarray(centre + spread * rng.standard_normal(like.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
-
-
-def params_of(config):
-    return drawn(jax.eval_shape(lambda key: direct_sr.init_params(key, config), jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
 def params():
-    return params_of(SMALL)
+    return random_params(direct_sr.init_params, SMALL)
 
 
 def layout_of(texts, coarse, config=SMALL):
@@ -109,7 +101,7 @@ def test_words_reach_the_fine_cells_in_two_layers(params):
             SMALL.coglm, transformer=TransformerConfig(num_layers=2, hidden_size=32, num_heads=2)
         ),
     )
-    deeper = params_of(config)
+    deeper = random_params(direct_sr.init_params, config)
     prefix, _ = gradients_by_cell(deeper, layout_of([TEXT], COARSE[:1]), config)
     assert (prefix[:, : len(TEXT)] > 0).all()
 
@@ -123,23 +115,14 @@ def test_pads_change_nothing(params):
 
 def test_a_row_does_not_depend_on_its_batch(params):
     layout = layout_of([TEXT, TEXT[:1]], COARSE)
-    together = logits_of(params, layout)
-    swapped = logits_of(params, sequence.Layout(*(part[::-1] for part in layout)))
-    np.testing.assert_allclose(swapped[::-1], together, rtol=0, atol=TOLERANCE)
-    for row in range(2):
-        ours = logits_of(params, sequence.Layout(*(part[np.array([row, row])] for part in layout)))
-        np.testing.assert_allclose(ours[0], together[row], rtol=0, atol=TOLERANCE)
+    assert_rows_do_not_depend_on_their_batch(functools.partial(logits_of, params), layout)
 
 
 def test_bfloat16_is_close_to_float32(params):
     layout = layout_of([TEXT] * 2, COARSE)
-    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    ours = logits_of(rounded, layout, precision=Precision(jnp.bfloat16, jnp.bfloat16))
-    assert ours.dtype == jnp.float32
-    expected = logits_of(jax.tree.map(lambda x: x.astype(jnp.float32), rounded), layout)
-    # A number of 8 bits is off by up to 2^-9 of itself, ten times a layer: 0.035 of the spread was
-    # seen.
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=0.05 * float(jnp.std(expected)))
+    assert_bfloat16_is_close_to_float32(
+        lambda params, precision: logits_of(params, layout, precision=precision), params
+    )
 
 
 def test_gradients_reach_every_parameter_and_are_finite(params):
@@ -150,7 +133,7 @@ def test_gradients_reach_every_parameter_and_are_finite(params):
             SMALL.coglm, transformer=TransformerConfig(num_layers=2, hidden_size=32, num_heads=2)
         ),
     )
-    deeper = params_of(config)
+    deeper = random_params(direct_sr.init_params, config)
     layout = layout_of([TEXT] * 2, COARSE)
 
     def loss(params):
@@ -159,13 +142,11 @@ def test_gradients_reach_every_parameter_and_are_finite(params):
         )
         return (jax.nn.log_softmax(logits) ** 2).mean()
 
-    for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(deeper)):
-        assert np.isfinite(gradient).all() and gradient.any()
+    assert_gradients_reach_every_parameter(loss, deeper)
 
 
 def test_a_start_from_coglm_copies_attention_and_tiles_positions():
-    shapes = jax.eval_shape(lambda key: coglm.init_params(key, SMALL.coglm), jax.random.key(0))
-    base = drawn(shapes)
+    base = random_params(coglm.init_params, SMALL.coglm)
     made = direct_sr.from_coglm(base, SMALL)
     fresh = jax.eval_shape(lambda key: direct_sr.init_params(key, SMALL), jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(
@@ -182,11 +163,9 @@ def test_a_start_from_coglm_copies_attention_and_tiles_positions():
 
 
 def test_the_published_network_has_7_7_billion_parameters():
-    config = DirectSRConfig()
-    shapes = jax.eval_shape(lambda key: direct_sr.init_params(key, config), jax.random.key(0))
     e, n = 3072, 48
     attention = (e * 3 * e + 3 * e) + (e * e + e)
     layer = 2 * attention + (e * 4 * e + 4 * e) + (4 * e * e + e) + 4 * 2 * e
     tables = (150_003 + 1024 + 3600) * e
-    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    total = parameter_count(direct_sr.init_params, DirectSRConfig())
     assert total == n * layer + tables + 2 * e == 7_725_874_176

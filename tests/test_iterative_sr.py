@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,13 @@ import pytest
 from cogview2_jax import generate, iterative_sr, sampling, sequence
 from cogview2_jax.config import IterativeSRConfig, Precision, TransformerConfig, Vocabulary
 from pallas_kernels.local_attention.window import Window
+from tests.common import (
+    TOLERANCE,
+    assert_bfloat16_is_close_to_float32,
+    assert_rows_do_not_depend_on_their_batch,
+    parameter_count,
+    random_params,
+)
 
 SMALL = IterativeSRConfig(
     TransformerConfig(num_layers=1, hidden_size=32, num_heads=2),
@@ -25,25 +31,11 @@ SMALL = IterativeSRConfig(
 )
 TEXT = [50, 51, 52]
 CELLS = np.arange(84).reshape(2, 42) % 40
-TOLERANCE = 1e-5
-
-
-def drawn(shapes):
-    """Random parameters, scales round 1. Fresh biases are zero, behind which much could hide."""
-    rng = np.random.default_rng(0)
-
-    def leaf(path, like):
-        centre, spread = (1, 0.2) if path[-1].key == "scale" else (0, 0.2)
-        return jnp.asarray(centre + spread * rng.standard_normal(like.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return drawn(
-        jax.eval_shape(lambda key: iterative_sr.init_params(key, SMALL), jax.random.key(0))
-    )
+    return random_params(iterative_sr.init_params, SMALL)
 
 
 def layout_of(texts, cells, config=SMALL):
@@ -91,12 +83,7 @@ def test_pads_change_nothing(params):
 
 def test_a_row_does_not_depend_on_its_batch(params):
     layout = layout_of([TEXT, TEXT[:1]], CELLS)
-    together = logits_of(params, layout)
-    swapped = logits_of(params, sequence.Layout(*(part[::-1] for part in layout)))
-    np.testing.assert_allclose(swapped[::-1], together, rtol=0, atol=TOLERANCE)
-    for row in range(2):
-        ours = logits_of(params, sequence.Layout(*(part[np.array([row, row])] for part in layout)))
-        np.testing.assert_allclose(ours[0], together[row], rtol=0, atol=TOLERANCE)
+    assert_rows_do_not_depend_on_their_batch(functools.partial(logits_of, params), layout)
 
 
 def test_without_words_all_is_finite(params):
@@ -117,13 +104,9 @@ def test_without_words_all_is_finite(params):
 
 def test_bfloat16_is_close_to_float32(params):
     layout = layout_of([TEXT] * 2, CELLS)
-    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    ours = logits_of(rounded, layout, precision=Precision(jnp.bfloat16, jnp.bfloat16))
-    assert ours.dtype == jnp.float32
-    expected = logits_of(jax.tree.map(lambda x: x.astype(jnp.float32), rounded), layout)
-    # A number of 8 bits is off by up to 2^-9 of itself, ten times a layer: 0.035 of the spread was
-    # seen.
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=0.05 * float(jnp.std(expected)))
+    assert_bfloat16_is_close_to_float32(
+        lambda params, precision: logits_of(params, layout, precision=precision), params
+    )
 
 
 def test_rounds_over_the_network_are_a_python_loop(params):
@@ -151,10 +134,8 @@ def test_rounds_over_the_network_are_a_python_loop(params):
 
 
 def test_the_published_network_has_5_9_billion_parameters():
-    config = IterativeSRConfig()
-    shapes = jax.eval_shape(lambda key: iterative_sr.init_params(key, config), jax.random.key(0))
     e, n = 3072, 48
     layer = (e * 3 * e + 3 * e) + (e * e + e) + (e * 4 * e + 4 * e) + (4 * e * e + e) + 4 * 2 * e
     tables = (150_003 + 1024 + 3600) * e
-    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    total = parameter_count(iterative_sr.init_params, IterativeSRConfig())
     assert total == n * layer + tables + 2 * e == 5_913_345_024

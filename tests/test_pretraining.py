@@ -1,32 +1,12 @@
 """CogLM's training samples against the recorded ones, and what those do not show."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 
 from cogview2_jax import pretraining, sequence
 from cogview2_jax.config import CogLMConfig, TransformerConfig, Vocabulary
-
-GOLDEN = Path(__file__).parent / "golden"
-
-# A geometry with nothing in common with the published one, for what the recordings do not fix.
-SMALL = CogLMConfig(
-    TransformerConfig(2, 32, 2),
-    Vocabulary(50, 90, 53, 50),
-    grid=(4, 6),
-    max_text=8,
-    num_positions=48,
-    image_position=10,
-)
-TEXT = [60, 61, 62, 63, 64]
-IMAGE = np.arange(24)
-
-
-def load(name):
-    return dict(np.load(GOLDEN / f"{name}.npz"))
-
+from tests.common import IMAGE, SMALL, TEXT, load
 
 # --- Samples
 

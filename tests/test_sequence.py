@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,7 @@ from cogview2_jax.config import (
     TransformerConfig,
     Vocabulary,
 )
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def load(name):
-    return dict(np.load(GOLDEN / f"{name}.npz"))
+from tests.common import IMAGE, SMALL, TEXT, load
 
 
 def config_of(golden) -> CogLMConfig:
@@ -31,19 +25,6 @@ def config_of(golden) -> CogLMConfig:
     return CogLMConfig(
         TransformerConfig(2, hidden, heads), Vocabulary(num_image, size, num_image, num_image)
     )
-
-
-# A geometry with nothing in common with the published one, for what the recordings do not fix.
-SMALL = CogLMConfig(
-    TransformerConfig(2, 32, 2),
-    Vocabulary(50, 90, 53, 50),
-    grid=(4, 6),
-    max_text=8,
-    num_positions=48,
-    image_position=10,
-)
-TEXT = [60, 61, 62, 63, 64]
-IMAGE = np.arange(24)
 
 
 def all_true(text):

@@ -84,11 +84,14 @@ def test_non_finite_loss_stops_and_names_step_and_checkpoint(tmp_path):
 
 
 def test_warmup_then_anneal():
-    schedule = train.warmup_then_anneal(2.0, 100, 10)
+    schedule = train.warmup_then_anneal(2.0, (100, 40), 10)
     assert float(schedule(0)) == 0
     assert float(schedule(10)) == float(schedule(49)) == 2.0
     np.testing.assert_allclose(float(schedule(75)), 1.0)
-    assert float(schedule(100)) == 0
+    # The next cycle starts where the first has come to zero.
+    assert float(schedule(100)) == float(schedule(140)) == 0
+    assert float(schedule(110)) == float(schedule(119)) == 2.0
+    np.testing.assert_allclose(float(schedule(130)), 1.0)
 
 
 def test_muon_moves_matrices_by_orthogonal_steps():

@@ -4,14 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import sentencepiece as spm
 from tqdm import tqdm
 
+from cogview2_jax import pipeline
 from cogview2_jax.data import scenes
-from cogview2_jax.tokenizer import image, text
+from cogview2_jax.tokenizer import text
 from experiments.scenes.presets import (
     COARSE_PIXELS,
     COARSE_STRIDE,
@@ -100,12 +99,10 @@ def tokenize(
         with np.load(file) as arrays:
             return Tokens(*(arrays[name] for name in Tokens._fields))
 
-    encode = jax.jit(
-        lambda params, pixels, stride: image.encode(
-            params, pixels.astype(jnp.float32) / 255, stride, config=TOKENIZER
-        ).reshape(len(pixels), -1),
-        static_argnums=2,
-    )
+    def encode(pixels: np.ndarray, stride: int) -> np.ndarray:
+        made = pipeline.to_tokens(tokenizer_params, pixels, stride=stride, config=TOKENIZER)
+        return np.asarray(made)
+
     size = batch_size if not fine else batch_size // 4
     parts: dict[str, list[np.ndarray]] = {name: [] for name in Tokens._fields}
     for start in tqdm(range(indices.start, indices.stop, size), desc=file.stem):
@@ -113,16 +110,16 @@ def tokenize(
         for number, each in enumerate(examples, start):
             parts["texts"].append(_texts(each.scene, number, model, slots))
         small = np.stack([_pixels(each.image, COARSE_PIXELS) for each in examples])
-        parts["coarse"].extend(np.asarray(encode(tokenizer_params, small, COARSE_STRIDE)))
+        parts["coarse"].extend(encode(small, COARSE_STRIDE))
         if fine:
             others = [
                 scenes.draw(_repainted(each.scene, number))
                 for number, each in enumerate(examples, start)
             ]
             small = np.stack([_pixels(other, COARSE_PIXELS) for other in others])
-            parts["repainted"].extend(np.asarray(encode(tokenizer_params, small, COARSE_STRIDE)))
+            parts["repainted"].extend(encode(small, COARSE_STRIDE))
             large = np.stack([_pixels(each.image, FINE_PIXELS) for each in examples])
-            parts["fine"].extend(np.asarray(encode(tokenizer_params, large, FINE_STRIDE)))
+            parts["fine"].extend(encode(large, FINE_STRIDE))
             for each, pixels in zip(examples, large.astype(np.int32), strict=True):
                 background = np.array(scenes.BACKGROUNDS[each.scene.background])
                 on = np.abs(pixels - background).max(axis=-1) > 4

@@ -56,11 +56,7 @@ def batch(step: int, seed: int = 101) -> tuple[np.ndarray, np.ndarray]:
 
 def _optimizer(cycles: tuple[int, ...]) -> optax.GradientTransformation:
     # Muon: at 120 steps its reconstruction loss was 0.10, AdamW's 0.14 at the best of two rates.
-    ends = np.cumsum(cycles)[:-1].tolist()
-    schedules = [
-        optax.join_schedules([train.warmup_then_anneal(peak, steps, 30) for steps in cycles], ends)
-        for peak in (0.02, 2e-3)
-    ]
+    schedules = [train.warmup_then_anneal(peak, cycles, 30) for peak in (0.02, 2e-3)]
     return train.muon_with_adamw(*schedules, weight_decay=0.0)
 
 

@@ -79,19 +79,18 @@ def measure(
     figures: dict[str, dict[str, list[float]]] = {
         stage: {"right": [], "clear": [], "sharpness": [], "error": []} for stage in pictures
     }
-    for row, prompt in enumerate(prompts):
-        for column in range(len(found[next(iter(pictures))][row])):
-            drawings = {}
-            for stage, figure in figures.items():
-                reading = found[stage][row][column]
-                drawings[stage] = clean_drawing(pictures[stage][row, column], list(reading))
-                figure["right"].append(scenes.check(prompt.claims, reading).all_named)
-                figure["clear"].append(drawings[stage] is not None)
-            for stage, scene in drawings.items():
-                if scene is not None and None not in drawings.values():
-                    sharp, off = against_drawing(pictures[stage][row, column], scene)
-                    figures[stage]["sharpness"].append(sharp)
-                    figures[stage]["error"].append(off)
+    for row, column in np.ndindex(next(iter(pictures.values())).shape[:2]):
+        drawings = {}
+        for stage, figure in figures.items():
+            reading = found[stage][row][column]
+            drawings[stage] = clean_drawing(pictures[stage][row, column], list(reading))
+            figure["right"].append(scenes.check(prompts[row].claims, reading).all_named)
+            figure["clear"].append(drawings[stage] is not None)
+        for stage, scene in drawings.items():
+            if scene is not None and None not in drawings.values():
+                sharp, off = against_drawing(pictures[stage][row, column], scene)
+                figures[stage]["sharpness"].append(sharp)
+                figures[stage]["error"].append(off)
     return {
         stage: {name: round(float(np.mean(values)), 4) for name, values in figure.items() if values}
         | {"pictures": len(figure["right"]), "compared": len(figure["error"])}

@@ -92,8 +92,13 @@ def test_the_transformers_train_and_a_finished_training_is_not_repeated(
     upscaler = transformers.run_direct_sr(
         tokens, trained, direct, work / "direct", cycles=(2,), batch_size=2
     )
+    labels = np.arange(presets.TOKENIZER.codebook_size) % presets.NUM_CLUSTERS
+    drafts = transformers.drafts(tokens, upscaler, direct, labels, work / "drafts.npy", 4)
+    assert drafts.shape == tokens.fine.shape
+    again = transformers.drafts(tokens, None, direct, labels, work / "drafts.npy")
+    np.testing.assert_array_equal(drafts, again)
     refiner = transformers.run_iterative_sr(
-        tokens, iterative, work / "iterative", cycles=(2,), batch_size=2
+        tokens, drafts, iterative, work / "iterative", cycles=(1, 1), batch_size=2
     )
     for params in (trained, upscaler, refiner):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
