@@ -47,8 +47,8 @@ def _cycles(name: str, *default: int) -> Callable[[Callable], Callable]:
 @click.option("--coglm-scenes", type=_COUNT, default=100_000, show_default=True)
 @click.option("--sr-scenes", type=_COUNT, default=4_000, show_default=True)
 @_cycles("--coglm-steps", 1100, 2100, 2000)
-@_cycles("--direct-steps", 900)
-@_cycles("--iterative-steps", 700)
+@_cycles("--direct-steps", 900, 1300)
+@_cycles("--iterative-steps", 700, 1500)
 def main(
     work: Path,
     out: Path,
@@ -83,11 +83,16 @@ def main(
     direct_params = transformers.run_direct_sr(
         fine, coglm_params, direct_config, work / "direct_sr", cycles=direct_steps
     )
+    cluster_labels = clusters.cluster_codebook(
+        np.asarray(tokenizer_params["codebook"]), presets.NUM_CLUSTERS
+    )
+    drafts = transformers.drafts(
+        fine, direct_params, direct_config, cluster_labels, work / "drafts.npy"
+    )
     iterative_params = transformers.run_iterative_sr(
-        fine, iterative_config, work / "iterative_sr", cycles=iterative_steps
+        fine, drafts, iterative_config, work / "iterative_sr", cycles=iterative_steps
     )
     tokenizer_params = tokenizer.run_other_strides(tokenizer_params, work / "tokenizer")
-    codebook = np.asarray(tokenizer_params["codebook"])
     made = bundle.Bundle(
         coglm_config,
         direct_config,
@@ -99,7 +104,7 @@ def main(
         iterative=iterative_params,
         tokenizer=tokenizer_params,
         text_model=text_model,
-        cluster_labels=clusters.cluster_codebook(codebook, presets.NUM_CLUSTERS),
+        cluster_labels=cluster_labels,
     )
     bundle.save(out, made)
     click.echo(f"the bundle is at {out}")

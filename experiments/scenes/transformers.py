@@ -8,10 +8,25 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
+from tqdm import tqdm
 
-from cogview2_jax import coglm, direct_sr, iterative_sr, objectives, pretraining, sequence, train
-from cogview2_jax.config import CogLMConfig, DirectSRConfig, IterativeSRConfig, TransformerConfig
+from cogview2_jax import (
+    coglm,
+    direct_sr,
+    iterative_sr,
+    objectives,
+    pipeline,
+    pretraining,
+    sequence,
+    train,
+)
+from cogview2_jax.config import (
+    CogLMConfig,
+    DirectSRConfig,
+    IterativeSRConfig,
+    TransformerConfig,
+)
+from experiments.scenes.presets import NUM_CLUSTERS, SAMPLING
 from experiments.scenes.records import Tokens
 
 # Share of a batch that is pure text (the published third task) and of the rest that is captioning.
@@ -25,6 +40,10 @@ REVERSED_FROM, REVERSED_TO = 0.3, 0.7
 # Share of pictures whose coarse tokens show other colours and fills than text and fine tokens: the
 # base stage makes such mistakes, and direct SR is to believe the text.
 REPAINTED_SHARE = 0.25
+# Share of pictures, in the last cycle of iterative SR, whose anchors are direct SR's instead of the
+# true ones. Trained on true anchors alone, it took mistakes of direct SR for the truth and spread
+# them over the cells between.
+DRAFTED_SHARE = 0.75
 OBJECT_WEIGHT = 3.0  # how much more a cell with a part of an object counts in super-resolution
 
 
@@ -60,18 +79,6 @@ def _unrolled(sizes: TransformerConfig) -> TransformerConfig:
     return dataclasses.replace(sizes, unroll=sizes.num_layers)
 
 
-def _optimizer(peak: float, cycles: Sequence[int]) -> optax.GradientTransformation:
-    """Muon with learning rate `peak` on matrices, AdamW with a tenth of it on the rest. Each of
-    `cycles`, in steps, warms up and anneals to zero.
-    """
-
-    def schedule(rate: float) -> optax.Schedule:
-        parts = [train.warmup_then_anneal(rate, cycle, 150) for cycle in cycles]
-        return optax.join_schedules(parts, np.cumsum(cycles)[:-1].tolist())
-
-    return train.muon_with_adamw(schedule(peak), schedule(peak / 10))
-
-
 def _fit(
     params: Any,
     loss_fn: Callable[..., Any],
@@ -82,7 +89,9 @@ def _fit(
     directory: Path,
     name: str,
 ) -> Any:
-    optimizer = _optimizer(peak, cycles)
+    """Train with Muon at learning rate `peak` on matrices, AdamW at a tenth of it on the rest."""
+    schedules = [train.warmup_then_anneal(rate, cycles, 150) for rate in (peak, peak / 10)]
+    optimizer = train.muon_with_adamw(*schedules)
     state = train.init_state(params, optimizer)
     step = train.make_step(loss_fn, optimizer)
     state = train.fit(
@@ -203,15 +212,58 @@ def run_direct_sr(
     )
 
 
+def drafts(
+    tokens: Tokens,
+    params: Any,
+    config: DirectSRConfig,
+    cluster_labels: np.ndarray,
+    file: Path,
+    batch_size: int = 20,
+) -> np.ndarray:
+    """What direct SR draws for each scene, int32 [n, fine cells]; from `file` if it is there.
+
+    Some coarse tokens are repainted, as in the training of direct SR.
+    """
+    if file.exists():
+        return np.load(file)
+    rng = np.random.default_rng(75)
+    made = []
+    for start in tqdm(range(0, len(tokens.fine), batch_size), desc="drafts"):
+        rows = np.arange(start, min(start + batch_size, len(tokens.fine)))
+        text, is_text = sequence.left_padded(
+            _texts(rng, tokens, rows), config.text_slots, config.coglm.vocabulary
+        )
+        repainted = rng.random((len(rows), 1)) < REPAINTED_SHARE
+        drawn = pipeline.super_resolve_direct(
+            params,
+            text,
+            is_text,
+            np.where(repainted, tokens.repainted[rows], tokens.coarse[rows]),
+            jax.random.split(jax.random.key(start), len(rows)),
+            cluster_labels,
+            config=config,
+            sampling=SAMPLING,
+            num_clusters=NUM_CLUSTERS,
+        )
+        made.append(np.asarray(drawn))
+    temporary = file.with_suffix(".partial.npy")
+    np.save(temporary, np.concatenate(made))
+    temporary.rename(file)
+    return np.load(file)
+
+
 def run_iterative_sr(
     tokens: Tokens,
+    drafts: np.ndarray,
     config: IterativeSRConfig,
     directory: Path,
     *,
     cycles: Sequence[int],
     batch_size: int = 12,
 ) -> Any:
-    """Iterative SR. Its training masks are those of the rounds, one drawn for each picture."""
+    """Iterative SR, over the `drafts` of direct SR, int32 [n, fine cells]. Its training masks are
+    those of the rounds, one drawn for each picture.
+    """
     config = dataclasses.replace(config, transformer=_unrolled(config.transformer))
     reset = sequence.lopar_schedule(config).reset
     order = sequence.lopar_order(config).reshape(-1)
@@ -226,13 +278,17 @@ def run_iterative_sr(
         # Of what a round predicts, only the cells of its own order stay; the others are for later
         # rounds.
         stays = order == rounds[:, None] + 1
-        return text, is_text, fine, weights * np.where(stays, 2.0, 1.0), reset[rounds]
+        weights *= np.where(stays, 2.0, 1.0)
+        last_cycle = step >= sum(cycles[:-1])
+        drafted = rng.random((batch_size, 1)) < DRAFTED_SHARE * last_cycle
+        shown = np.where(drafted & (order < 1), drafts[rows], fine)
+        return text, is_text, shown, fine, weights, reset[rounds]
 
     def loss_fn(params: Any, data: Any, key: Any) -> Any:
-        text, is_text, fine, weights, masked = data
+        text, is_text, shown, fine, weights, masked = data
         start = config.vocabulary.start_of_image
         layout = sequence.iterative_super_resolution(
-            text, is_text, jax.numpy.where(masked, start, fine), config
+            text, is_text, jax.numpy.where(masked, start, shown), config
         )
         return objectives.iterative_sr_loss(params, layout, fine, masked, weights, config=config)
 
