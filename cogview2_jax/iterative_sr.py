@@ -2,13 +2,14 @@
 (paper section 3.3).
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from cogview2_jax.attention import IterativeSRAttention, SuperResolutionContext
-from cogview2_jax.config import IterativeSRConfig, Precision
+from cogview2_jax.config import CogLMConfig, IterativeSRConfig, Precision
 from cogview2_jax.transformer import Transformer
 
 Array = jax.Array
@@ -31,6 +32,42 @@ def init_params(
     tokens = jnp.zeros((1, config.text_slots + config.num_image_tokens), jnp.int32)
     context = SuperResolutionContext(jnp.ones((1, config.text_slots), bool))
     return network(config, precision).init(key, tokens, tokens, context, None)["params"]
+
+
+def from_coglm(coglm_params: Params, coglm: CogLMConfig, config: IterativeSRConfig) -> Params:
+    """Start from a trained base model: its first layers, and its cells' positions up-sampled.
+
+    The released code has no training of this network; its weights have the base model's names and
+    sizes, which suggests such a start. Up-sampled, and not tiled as for direct super-resolution,
+    because words such as "left" point to places in the picture.
+
+    Raises ValueError if this network has more layers or positions than that one, or other widths,
+    or if its grid is not a whole multiple.
+    """
+    ours, theirs = config.transformer, coglm.transformer
+    layers = ours.num_layers
+    if layers > theirs.num_layers or ours != dataclasses.replace(
+        theirs, num_layers=layers, unroll=ours.unroll
+    ):
+        raise ValueError(f"transformer must be the first layers of {theirs}: got {ours}")
+    if config.num_positions > coglm.num_positions:
+        raise ValueError(
+            f"num_positions must be at most {coglm.num_positions}: got {config.num_positions}"
+        )
+    table = coglm_params["position_embeddings"]
+    (rows, columns), (fine_rows, fine_columns) = coglm.grid, config.grid
+    if fine_rows % rows or fine_columns % columns:
+        raise ValueError(f"grid must be a multiple of {coglm.grid}: got {config.grid}")
+    begin = coglm.image_position
+    cells = table[begin : begin + rows * columns].reshape(rows, columns, -1)
+    cells = cells.repeat(fine_rows // rows, axis=0).repeat(fine_columns // columns, axis=1)
+    made = coglm_params | {
+        "layers": jax.tree.map(lambda leaf: leaf[:layers], coglm_params["layers"]),
+        "position_embeddings": table[: config.num_positions],
+        "extra_position_embeddings": cells.reshape(-1, table.shape[-1]),
+    }
+    # Copies, so that a donated tree never holds one buffer twice.
+    return jax.tree.map(jnp.array, made)
 
 
 def apply(

@@ -8,8 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cogview2_jax import generate, iterative_sr, sampling, sequence
-from cogview2_jax.config import IterativeSRConfig, Precision, TransformerConfig, Vocabulary
+from cogview2_jax import coglm, generate, iterative_sr, sampling, sequence
+from cogview2_jax.config import (
+    CogLMConfig,
+    IterativeSRConfig,
+    Precision,
+    TransformerConfig,
+    Vocabulary,
+)
 from pallas_kernels.local_attention.window import Window
 from tests.common import (
     TOLERANCE,
@@ -139,3 +145,45 @@ def test_the_published_network_has_5_9_billion_parameters():
     tables = (150_003 + 1024 + 3600) * e
     total = parameter_count(iterative_sr.init_params, IterativeSRConfig())
     assert total == n * layer + tables + 2 * e == 5_913_345_024
+
+
+def base_config(**changes):
+    sizes = TransformerConfig(num_layers=2, hidden_size=32, num_heads=2)
+    base = CogLMConfig(sizes, SMALL.vocabulary, (3, 7), 5, num_positions=30, image_position=9)
+    return dataclasses.replace(base, **changes)
+
+
+def test_a_start_from_coglm_takes_its_first_layers_and_up_samples_positions():
+    base = random_params(coglm.init_params, base_config())
+    made = iterative_sr.from_coglm(base, base_config(), SMALL)
+    fresh = jax.eval_shape(lambda key: iterative_sr.init_params(key, SMALL), jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), fresh
+    )
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_array_equal(ours, theirs[:1]),
+        made["layers"],
+        base["layers"],
+    )
+    for name in base.keys() - {"layers", "position_embeddings"}:
+        jax.tree.map(np.testing.assert_array_equal, made[name], base[name])
+    np.testing.assert_array_equal(made["position_embeddings"], base["position_embeddings"][:12])
+    table = made["extra_position_embeddings"].reshape(*SMALL.grid, -1)
+    coarse = base["position_embeddings"][9:30].reshape(3, 7, -1)
+    for row, column in np.ndindex(*SMALL.grid):
+        np.testing.assert_array_equal(table[row, column], coarse[row // 2, column])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transformer": TransformerConfig(2, 64, 2)}, "transformer must be the first layers"),
+        ({"grid": (4, 7), "num_positions": 37}, r"grid must be a multiple of \(4, 7\)"),
+        ({"grid": (1, 1), "num_positions": 10}, "num_positions must be at most 10: got 12"),
+    ],
+)
+def test_a_start_from_another_geometry_is_refused(changes, message):
+    config = base_config(**changes)
+    shapes = jax.eval_shape(lambda key: coglm.init_params(key, config), jax.random.key(0))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda base: iterative_sr.from_coglm(base, config, SMALL), shapes)

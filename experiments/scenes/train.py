@@ -48,7 +48,7 @@ def _cycles(name: str, *default: int) -> Callable[[Callable], Callable]:
 @click.option("--sr-scenes", type=_COUNT, default=4_000, show_default=True)
 @_cycles("--coglm-steps", 1100, 2100, 2000)
 @_cycles("--direct-steps", 900, 1300)
-@_cycles("--iterative-steps", 700, 1500)
+@_cycles("--iterative-steps", 1400)
 def main(
     work: Path,
     out: Path,
@@ -90,7 +90,13 @@ def main(
         fine, direct_params, direct_config, cluster_labels, work / "drafts.npy"
     )
     iterative_params = transformers.run_iterative_sr(
-        fine, drafts, iterative_config, work / "iterative_sr", cycles=iterative_steps
+        fine,
+        drafts,
+        coglm_params,
+        coglm_config,
+        iterative_config,
+        work / "iterative_sr",
+        cycles=iterative_steps,
     )
     tokenizer_params = tokenizer.run_other_strides(tokenizer_params, work / "tokenizer")
     made = bundle.Bundle(

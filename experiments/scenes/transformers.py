@@ -40,9 +40,9 @@ REVERSED_FROM, REVERSED_TO = 0.3, 0.7
 # Share of pictures whose coarse tokens show other colours and fills than text and fine tokens: the
 # base stage makes such mistakes, and direct SR is to believe the text.
 REPAINTED_SHARE = 0.25
-# Share of pictures, in the last cycle of iterative SR, whose anchors are direct SR's instead of the
-# true ones. Trained on true anchors alone, it took mistakes of direct SR for the truth and spread
-# them over the cells between.
+# Share of pictures, in training iterative SR, whose anchors are direct SR's instead of the true
+# ones. Trained on true anchors alone, it takes mistakes of direct SR for the truth and spreads them
+# over the cells between.
 DRAFTED_SHARE = 0.75
 OBJECT_WEIGHT = 3.0  # how much more a cell with a part of an object counts in super-resolution
 
@@ -255,14 +255,16 @@ def drafts(
 def run_iterative_sr(
     tokens: Tokens,
     drafts: np.ndarray,
+    coglm_params: Any,
+    coglm_config: CogLMConfig,
     config: IterativeSRConfig,
     directory: Path,
     *,
     cycles: Sequence[int],
     batch_size: int = 12,
 ) -> Any:
-    """Iterative SR, over the `drafts` of direct SR, int32 [n, fine cells]. Its training masks are
-    those of the rounds, one drawn for each picture.
+    """Iterative SR, starting from CogLM, over the `drafts` of direct SR, int32 [n, fine cells]. Its
+    training masks are those of the rounds, one drawn for each picture.
     """
     config = dataclasses.replace(config, transformer=_unrolled(config.transformer))
     reset = sequence.lopar_schedule(config).reset
@@ -279,8 +281,7 @@ def run_iterative_sr(
         # rounds.
         stays = order == rounds[:, None] + 1
         weights *= np.where(stays, 2.0, 1.0)
-        last_cycle = step >= sum(cycles[:-1])
-        drafted = rng.random((batch_size, 1)) < DRAFTED_SHARE * last_cycle
+        drafted = rng.random((batch_size, 1)) < DRAFTED_SHARE
         shown = np.where(drafted & (order < 1), drafts[rows], fine)
         return text, is_text, shown, fine, weights, reset[rounds]
 
@@ -293,10 +294,10 @@ def run_iterative_sr(
         return objectives.iterative_sr_loss(params, layout, fine, masked, weights, config=config)
 
     return _fit(
-        jax.jit(lambda key: iterative_sr.init_params(key, config))(jax.random.key(23)),
+        iterative_sr.from_coglm(coglm_params, coglm_config, config),
         loss_fn,
         batch,
-        peak=0.02,
+        peak=0.015,
         cycles=cycles,
         directory=directory,
         name="iterative SR",

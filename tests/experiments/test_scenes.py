@@ -98,7 +98,7 @@ def test_the_transformers_train_and_a_finished_training_is_not_repeated(
     again = transformers.drafts(tokens, None, direct, labels, work / "drafts.npy")
     np.testing.assert_array_equal(drafts, again)
     refiner = transformers.run_iterative_sr(
-        tokens, drafts, iterative, work / "iterative", cycles=(1, 1), batch_size=2
+        tokens, drafts, trained, coglm, iterative, work / "iterative", cycles=(2,), batch_size=2
     )
     for params in (trained, upscaler, refiner):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
