@@ -120,7 +120,7 @@ def cli(context: click.Context) -> None:
 Examples:
   cogview2 generate "a red circle above a striped blue square"
   cogview2 generate --num-images 2 --stage base "a large green star" "左边的黄色心形"
-  cogview2 generate --candidates 4 --seed 1 --out best "a small dotted purple heart"
+  cogview2 generate --candidates 16 --seed 1 --out best "a small dotted purple heart"
 """
 )
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
@@ -144,10 +144,9 @@ Examples:
 @click.option(
     "--candidates",
     type=click.IntRange(1, MOST_IMAGES),
-    default=1,
-    show_default=True,
     metavar="N",
-    help="Draw every picture N times at the base stage and keep the one whose caption fits best.",
+    help="Draw every picture N times at the base stage and keep the one whose caption fits best."
+    "  [default: what the bundle says]",
 )
 @_out_option
 @_bundle_option
@@ -156,7 +155,7 @@ def generate(
     num_images: int,
     seed: int,
     stage: str,
-    candidates: int,
+    candidates: int | None,
     out: Path,
     bundle: Path | None,
 ) -> None:
@@ -169,9 +168,9 @@ def generate(
     begin = time.perf_counter()
     folder = _check_model_and_prompts(bundle, prompts)
     _check_writable(out)
-    begin = time.perf_counter()
     cv, _ = _load(folder)
     timings = {"load": time.perf_counter() - begin}
+    candidates = cv.bundle.sampling.candidates if candidates is None else candidates
 
     import jax
     from tqdm import tqdm

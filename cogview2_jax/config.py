@@ -252,7 +252,8 @@ class ClusterSampling:
 class Sampling:
     """How the pipeline draws at each stage.
 
-    `text_upweight` is added to every score whose key is a text token.
+    `text_upweight` is added to every score whose key is a text token. The base stage draws every
+    picture `candidates` times, and the one goes on whose caption fits best (post-selection).
     """
 
     base: ClusterSampling = field(default_factory=ClusterSampling)
@@ -262,3 +263,7 @@ class Sampling:
     iterative_temperature: float = 1.0
     iterative_top_k: tuple[int, ...] = (40, 40, 40, 20, 20, 10)
     text_upweight: float = 1.4
+    candidates: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.candidates >= 1, f"candidates must be at least 1: got {self.candidates}")

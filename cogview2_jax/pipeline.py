@@ -444,13 +444,13 @@ class CogView:
         *,
         key: Array,
         stage: str = "full",
-        candidates: int = 1,
+        candidates: int | None = None,
     ) -> np.ndarray:
         """Pictures of a prompt: uint8 [num_images, y, x, 3], 192×192 with the bundle that ships.
 
         `stage` is the last one to run: "base" (its small picture enlarged), "direct" or "full".
-        With `candidates` above 1, each picture is the best of that many drawn by the base stage,
-        judged by `caption_score` (the paper's post-selection).
+        Each picture is the best of `candidates` drawn by the base stage, judged by `caption_score`
+        (the paper's post-selection); None takes the number of the bundle's `sampling`.
         """
         made = self.generate_stages(
             [prompt], key=key, num_images=num_images, candidates=candidates, stages=(stage,)
@@ -463,7 +463,7 @@ class CogView:
         key: Array,
         num_images: int = 4,
         *,
-        candidates: int = 1,
+        candidates: int | None = None,
         stages: Sequence[str] = STAGES,
         progress: Callable[[str], None] = lambda part: None,
     ) -> dict[str, np.ndarray]:
@@ -472,6 +472,8 @@ class CogView:
         Those of "base" are enlarged bicubically to the size of the others. `progress` is called
         with "base", "direct", "iterative" and "pixels" as each is finished.
         """
+        if candidates is None:
+            candidates = self.bundle.sampling.candidates
         if not stages or not set(stages) <= set(STAGES):
             raise ValueError(f"stages must be of {', '.join(STAGES)}: got {', '.join(stages)}")
         for name, number in (("num_images", num_images), ("candidates", candidates)):

@@ -1,5 +1,6 @@
 """The composition: what is drawn agrees with full passes, and depends on what it should alone."""
 
+import dataclasses
 import json
 import zlib
 from pathlib import Path
@@ -205,6 +206,16 @@ def test_the_best_candidate_is_kept(cv, tiny):
     chosen = cv._best_of(tokens, keys, 3)
     for image, best in enumerate(scores.argmax(0)):
         np.testing.assert_array_equal(chosen[image], drawn[best][image])
+    # The bundle says how many, and an argument says otherwise.
+    choosy = CogView(tiny._replace(sampling=dataclasses.replace(tiny.sampling, candidates=3)))
+    key = jax.random.key(5)
+    made = choosy.generate(PROMPT, 2, key=key, stage="base")
+    np.testing.assert_array_equal(made, cv.generate(PROMPT, 2, key=key, stage="base", candidates=3))
+    plain = cv.generate(PROMPT, 2, key=key, stage="base")
+    np.testing.assert_array_equal(
+        plain, choosy.generate(PROMPT, 2, key=key, stage="base", candidates=1)
+    )
+    assert (made != plain).any() == (scores.argmax(0) > 0).any()
 
 
 def test_ranking_sorts_by_score(cv, stages):

@@ -9,6 +9,7 @@ prompt names.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -42,9 +43,9 @@ A stage's own pictures may be smaller; they come enlarged to 192 pixels, bicubic
 """
 
 
-def load_generator(bundle: Path | None) -> Generate:
+def load_generator(bundle: Path | None, candidates: int | None = None) -> Generate:
     """The generator of a bundle, or of the one that ships. Raises as `cogview2_jax.load`."""
-    return cogview2_jax.load(bundle).generate_stages
+    return functools.partial(cogview2_jax.load(bundle).generate_stages, candidates=candidates)
 
 
 def generate_all(
@@ -159,6 +160,11 @@ def sheet(
     type=click.Path(dir_okay=False, path_type=Path),
     help="A PNG of pictures and readings, to check the judge by eye.",
 )
+@click.option(
+    "--candidates",
+    type=click.IntRange(1),
+    help="Base pictures of which the best captioned goes on.  [default: the bundle's]",
+)
 @click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(
     prompts_file: Path | None,
@@ -167,6 +173,7 @@ def main(
     num_images: int,
     json_file: Path | None,
     sheet_file: Path | None,
+    candidates: int | None,
     bundle: Path | None,
 ) -> None:
     start = time.monotonic()
@@ -180,7 +187,7 @@ def main(
     except ValueError as error:
         raise click.UsageError(f"{prompts_file}: {error}") from None
     try:
-        generate = load_generator(bundle)
+        generate = load_generator(bundle, candidates)
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from None
     scores, pictures, found = experiment(generate, prompts, num_images, seed, judge.load())
@@ -193,6 +200,7 @@ def main(
             "prompts": len(prompts),
             "num_images": num_images,
             "seed": seed,
+            "candidates": candidates,
             "bundle": str(bundle) if bundle else None,
             "seconds": round(time.monotonic() - start, 1),
             "jax": jax.__version__,

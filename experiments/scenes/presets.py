@@ -59,4 +59,5 @@ SAMPLING = Sampling(
     iterative_temperature=0.2,
     iterative_top_k=(20, 20, 20, 10, 10, 5),
     text_upweight=0.0,
+    candidates=4,
 )

@@ -231,7 +231,7 @@ def test_counts_are_of_claims():
 
 
 def test_the_command_writes_json_and_a_sheet(monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(run, "load_generator", lambda bundle: renderer)
+    monkeypatch.setattr(run, "load_generator", lambda bundle, candidates: renderer)
     (tmp_path / "prompts").write_text("红色圆在左边\n\na red circle above a blue square\n", "utf-8")
     result = CliRunner().invoke(
         run.main,
