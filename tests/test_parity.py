@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 from experiments.parity import configs
 from experiments.parity.golden import Check, Golden, close, equal, seeded_weights
 from experiments.parity.run import CHECKS, main
-
-GOLDEN = Path(__file__).parent / "golden"
+from pallas_kernels.local_attention import dispatch
+from tests.common import GOLDEN
 
 
 def run(directory: Path, *options: str) -> Result:
@@ -43,6 +43,21 @@ def test_every_recorded_number_is_met(file):
     assert not [check for check in checks if not check.passed]
     # The labels are for whoever draws with this network: its own file records no distribution.
     assert golden.unread() == (["cluster_labels"] if file == "coglm" else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["direct_sr", "iterative_sr"])
+def test_the_kernels_meet_every_recorded_number_of_super_resolution(monkeypatch, file):
+    chosen = []
+
+    def choose(implementation, dim):
+        chosen.append(implementation)
+        return "pallas_triton_interpret"
+
+    monkeypatch.setattr(dispatch, "_choose", choose)
+    checks = list(CHECKS[file](Golden(GOLDEN / f"{file}.npz")))
+    assert chosen and set(chosen) == {"auto"}
+    assert not [check for check in checks if not check.passed]
 
 
 @pytest.fixture

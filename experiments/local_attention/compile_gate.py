@@ -116,12 +116,7 @@ def missing_packages() -> str | None:
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     if any(importlib.util.find_spec(name) for name in plugins) and _tool("ptxas"):
         return None
-    version = jax.__version__
-    return (
-        "the CUDA compiler is missing: pip install --no-deps "
-        f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} nvidia-cuda-nvcc-cu12 "
-        "nvidia-cuda-nvdisasm"
-    )
+    return "the CUDA compiler is missing: pip install '.[compile-gate]'"
 
 
 def _tool(name: str) -> str | None:
