@@ -58,6 +58,13 @@ _bundle_option = click.option(
     metavar="DIR",
     help="Folder of a model; default: the one that ships.",
 )
+_candidates_option = click.option(
+    "--candidates",
+    type=click.IntRange(1, MOST_IMAGES),
+    metavar="N",
+    help="Draw every picture N times at the base stage and keep the one whose caption fits best."
+    "  [default: what the bundle says]",
+)
 _seed_option = click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
@@ -141,13 +148,7 @@ Examples:
     help="Last stage to run: the base model (enlarged), direct, or direct and iterative"
     " super-resolution.",
 )
-@click.option(
-    "--candidates",
-    type=click.IntRange(1, MOST_IMAGES),
-    metavar="N",
-    help="Draw every picture N times at the base stage and keep the one whose caption fits best."
-    "  [default: what the bundle says]",
-)
+@_candidates_option
 @_out_option
 @_bundle_option
 def generate(
@@ -271,6 +272,7 @@ Examples:
     "--num-images", type=click.IntRange(1, MOST_IMAGES), default=1, show_default=True, metavar="N"
 )
 @_seed_option
+@_candidates_option
 @_out_option
 @_bundle_option
 def infill_command(
@@ -279,6 +281,7 @@ def infill_command(
     box: tuple[float, float, float, float],
     num_images: int,
     seed: int,
+    candidates: int | None,
     out: Path,
     bundle: Path | None,
 ) -> None:
@@ -293,10 +296,13 @@ def infill_command(
         coarse_mask(box, bundles.read_description(folder).coglm_config.grid)
     _check_writable(out)
     cv, _ = _load(folder)
+    candidates = cv.bundle.sampling.candidates if candidates is None else candidates
 
     import jax
 
-    made = cv.infill(prompt, opened, box, num_images, key=jax.random.key(seed))
+    made = cv.infill(
+        prompt, opened, box, num_images, key=jax.random.key(seed), candidates=candidates
+    )
     name = f"{_slug(picture.stem)}_{_slug(prompt)}_seed{seed}"
     files = {f"{name}_{i}.png": _png(each) for i, each in enumerate(made)}
     report = {
@@ -305,6 +311,7 @@ def infill_command(
         "box": box,
         "pictures": list(files),
         "seed": seed,
+        "candidates": candidates,
         "bundle": str(folder),
         "device": _devices()[0],
         "versions": _versions(),

@@ -472,17 +472,26 @@ class CogView:
         Those of "base" are enlarged bicubically to the size of the others. `progress` is called
         with "base", "direct", "iterative" and "pixels" as each is finished.
         """
-        if candidates is None:
-            candidates = self.bundle.sampling.candidates
         if not stages or not set(stages) <= set(STAGES):
             raise ValueError(f"stages must be of {', '.join(STAGES)}: got {', '.join(stages)}")
-        for name, number in (("num_images", num_images), ("candidates", candidates)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1: got {number}")
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1: got {num_images}")
+        bundle = self.bundle
         tokens = self._tokens(prompts).repeat(num_images)
         keys = self._keys(prompts, key, num_images)
 
-        grids = {"base": self._best_of(tokens, keys, candidates)}
+        def draw(candidate: int) -> Array:
+            return decode_image(
+                bundle.coglm,
+                *tokens.base,
+                keys(candidate),
+                bundle.cluster_labels,
+                config=bundle.coglm_config,
+                sampling=bundle.sampling,
+                num_clusters=bundle.num_clusters,
+            )
+
+        grids = {"base": self._best_of(tokens, draw, candidates)}
         progress("base")
         if "direct" in stages or "full" in stages:
             grids["direct"] = self._direct(tokens, grids["base"], keys(_DIRECT_DRAW))
@@ -506,12 +515,14 @@ class CogView:
         num_images: int = 1,
         *,
         key: Array,
+        candidates: int | None = None,
     ) -> np.ndarray:
         """The picture with what is in `box` drawn anew: uint8 [num_images, y, x, 3].
 
         `box` is (top, left, bottom, right) in 0…1; whole coarse cells are replaced, those whose
         centre it holds. Only their fine cells are super-resolved, and the whole picture passes
         once through the tokenizer (the published editing, without its crop round the box).
+        `candidates` is as in `generate`.
         """
         bundle, config = self.bundle, self.bundle.coglm_config
         if num_images < 1:
@@ -529,18 +540,22 @@ class CogView:
 
         tokens = tokens.repeat(num_images)
         keys = self._keys([prompt], key, num_images)
-        filled = infill(
-            bundle.coglm,
-            # The first four fields are those of a layout.
-            sequence.Layout(*(of_each(array) for array in filling[:4])),
-            of_each(filling.slot_of_cell),
-            keys(0),
-            bundle.cluster_labels,
-            config=config,
-            sampling=bundle.sampling,
-            num_clusters=bundle.num_clusters,
-        )
-        drawn = self._direct(tokens, np.asarray(filled), keys(_DIRECT_DRAW))
+
+        def draw(candidate: int) -> Array:
+            return infill(
+                bundle.coglm,
+                # The first four fields are those of a layout.
+                sequence.Layout(*(of_each(array) for array in filling[:4])),
+                of_each(filling.slot_of_cell),
+                keys(candidate),
+                bundle.cluster_labels,
+                config=config,
+                sampling=bundle.sampling,
+                num_clusters=bundle.num_clusters,
+            )
+
+        filled = self._best_of(tokens, draw, candidates)
+        drawn = self._direct(tokens, filled, keys(_DIRECT_DRAW))
         kept = self._picture_tokens(picture, bundle.direct_config.grid)
         start = np.where(may_change, drawn, kept)
         full = self._iterative(tokens, start, of_each(may_change), keys(_ITERATIVE_DRAW))
@@ -608,22 +623,14 @@ class CogView:
         return lambda draw: image_keys(key, hashes, num_images, np.uint32(draw))
 
     def _best_of(
-        self, tokens: PromptTokens, keys: Callable[[int], Array], candidates: int
+        self, tokens: PromptTokens, draw: Callable[[int], Array], candidates: int | None
     ) -> np.ndarray:
-        """Base tokens, int32 [b, cells]: for each image the best scored of its candidates."""
-        bundle = self.bundle
-        drawn = [
-            decode_image(
-                bundle.coglm,
-                *tokens.base,
-                keys(candidate),
-                bundle.cluster_labels,
-                config=bundle.coglm_config,
-                sampling=bundle.sampling,
-                num_clusters=bundle.num_clusters,
-            )
-            for candidate in range(candidates)
-        ]
+        """Base tokens, int32 [b, cells]: of what `draw(candidate)` makes, each image's best."""
+        if candidates is None:
+            candidates = self.bundle.sampling.candidates
+        if candidates < 1:
+            raise ValueError(f"candidates must be at least 1: got {candidates}")
+        drawn = [draw(candidate) for candidate in range(candidates)]
         if candidates == 1:
             return np.asarray(drawn[0])
         best = np.argmax([self._scores(tokens, np.asarray(coarse)) for coarse in drawn], axis=0)

@@ -201,9 +201,21 @@ def test_progress_names_the_parts(cv):
 def test_the_best_candidate_is_kept(cv, tiny):
     tokens = cv._tokens([PROMPT]).repeat(2)
     keys = cv._keys([PROMPT], jax.random.key(5), 2)
-    drawn = [cv._best_of(tokens, lambda _, i=i: keys(i), 1) for i in range(3)]
+
+    def draw(candidate):
+        return pipeline.decode_image(
+            tiny.coglm,
+            *tokens.base,
+            keys(candidate),
+            tiny.cluster_labels,
+            config=tiny.coglm_config,
+            sampling=tiny.sampling,
+            num_clusters=tiny.num_clusters,
+        )
+
+    drawn = np.stack([draw(i) for i in range(3)])
     scores = np.array([cv._scores(tokens, coarse) for coarse in drawn])
-    chosen = cv._best_of(tokens, keys, 3)
+    chosen = cv._best_of(tokens, draw, 3)
     for image, best in enumerate(scores.argmax(0)):
         np.testing.assert_array_equal(chosen[image], drawn[best][image])
     # The bundle says how many, and an argument says otherwise.

@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ platform_name: "CUDA"
 device_description_str: "{DEVICE}"
 """
 # XLA runs the first ptxas on the path. This one keeps what the real one says and makes.
-_SHIM = """#!{python} -IS
+_SHIM = """
 import pathlib, shutil, subprocess, sys, tempfile
 compiles = "-o" in sys.argv
 command = [{ptxas!r}, *sys.argv[1:], *["-v"] * compiles]
@@ -139,7 +140,11 @@ def toolchain() -> Iterator[Path]:
         kept, dump, shim = Path(folder, "kept"), Path(folder, "dump"), Path(folder, "bin", "ptxas")
         for path in (kept, dump, shim.parent):
             path.mkdir()
-        shim.write_text(_SHIM.format(python=sys.executable, ptxas=ptxas, kept=str(kept)))
+        script = shim.with_suffix(".py")
+        script.write_text(_SHIM.format(ptxas=ptxas, kept=str(kept)))
+        # Not a `#!` of Python itself, whose path may hold a space.
+        command = shlex.join([sys.executable, "-IS", str(script)])
+        shim.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         shim.chmod(0o755)
         jax.config.update("jax_platforms", "cpu")
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
