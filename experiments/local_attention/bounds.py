@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,20 @@ class Rates:
     bytes: float
 
 
+class Floors(NamedTuple):
+    """Seconds below which no implementation can go; nothing is counted for exponentials or for
+    masked keys, so the products' is out of reach."""
+
+    traffic: float  # each array touched once
+    products: float  # of visible pairs alone
+
+
 def measure_rates(dtype: str) -> Rates:
     """The best of twenty square matrix products and of twenty copies (read and write counted)."""
     on_cpu = jax.default_backend() == "cpu"
     side, length = (1536, 2**25) if on_cpu else (8192, 2**29)
-    a = jnp.ones((side, side), dtype)
+    # Random numbers: of ones, a GPU multiplies more in a second.
+    a = jax.random.normal(jax.random.key(0), (side, side), jnp.float32).astype(dtype)
     b = jnp.ones((length,), jnp.float32)
     return Rates(
         flops=2 * side**3 / _best(jax.jit(lambda a: a @ a), a),
@@ -45,7 +55,7 @@ def visible_keys(grid: tuple[int, int], window: Window) -> int:
     return pairs
 
 
-def bound_seconds(
+def floors(
     grid: tuple[int, int],
     window: Window,
     *,
@@ -55,22 +65,24 @@ def bound_seconds(
     itemsize: int,
     direction: str,
     rates: Rates,
-) -> float:
-    """The larger of the time for the visible keys' products and that for touching each array once.
-
-    No implementation must reach it: nothing is counted for exponentials or for masked keys.
-    """
-    flops = _PRODUCTS[direction] * 2 * dim * batch * heads * visible_keys(grid, window)
+) -> Floors:
+    """Seconds that the traffic and the products of an attention take at the measured rates."""
     queries, keys = grid[0] * grid[1], grid[0] * grid[1] // window.ratio**2
     arrays = _QUERY_ARRAYS[direction] * queries + _KEY_ARRAYS[direction] * keys
-    return max(flops / rates.flops, arrays * batch * heads * dim * itemsize / rates.bytes)
+    flops = _PRODUCTS[direction] * 2 * dim * batch * heads * visible_keys(grid, window)
+    return Floors(
+        traffic=arrays * batch * heads * dim * itemsize / rates.bytes,
+        products=flops / rates.flops,
+    )
 
 
 def _best(function: Callable[[jax.Array], jax.Array], argument: jax.Array) -> float:
+    """Seconds of a call, the best of twenty; on a GPU of five calls in flight."""
+    calls = 1 if jax.default_backend() == "cpu" else 5
     jax.block_until_ready(function(argument))
     times = []
     for _ in range(20):
         start = time.perf_counter()
-        jax.block_until_ready(function(argument))
-        times.append(time.perf_counter() - start)
+        jax.block_until_ready([function(argument) for _ in range(calls)])
+        times.append((time.perf_counter() - start) / calls)
     return min(times)

@@ -2,359 +2,339 @@
 
     python -m experiments.local_attention.run [--quick | --acceptance] [--out DIR]
 
-Prints a table; --out also writes results.json and plot.png there. See README.md for what to expect.
+Prints a table; --out also writes results.json and plot.png there. Exits with 1 if something failed
+or computed something else, and with --acceptance if a verdict does not hold. See README.md for what
+to expect.
 """
 
 import argparse
 import functools
-import json
-import os
-import platform
+import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from experiments.local_attention import bounds, peers
+from experiments.local_attention import bounds, flex, peers, report
+from experiments.local_attention.programs import (
+    Inputs,
+    Program,
+    busy_applications,
+    compile_jax,
+    draw,
+    largest_error,
+    time_in_turn,
+    tolerance,
+    with_gradients,
+)
+from experiments.local_attention.report import Result, Setting
 from pallas_kernels import local_attention_2d
 from pallas_kernels.local_attention import pallas_triton
 from pallas_kernels.local_attention.window import Window
 
-IMPLEMENTATIONS = ("xla",)
-DIRECTIONS = ["forward", "forward+backward"]
-WINDOWS = [Window(5, 5), Window(9, 5), Window(9, 9), Window(11, 11), Window(5, 5, ratio=3)]
+DIRECTIONS = ("forward", "forward+backward")
+WINDOWS = [Window(9, 9), Window(5, 5), Window(9, 5), Window(11, 11), Window(5, 5, ratio=3)]
 GRIDS = [32, 48, 60, 64, 96, 128]
+# At one batch entry a grid of 32x32 has too few tiles for a GPU of 132 multiprocessors. Time a
+# token is compared on batches that hold as many cells as the largest grid; 60x60 is not among
+# them, as tiles stick out of it.
+FLAT_GRIDS = [32, 48, 64, 96, 128]
+KERNEL, XLA, FLEX = "pallas_triton", "xla", "flex_attention"
+GLOBAL = ("naive_global", "cudnn_global")  # no window: they compute something else
+CPU_PEERS = ("gather", "dense", "naive_global")
 
 
 @dataclass(frozen=True)
-class Setting:
-    batch: int
-    heads: int
-    dim: int
-    dtype: str
-    repeats: int
-    memory_limit: float  # bytes that an implementation may need beside its inputs and outputs
-
-
-@dataclass(frozen=True)
-class Result:
+class Case:
     grid: int
-    window: str
+    window: Window
     direction: str
-    implementation: str
-    median_ms: float
-    fastest_ms: float
-    cpu_ms: float  # of all threads, median: hardly moves when others use the machine
-    temporary_mb: float
-    bound_ms: float
-
-    @property
-    def case(self) -> tuple[int, str, str]:
-        return self.grid, self.window, self.direction
+    batch: int
+    names: tuple[str, ...]  # of the implementations
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="two small grids, two windows")
-    size.add_argument("--acceptance", action="store_true", help="9x9 on 48, 60 and 96, forward")
-    parser.add_argument("--grids", type=int, nargs="+", help="sides, instead of the usual ones")
+    size.add_argument("--acceptance", action="store_true", help="what the verdicts need")
+    size.add_argument("--grids", type=int, nargs="+", help="sides, instead of the usual ones")
     parser.add_argument("--out", type=Path, help="write results.json and plot.png in this folder")
-    parser.add_argument("--repeats", type=int, default=None)
+    parser.add_argument("--repeats", type=int, help="5 of each; in acceptance 15, quickly 3")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--heads", type=int, help="8 on a CPU, else 48")
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--dtype", default=None, help="float32 on a CPU, else bfloat16")
-    parser.add_argument("--memory-limit-gb", type=float, default=2.0)
+    parser.add_argument("--dtype", help="float32 on a CPU, else bfloat16")
+    parser.add_argument(
+        "--memory-limit-gb",
+        type=float,
+        help="leave out what needs more beside its inputs and outputs; 2 on a CPU, else 80 %% of "
+        "the device's memory",
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="begin no case later; 9 on a GPU, else no limit"
+    )
     arguments = parser.parse_args(argv)
 
-    grids, windows, directions, repeats = GRIDS, WINDOWS, DIRECTIONS, 5
-    if arguments.quick:
-        grids, windows, repeats = [24, 36], [Window(9, 9), Window(5, 5, ratio=3)], 3
-    if arguments.acceptance:
-        grids, windows, directions, repeats = [48, 60, 96], [Window(9, 9)], ["forward"], 15
-    grids = arguments.grids or grids
     on_cpu = jax.default_backend() == "cpu"
     setting = Setting(
         batch=arguments.batch,
-        heads=arguments.heads,
+        heads=arguments.heads or (8 if on_cpu else 48),
         dim=arguments.dim,
         dtype=arguments.dtype or ("float32" if on_cpu else "bfloat16"),
-        repeats=arguments.repeats or repeats,
-        memory_limit=arguments.memory_limit_gb * 2**30,
+        repeats=arguments.repeats or (15 if arguments.acceptance else 3 if arguments.quick else 5),
+        memory_limit=2.0**30 * arguments.memory_limit_gb
+        if arguments.memory_limit_gb
+        else default_memory_limit(),
     )
+    minutes = arguments.minutes or (math.inf if on_cpu else 9)
+    deadline = time.monotonic() + 60 * minutes
     rates = bounds.measure_rates(setting.dtype)
-    print(
-        f"{device_name()}, jax {jax.__version__}, {setting.dtype}, batch {setting.batch}, ", end=""
-    )
-    print(f"{setting.heads} heads of {setting.dim}, {setting.repeats} repeats")
-    print(f"measured: {rates.flops / 1e9:.0f} GFLOP/s, copies {rates.bytes / 1e9:.1f} GB/s\n")
+    print(report.heading(setting, rates))
+    absent = obstacles(setting)
+    for name, reason in absent.items():
+        print(f"absent: {name}: {reason}")
+    print(f"\n{report.HEADER}")
 
+    present = tuple(name for name in (KERNEL, XLA, *GLOBAL, FLEX) if name not in absent)
+    if on_cpu:
+        present = (XLA, *CPU_PEERS)
+    needed = acceptance_cases(present, setting.batch)
+    if arguments.acceptance:
+        planned = needed
+    elif arguments.quick:
+        planned = cases([24, 36], [Window(9, 9), Window(5, 5, ratio=3)], present, setting.batch)
+    else:
+        planned = cases(arguments.grids or GRIDS, WINDOWS, present, setting.batch)
+        if KERNEL in present and not arguments.grids:
+            # What the verdicts need comes first, should the time run out.
+            planned = list(dict.fromkeys(needed + planned))
     results: list[Result] = []
     skipped: list[str] = []
-    print(HEADER)
-    for window in windows:
-        for grid in grids:
-            grid -= grid % window.ratio
-            for direction in directions:
-                measured = measure((grid, grid), window, direction, setting, rates, skipped)
-                if measured:
-                    print(table(measured), flush=True)
-                results += measured
+    failed: list[str] = []
+    for case in planned:
+        if time.monotonic() > deadline:
+            skipped.append(f"{describe(case)}: {minutes:g} minutes were over")
+            continue
+        measured = measure(case, setting, rates, skipped, failed)
+        if measured:
+            print(report.table(measured), flush=True)
+        results += measured
     for line in skipped:
         print(f"skipped: {line}")
-    verdicts = acceptance(results)
-    for name, (value, wanted) in verdicts.items():
-        print(f"{name}: {value:.2f} (wanted {wanted})")
+    for line in failed:
+        print(f"failed: {line}")
+    verdicts = report.verdicts(results, FLAT_GRIDS)
+    for verdict in verdicts:
+        print(verdict)
     if arguments.out:
-        write(arguments.out, setting, rates, results, skipped, verdicts)
+        report.write(arguments.out, setting, rates, results, skipped, failed, absent, verdicts)
+    unmet = arguments.acceptance and not all(verdict.holds for verdict in verdicts)
+    return int(bool(failed) or unmet)
+
+
+def cases(
+    grids: list[int], windows: list[Window], names: tuple[str, ...], batch: int
+) -> list[Case]:
+    """All grids and windows, in both directions."""
+    planned = []
+    for window in windows:
+        for grid in grids:
+            # PyTorch takes long to compile: other windows than the first are enough at one grid.
+            leave_out = {FLEX} if window != windows[0] and grid != 64 else set()
+            some = tuple(name for name in names if name not in leave_out)
+            for direction in DIRECTIONS:
+                planned.append(Case(grid - grid % window.ratio, window, direction, batch, some))
+    return planned
+
+
+def acceptance_cases(names: tuple[str, ...], batch: int) -> list[Case]:
+    """What the verdicts on this device need: see `report.verdicts`."""
+    window = WINDOWS[0]
+    if KERNEL not in names:
+        return [Case(grid, window, "forward", batch, names) for grid in (48, 60, 96)]
+    planned = [Case(64, window, direction, batch, names) for direction in DIRECTIONS]
+    for direction in DIRECTIONS:
+        for grid in FLAT_GRIDS:
+            full = math.ceil(max(FLAT_GRIDS) ** 2 / grid**2)
+            if full != batch:  # else it is among the others
+                planned.append(Case(grid, window, direction, full, (KERNEL, XLA)))
+            elif grid != 64:
+                planned.append(Case(grid, window, direction, full, names))
+    return planned
+
+
+def default_memory_limit() -> float:
+    """Bytes: 2 GiB on a CPU, which others may use; else most of what jax has of the device."""
+    statistics_ = jax.devices()[0].memory_stats() or {}
+    of_device = statistics_.get("bytes_limit")
+    return 0.8 * of_device if of_device and jax.default_backend() != "cpu" else 2.0 * 2**30
+
+
+def obstacles(setting: Setting) -> dict[str, str]:
+    """Implementations that cannot run here, with the reason."""
+    device = jax.devices()[0]
+    found = {KERNEL: pallas_triton.obstacle(device, setting.dim), FLEX: flex.obstacle()}
+    if pallas_triton.compute_capability(device) is None:
+        found["cudnn_global"] = "it needs an NVIDIA GPU"
+    elif setting.dtype not in ("bfloat16", "float16"):
+        found["cudnn_global"] = f"it takes bfloat16 and float16, not {setting.dtype}"
+    return {name: reason for name, reason in found.items() if reason}
 
 
 def measure(
-    grid: tuple[int, int],
-    window: Window,
-    direction: str,
-    setting: Setting,
-    rates: bounds.Rates,
-    skipped: list[str],
+    case: Case, setting: Setting, rates: bounds.Rates, skipped: list[str], failed: list[str]
 ) -> list[Result]:
-    """One case: every implementation compiled, checked against the first, then timed in turn."""
-    inputs = draw(grid, window, setting)
-    bound = bounds.bound_seconds(
+    """Every implementation compiled, checked against the XLA form, then timed in turn.
+
+    What needs too much memory is told in `skipped`; what raises or is wrong, in `failed`.
+    """
+    grid = case.grid, case.grid
+    sizes = {"batch": case.batch, "heads": setting.heads, "dim": setting.dim}
+    inputs = draw(grid, case.window, **sizes, dtype=setting.dtype)
+    affordable = []
+    for name in case.names:
+        # Counted first: the compiler itself would need a mask of that size.
+        needed = least_temporaries(name, case, setting)
+        if needed <= setting.memory_limit:
+            affordable.append(name)
+        else:
+            skipped.append(f"{name} on {describe(case)}: {needed / 2**30:.1f} GiB of temporaries")
+
+    def prepare(name: str) -> Program | Exception:
+        try:
+            return compile_one(name, case, inputs)
+        except Exception as error:  # whatever a peer's compiler raises, the others are measured
+            return error
+
+    # jax's compilers run at once, but on a CPU, where each has threads of its own.
+    by_jax = [name for name in affordable if name != FLEX]
+    workers = 1 if jax.default_backend() == "cpu" else len(by_jax)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        prepared = dict(zip(by_jax, pool.map(prepare, by_jax), strict=True))
+    prepared.update({name: prepare(name) for name in affordable if name not in by_jax})
+    programs: dict[str, Program] = {}
+    expected = None
+    # The XLA form first: the others are held to it.
+    for name in sorted(prepared, key=lambda name: name != XLA):
+        program = prepared[name]
+        where = f"{name} on {describe(case)}"
+        try:
+            if isinstance(program, Exception):
+                raise program
+            if program.temporary > setting.memory_limit:
+                needed = program.temporary / 2**30
+                skipped.append(f"{where}: {needed:.1f} GiB of temporaries")
+                continue
+            if name not in GLOBAL:
+                got = program.outputs()
+                expected = expected or got
+                error = largest_error(got, expected)
+                # Nobody is timed for another function; and nan is not within the tolerance.
+                if not error <= tolerance(setting.dtype):
+                    failed.append(f"{where}: off by {error:.1e}")
+                    continue
+            applications = 1 if name == FLEX else busy_applications(program)
+            if applications > 1:
+                longer = compile_jax(function_of(name, case), needed_of(inputs, case), applications)
+                # One application's memory is what counts.
+                program = Program(longer.run, longer.outputs, applications, program.temporary)
+            programs[name] = program
+        except Exception as error:
+            failed.append(f"{where}: {first_line(error)}")
+    wall, cpu = time_in_turn(programs, setting.repeats)
+    floors = bounds.floors(
         grid,
-        window,
-        batch=setting.batch,
-        heads=setting.heads,
-        dim=setting.dim,
+        case.window,
+        **sizes,
         itemsize=jnp.dtype(setting.dtype).itemsize,
-        direction=direction,
+        direction=case.direction,
         rates=rates,
     )
-    compiled = {}
-    for name, attend in implementations(window).items():
-        case = f"{name} on {grid[0]}x{grid[1]}, {window_name(window)}, {direction}"
-        # Counted first: the compiler itself would need a mask of that size.
-        needed = least_temporaries(name, grid, window, setting)
-        if needed <= setting.memory_limit:
-            candidate = compile_one(attend, direction, inputs)
-            needed = temporaries(candidate)
-        if needed <= setting.memory_limit:
-            compiled[name] = candidate
-        else:
-            skipped.append(f"{case}: {needed / 2**30:.1f} GiB of temporaries")
-    check_equal(compiled, inputs, setting.dtype)
-    wall, cpu = time_in_turn(compiled, inputs, setting.repeats)
     return [
         Result(
-            grid=grid[0],
-            window=window_name(window),
-            direction=direction,
+            grid=case.grid,
+            window=window_name(case.window),
+            direction=case.direction,
+            batch=case.batch,
             implementation=name,
+            applications=programs[name].applications,
             median_ms=1e3 * statistics.median(wall[name]),
             fastest_ms=1e3 * min(wall[name]),
             cpu_ms=1e3 * statistics.median(cpu[name]),
-            temporary_mb=temporaries(program) / 2**20,
-            bound_ms=1e3 * bound,
+            temporary_mb=programs[name].temporary / 2**20,
+            traffic_ms=1e3 * floors.traffic,
+            bound_ms=1e3 * max(floors),
         )
-        for name, program in compiled.items()
+        for name in case.names
+        if name in programs
     ]
 
 
-def implementations(window: Window) -> dict[str, Callable[..., jax.Array]]:
-    """Ours first, then the peers, by the name they are printed under."""
-    on_nvidia = pallas_triton.compute_capability(jax.devices()[0]) is not None
-    kernels = ["pallas_triton"] if on_nvidia else []
-    ours = {
-        name: functools.partial(
-            local_attention_2d, window=(window.rows, window.columns), implementation=name
-        )
-        for name in (*IMPLEMENTATIONS, *kernels)
-    }
-    return {
-        **ours,
+def compile_one(name: str, case: Case, inputs: Inputs) -> Program:
+    if name == FLEX:
+        return flex.compile_flex(inputs, case.window, case.direction)
+    return compile_jax(function_of(name, case), needed_of(inputs, case))
+
+
+def function_of(name: str, case: Case) -> Callable[..., jax.Array]:
+    """The attention alone, or with its gradients by all three inputs."""
+    window = case.window
+    by_name: dict[str, Callable[..., jax.Array]] = {
+        KERNEL: _ours(KERNEL, window),
+        XLA: _ours(XLA, window),
         "gather": functools.partial(peers.gather_of_windows, window=window),
         "dense": functools.partial(peers.dense_masked, window=window),
-        "global": peers.global_attention,
+        "naive_global": peers.naive_global,
+        "cudnn_global": peers.cudnn_global,
     }
+    attend = by_name[name]
+    return attend if case.direction == "forward" else with_gradients(attend)
 
 
-def least_temporaries(name: str, grid: tuple[int, int], window: Window, setting: Setting) -> float:
+def _ours(implementation: str, window: Window) -> Callable[..., jax.Array]:
+    sides = window.rows, window.columns
+    return functools.partial(local_attention_2d, window=sides, implementation=implementation)
+
+
+def needed_of(inputs: Inputs, case: Case) -> Inputs:
+    """Without the cotangent where there is no backward pass."""
+    return inputs[:3] if case.direction == "forward" else inputs
+
+
+def least_temporaries(name: str, case: Case, setting: Setting) -> float:
     """Bytes that a peer certainly writes: scores and weights, or the windows of keys and values."""
-    queries = setting.batch * setting.heads * grid[0] * grid[1]
-    if name in ("dense", "global"):
-        return 2.0 * queries * (grid[0] * grid[1] // window.ratio**2) * 4
+    cells, itemsize = case.grid**2, jnp.dtype(setting.dtype).itemsize
+    queries = case.batch * setting.heads * cells
+    if name in ("dense", "naive_global"):
+        # The dense one masks its scores in float32.
+        scores = 4 if name == "dense" else itemsize
+        return float(queries * (cells // case.window.ratio**2) * (scores + itemsize))
     if name == "gather":
-        return 2.0 * queries * window.num_keys * setting.dim * jnp.dtype(setting.dtype).itemsize
+        return 2.0 * queries * case.window.num_keys * setting.dim * itemsize
     return 0.0
 
 
-def draw(
-    grid: tuple[int, int], window: Window, setting: Setting
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    normal = np.random.default_rng(0).standard_normal
-    key_grid = grid[0] // window.ratio, grid[1] // window.ratio
-    shapes = [(setting.batch, *g, setting.heads, setting.dim) for g in (grid, key_grid, key_grid)]
-    q, k, v = (jnp.asarray(normal(shape, np.float32), setting.dtype) for shape in shapes)
-    return q, k, v
-
-
-def compile_one(
-    attend: Callable[..., jax.Array], direction: str, inputs: tuple
-) -> jax.stages.Compiled:
-    """The attention alone, or its value and its gradients by all three inputs."""
-
-    def both(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        out, pull = jax.vjp(attend, q, k, v)
-        return out, pull(out)
-
-    return jax.jit(attend if direction == "forward" else both).lower(*inputs).compile()
-
-
-def temporaries(program: jax.stages.Compiled) -> int:
-    """Bytes that the program needs beside its inputs and outputs, as its compiler counts them."""
-    analysis = program.memory_analysis()
-    if analysis is None:
-        raise RuntimeError(f"{jax.default_backend()} does not tell how much memory a program needs")
-    return int(analysis.temp_size_in_bytes)
-
-
-def check_equal(compiled: dict, inputs: tuple, dtype: str) -> None:
-    """Nobody is timed for another function: all but the global one must agree."""
-    tolerance = 1e-4 if dtype == "float32" else 3e-2
-    expected = None
-    for name, program in compiled.items():
-        if name == "global":
-            continue
-        got = [np.asarray(a, np.float32) for a in jax.tree.leaves(program(*inputs))]
-        expected = expected or got
-        for a, e in zip(got, expected, strict=True):
-            error = np.abs(a - e).max() / max(1.0, np.abs(e).max())
-            if not error <= tolerance:
-                raise RuntimeError(f"{name} is off by {error:.1e}, allowed are {tolerance:.1e}")
-
-
-def time_in_turn(
-    compiled: dict, inputs: tuple, repeats: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds by the clock and of all threads, a call; in turn, so that all share the weather."""
-    calls = {}
-    for name, program in compiled.items():
-        start = time.perf_counter()
-        jax.block_until_ready(program(*inputs))
-        # Enough calls for some milliseconds, or a GPU's launches are what is timed.
-        calls[name] = max(1, min(50, int(5e-3 / (time.perf_counter() - start))))
-    wall: dict[str, list[float]] = {name: [] for name in compiled}
-    cpu: dict[str, list[float]] = {name: [] for name in compiled}
-    for _ in range(repeats):
-        for name, program in compiled.items():
-            start, cpu_start = time.perf_counter(), time.process_time()
-            jax.block_until_ready([program(*inputs) for _ in range(calls[name])])
-            wall[name].append((time.perf_counter() - start) / calls[name])
-            cpu[name].append((time.process_time() - cpu_start) / calls[name])
-    return wall, cpu
-
-
-HEADER = (
-    f"{'grid':>7} {'window':>9} {'direction':<17}{'':<14}{'fastest':>10} {'median':>10} "
-    f"{'CPU':>10} {'of xla':>7} {'of bound':>9} {'temporary':>11}"
-)
-
-
-def table(results: list[Result]) -> str:
-    """The ratios are of the fastest calls, which others on the machine disturb least."""
-    first = results[0]
-    return "\n".join(
-        f"{r.grid:>3}x{r.grid:<3} {r.window:>9} {r.direction:<17}{r.implementation:<14}"
-        f"{r.fastest_ms:>7.1f} ms {r.median_ms:>7.1f} ms {r.cpu_ms:>7.1f} ms "
-        f"{r.fastest_ms / first.fastest_ms:>6.1f}x {r.fastest_ms / r.bound_ms:>8.1f}x "
-        f"{r.temporary_mb:>8.0f} MB"
-        for r in results
-    )
-
-
-def acceptance(results: list[Result]) -> dict[str, tuple[float, str]]:
-    """The promised ratios, as far as this run has their cases: name -> (value, wanted)."""
-    times = {(r.grid, r.implementation): r for r in results if r.case[1:] == ("9x9", "forward")}
-    verdicts = {}
-    for peer, wanted in (("gather", 5), ("dense", 3)):
-        if (60, "xla") in times and (60, peer) in times:
-            ratio = times[60, peer].fastest_ms / times[60, "xla"].fastest_ms
-            verdicts[f"60x60, 9x9, forward: {peer} over xla"] = (ratio, f">= {wanted}")
-    if (48, "xla") in times and (96, "xla") in times:
-        ratio = times[96, "xla"].fastest_ms / times[48, "xla"].fastest_ms / 4
-        verdicts["9x9, forward: xla's time a token at 96x96 over 48x48"] = (ratio, "<= 2")
-    return verdicts
-
-
-def write(
-    folder: Path,
-    setting: Setting,
-    rates: bounds.Rates,
-    results: list[Result],
-    skipped: list[str],
-    verdicts: dict[str, tuple[float, str]],
-) -> None:
-    record = {
-        "device": device_name(),
-        "jax": jax.__version__,
-        "setting": asdict(setting),
-        "rates": asdict(rates),
-        "acceptance": {name: {"value": v, "wanted": w} for name, (v, w) in verdicts.items()},
-        "results": [asdict(result) for result in results],
-        "skipped": skipped,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {folder / 'results.json'}")
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print("no plot: matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    measured = [d for d in DIRECTIONS if any(r.direction == d for r in results)]
-    size = (5 * len(measured) + 1, 4)
-    figure, (axes,) = plt.subplots(
-        1, len(measured), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, direction in zip(axes, measured, strict=True):
-        rows = [r for r in results if r.window == "9x9" and r.direction == direction]
-        for name in dict.fromkeys(r.implementation for r in rows):
-            points = [(r.grid, r.fastest_ms) for r in rows if r.implementation == name]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        floor = sorted({(r.grid, r.bound_ms) for r in rows})
-        if floor:
-            axis.plot(*zip(*floor, strict=True), "k:", label="bound")
-        axis.set(xscale="log", yscale="log", title=f"9x9, {direction}", xlabel="side of the grid")
-        axis.set_xticks([g for g, _ in floor], [str(g) for g, _ in floor], minor=False)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("ms")
-    axes[0].legend(loc="lower right")
-    figure.suptitle(f"{device_name()}, {setting.dtype}, {setting.heads} heads of {setting.dim}")
-    figure.savefig(folder / "plot.png", dpi=120)
-    plt.close(figure)
-    print(f"wrote {folder / 'plot.png'}")
+def describe(case: Case) -> str:
+    name = f"{case.grid}x{case.grid}, {window_name(case.window)}, {case.direction}"
+    return name if case.batch == 1 else f"{name}, batch {case.batch}"
 
 
 def window_name(window: Window) -> str:
     return f"{window.rows}x{window.columns}" + (f" / {window.ratio}" if window.ratio > 1 else "")
 
 
-def device_name() -> str:
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    return f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
+def first_line(error: Exception) -> str:
+    """One line of at most 160 characters."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

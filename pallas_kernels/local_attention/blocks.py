@@ -1,16 +1,20 @@
 """How the GPU kernels are cut into blocks: one table, by device, dtype, head dim and ratio.
 
-Nothing is tuned at run time. `experiments/local_attention/compile_gate.py` says what the compiler
-makes of an entry.
+Nothing is tuned at import or in a call. Entries measured on a device lie in `tuned.json`, which
+`experiments/local_attention/tune.py` writes; those below were chosen by what
+`experiments/local_attention/compile_gate.py` says the compiler makes of them.
 """
 
+import json
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 INTERPRETER = "interpreter"
+TUNED = Path(__file__).with_name("tuned.json")
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,30 @@ class BlockSizes:
     dkv: Launch
 
 
-class _Entry(NamedTuple):
-    device: str  # how the device's kind begins
+class Entry(NamedTuple):
+    device: str  # how the device's kind begins; "" for any
     itemsize: int  # the largest, in bytes
     dim: int  # the largest
     ratio: float  # the largest, of the query grid to the key grid
     blocks: BlockSizes
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """Entries as `tune.py` writes them; a ratio of null is any."""
+
+    def launch(fields: dict[str, Any]) -> Launch:
+        return Launch(**{**fields, "tile": tuple(fields["tile"])})
+
+    return [
+        Entry(
+            entry["device"],
+            entry["itemsize"],
+            entry["dim"],
+            math.inf if entry["ratio"] is None else entry["ratio"],
+            BlockSizes(*(launch(entry[name]) for name in ("forward", "dq", "dkv"))),
+        )
+        for entry in json.loads(path.read_text())
+    ]
 
 
 def _same(launch: Launch) -> BlockSizes:
@@ -60,17 +82,25 @@ _NARROW = Launch((8, 8), 32, num_warps=4, num_stages=2)
 # what a program meets is hidden, and there are too few programs.
 _FEW_KEYS = Launch((4, 4), 32, num_warps=2, num_stages=2)
 _MANY_WARPS = Launch((8, 8), 32, num_warps=8, num_stages=2)
-_TABLE = (
-    # Small, so that small test cases have many tiles and steps.
-    _Entry(INTERPRETER, 4, 128, math.inf, _same(Launch((4, 4), 16, num_warps=4, num_stages=2))),
-    _Entry("", 2, 64, 1, BlockSizes(forward=_WIDE, dq=_NARROW, dkv=_NARROW)),
-    _Entry("", 2, 64, math.inf, BlockSizes(forward=_WIDE, dq=_NARROW, dkv=_FEW_KEYS)),
-    _Entry("", 2, 128, 1, BlockSizes(forward=_NARROW, dq=_NARROW, dkv=_MANY_WARPS)),
-    _Entry("", 2, 128, math.inf, BlockSizes(forward=_NARROW, dq=_NARROW, dkv=_FEW_KEYS)),
+# Small, so that small test cases have many tiles and steps.
+_INTERPRETED = _same(Launch((4, 4), 16, num_warps=4, num_stages=2))
+_UNTUNED = [
+    Entry("", 2, 64, 1, BlockSizes(forward=_WIDE, dq=_NARROW, dkv=_NARROW)),
+    Entry("", 2, 64, math.inf, BlockSizes(forward=_WIDE, dq=_NARROW, dkv=_FEW_KEYS)),
+    Entry("", 2, 128, 1, BlockSizes(forward=_NARROW, dq=_NARROW, dkv=_MANY_WARPS)),
+    Entry("", 2, 128, math.inf, BlockSizes(forward=_NARROW, dq=_NARROW, dkv=_FEW_KEYS)),
     # Float32 is multiplied without tensor cores and fills twice the registers.
-    _Entry("", 4, 64, 1, _same(Launch((4, 8), 32, num_warps=4, num_stages=2))),
-    _Entry("", 4, 128, math.inf, _same(Launch((4, 4), 32, num_warps=4, num_stages=2))),
-)
+    Entry("", 4, 64, 1, _same(Launch((4, 8), 32, num_warps=4, num_stages=2))),
+    Entry("", 4, 128, math.inf, _same(Launch((4, 4), 32, num_warps=4, num_stages=2))),
+]
+
+
+def ordered(entries: list[Entry]) -> list[Entry]:
+    """The narrowest kind first, and a device's own before those for any device."""
+    return sorted(entries, key=lambda e: (e.itemsize, e.dim, e.ratio, e.device == ""))
+
+
+_TABLE = ordered(read_entries(TUNED) + _UNTUNED)
 
 
 def block_sizes(device_kind: str, dtype: jnp.dtype, dim: int, ratio: int) -> BlockSizes:
@@ -82,5 +112,8 @@ def block_sizes(device_kind: str, dtype: jnp.dtype, dim: int, ratio: int) -> Blo
     for entry in _TABLE:
         fits = itemsize <= entry.itemsize and dim <= entry.dim and ratio <= entry.ratio
         if fits and device_kind.startswith(entry.device):
-            return entry.blocks
-    raise ValueError(f"no block sizes for {dtype} and a head dim of {dim}")
+            return _INTERPRETED if device_kind == INTERPRETER else entry.blocks
+    raise ValueError(
+        f"block sizes are for head dims up to 128, got {dim}, and for at most 4 bytes "
+        f"a number, got {dtype}"
+    )

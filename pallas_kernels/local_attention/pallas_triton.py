@@ -54,7 +54,7 @@ def local_attention(
     if blocks is None:
         device_kind = INTERPRETER if interpret else jax.devices()[0].device_kind
         blocks = block_sizes(device_kind, q.dtype, q.shape[-1], window.ratio)
-    return _attention(q, k, v, _Call(window, float(scale), blocks, interpret))
+    return _attention(q, k, v, Call(window, float(scale), blocks, interpret))
 
 
 def obstacle(device: jax.Device | None, dim: int) -> str | None:
@@ -84,7 +84,7 @@ def compute_capability(device: jax.Device) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """All that is static in a call."""
 
     window: Window
@@ -94,9 +94,27 @@ class _Call:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, call: _Call
-) -> tuple[jax.Array, jax.Array]:
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, call: Call) -> tuple[jax.Array, jax.Array]:
+    return forward(q, k, v, call)
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, call: Call) -> tuple[Any, Any]:
+    out, lse = forward(q, k, v, call)
+    return (out, lse), (q, k, v, out, lse)
+
+
+def _backward(call: Call, residuals: Any, cotangents: Any) -> tuple[jax.Array, ...]:
+    q, k, v, out, lse = residuals
+    dout, dlse = cotangents
+    inputs = (q, k, v, dout, lse, score_offsets(out, dout, dlse))
+    return query_gradient(*inputs, call), *key_gradients(*inputs, call)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, call: Call) -> tuple[jax.Array, jax.Array]:
+    """The first kernel: out [b, y, x, h, d] and the log-sum-exp [b, h, y, x]."""
     b, y, x, h, d = q.shape
     launch = call.blocks.forward
     halo = Halo.of_queries(call.window, (y, x), launch.tile, launch.block)
@@ -111,32 +129,48 @@ def _attention(
     return out.reshape(q.shape), lse.reshape(b, h, y, x)
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, call: _Call) -> tuple[Any, Any]:
-    out, lse = _attention(q, k, v, call)
-    return (out, lse), (q, k, v, out, lse)
+def score_offsets(out: jax.Array, dout: jax.Array, dlse: jax.Array) -> jax.Array:
+    """What the gradient by a score has beside dout · v: float32 [b, h, y, x], one a query.
 
-
-def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[jax.Array, ...]:
-    q, k, v, out, lse = residuals
-    dout, dlse = cotangents
-    b, y, x, h, d = q.shape
-    # A score's gradient is weight * (dout · v - dout · out + dlse): the log-sum-exp's own gradient
-    # by a score is the weight.
+    That gradient is weight * (dout · v - dout · out + dlse): the log-sum-exp's own gradient by a
+    score is the weight.
+    """
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1)
-    delta = jnp.moveaxis(delta, -1, 1) - dlse
-    by_query = [a.reshape(b, h, y * x) for a in (lse, delta)]
-    inputs = [*map(_cells, (q, k, v, dout)), *by_query]
+    return jnp.moveaxis(delta, -1, 1) - dlse
 
+
+def query_gradient(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    call: Call,
+) -> jax.Array:
+    """The second kernel: dq [b, y, x, h, d]; delta from `score_offsets`."""
     launch = call.blocks.dq
-    halo = Halo.of_queries(call.window, (y, x), launch.tile, launch.block)
+    halo = Halo.of_queries(call.window, (q.shape[1], q.shape[2]), launch.tile, launch.block)
+    inputs = [*map(_cells, (q, k, v, dout)), *map(_by_query, (lse, delta))]
     (dq,) = _run(_dq_kernel, halo, launch, call, inputs, [_like(_cells(q))])
+    return dq.reshape(q.shape)
+
+
+def key_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    call: Call,
+) -> tuple[jax.Array, jax.Array]:
+    """The third kernel: dk and dv [b, key y, key x, h, d]; delta from `score_offsets`."""
     launch = call.blocks.dkv
-    halo = Halo.of_keys(call.window, (y, x), launch.tile, launch.block)
+    halo = Halo.of_keys(call.window, (q.shape[1], q.shape[2]), launch.tile, launch.block)
+    inputs = [*map(_cells, (q, k, v, dout)), *map(_by_query, (lse, delta))]
     dk, dv = _run(_dkv_kernel, halo, launch, call, inputs, [_like(_cells(k))] * 2)
-    return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
-
-
-_attention.defvjp(_forward, _backward)
+    return dk.reshape(k.shape), dv.reshape(v.shape)
 
 
 def _forward_kernel(
@@ -248,7 +282,7 @@ def _run(
     kernel: Any,
     halo: Halo,
     launch: Launch,
-    call: _Call,
+    call: Call,
     inputs: list[jax.Array],
     outputs: list[jax.ShapeDtypeStruct],
 ) -> list[jax.Array]:
@@ -326,6 +360,11 @@ def _cells(array: jax.Array) -> jax.Array:
     """[b, y, x, h, d] to [b, y * x, h, d]."""
     b, y, x, h, d = array.shape
     return array.reshape(b, y * x, h, d)
+
+
+def _by_query(array: jax.Array) -> jax.Array:
+    """[b, h, y, x] to [b, h, y * x]."""
+    return array.reshape(*array.shape[:2], -1)
 
 
 def _like(array: jax.Array) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,134 @@
+"""What is timed: compiled programs, each checked against the others, then run in turn."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.local_attention.window import Window
+
+# A call of a GPU program takes the host some tens of microseconds, as long as the fastest kernels
+# run. So a program to be timed there attends several times, until it keeps the GPU busy this long.
+_BUSY_SECONDS = 4e-4
+_MOST_APPLICATIONS = 8
+Inputs = tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """`run(n)` calls the program n times and waits; a call attends `applications` times.
+
+    `outputs` are those of one application. `temporary` counts the bytes that one needs beside its
+    inputs and outputs.
+    """
+
+    run: Callable[[int], None]
+    outputs: Callable[[], list[jax.Array]]
+    applications: int
+    temporary: int
+
+
+def draw(
+    grid: tuple[int, int], window: Window, *, batch: int, heads: int, dim: int, dtype: str
+) -> Inputs:
+    """q, k, v and the output's cotangent: random, as zeros and ones can run faster."""
+    key_grid = grid[0] // window.ratio, grid[1] // window.ratio
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(batch, *g, heads, dim) for g in (grid, key_grid, key_grid, grid)]
+    q, k, v, dout = (
+        jax.random.normal(key, s, jnp.float32).astype(dtype)
+        for key, s in zip(keys, shapes, strict=True)
+    )
+    return q, k, v, dout
+
+
+def with_gradients(attend: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """(q, k, v, dout) to the attention's value and its gradients by q, k and v."""
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, dout: jax.Array) -> Any:
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(dout)
+
+    return both
+
+
+def compile_jax(function: Callable[..., Any], inputs: Inputs, applications: int = 1) -> Program:
+    """One program of so many applications, each to arrays of its own.
+
+    The compiler cannot know that the arrays are copies, so it can leave no application out; and
+    together they are larger than a GPU's cache, which one application's may not be.
+    """
+
+    def everything(*sets: Inputs) -> list[Any]:
+        return [function(*arrays) for arrays in sets]
+
+    compiled = jax.jit(everything).lower(*[inputs] * applications).compile()
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"{jax.default_backend()} does not tell how much memory a program needs")
+    sets = [inputs, *(tuple(a.copy() for a in inputs) for _ in range(applications - 1))]
+
+    def run(calls: int) -> None:
+        jax.block_until_ready([compiled(*sets) for _ in range(calls)])
+
+    def outputs() -> list[jax.Array]:
+        return jax.tree.leaves(compiled(*sets)[0])
+
+    return Program(run, outputs, applications, int(analysis.temp_size_in_bytes))
+
+
+def busy_applications(program: Program) -> int:
+    """How many applications a program is to hold so that its launches are not what is timed."""
+    if jax.default_backend() == "cpu":
+        return 1
+    program.run(1)
+    start = time.perf_counter()
+    program.run(10)
+    seconds = (time.perf_counter() - start) / 10
+    return max(1, min(_MOST_APPLICATIONS, math.ceil(_BUSY_SECONDS / seconds)))
+
+
+def largest_error(got: list[jax.Array], expected: list[jax.Array]) -> float:
+    """Of all arrays, each by its largest expected number where that is over 1."""
+
+    @jax.jit
+    def error(a: jax.Array, e: jax.Array) -> jax.Array:
+        a, e = a.astype(jnp.float32), e.astype(jnp.float32)
+        return jnp.abs(a - e).max() / jnp.maximum(1.0, jnp.abs(e).max())
+
+    return max(float(error(a, e)) for a, e in zip(got, expected, strict=True))
+
+
+def tolerance(dtype: str) -> float:
+    """The largest error allowed between two that compute the same."""
+    if dtype != "float32":
+        return 3e-2
+    # XLA multiplies float32 in TF32 on a GPU.
+    return 1e-4 if jax.default_backend() == "cpu" else 1e-2
+
+
+def time_in_turn(
+    programs: dict[str, Program], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds by the clock and of all threads, an application; in turn, to share the weather."""
+    calls = {}
+    for name, program in programs.items():
+        program.run(1)
+        start = time.perf_counter()
+        program.run(1)
+        # Some milliseconds of calls that do not wait for each other.
+        calls[name] = max(1, min(50, int(5e-3 / (time.perf_counter() - start))))
+    wall: dict[str, list[float]] = {name: [] for name in programs}
+    cpu: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, program in programs.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            program.run(calls[name])
+            count = calls[name] * program.applications
+            wall[name].append((time.perf_counter() - start) / count)
+            cpu[name].append((time.process_time() - cpu_start) / count)
+    return wall, cpu
