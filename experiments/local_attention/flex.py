@@ -20,9 +20,7 @@ def obstacle() -> str | None:
     return None if torch.cuda.is_available() else "PyTorch sees no GPU"
 
 
-def compile_flex(
-    inputs: Inputs, window: Window, direction: str, device: str = "cuda", compiled: bool = True
-) -> Program:
+def compile_flex(inputs: Inputs, window: Window, direction: str) -> Program:
     """The same attention of the same arrays, with the window as a block mask built beforehand.
 
     Its arrays are [b, h, cells, d], as PyTorch's attention likes them best. Calls are dispatched
@@ -34,11 +32,11 @@ def compile_flex(
     # Every shape is compiled for itself; past a few recompilations PyTorch gives up on that.
     torch._dynamo.reset()
     _, y, x, _, _ = inputs[0].shape
-    q, k, v, dout = (_to_torch(a, device) for a in inputs)
+    q, k, v, dout = (_to_torch(a) for a in inputs)
     mask = create_block_mask(
-        mask_of(window, (y, x)), B=None, H=None, Q_LEN=q.shape[2], KV_LEN=k.shape[2], device=device
+        mask_of(window, (y, x)), B=None, H=None, Q_LEN=q.shape[2], KV_LEN=k.shape[2], device="cuda"
     )
-    attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    attend = torch.compile(flex_attention, dynamic=False)
     if direction != "forward":
         for a in (q, k, v):
             a.requires_grad_()
@@ -50,23 +48,17 @@ def compile_flex(
         out = attend(q, k, v, block_mask=mask)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
     def run(calls: int) -> None:
         for _ in range(calls):
             once()
-        wait()
+        torch.cuda.synchronize()
 
     run(1)  # compiles
-    temporary = 0
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        outputs = sum(a.nbytes for a in once())
-        wait()
-        temporary = max(0, torch.cuda.max_memory_allocated() - before - outputs)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = sum(a.nbytes for a in once())
+    torch.cuda.synchronize()
+    temporary = max(0, torch.cuda.max_memory_allocated() - before - outputs)
     shapes = [inputs[0].shape, *(a.shape for a in inputs[:3])]
 
     def outputs_in_jax() -> list[jax.Array]:
@@ -83,19 +75,19 @@ def mask_of(window: Window, grid: tuple[int, int]) -> Any:
     def sees(b: Any, h: Any, q: Any, k: Any) -> Any:
         row = k // key_columns - q // columns // window.ratio
         column = k % key_columns - q % columns // window.ratio
-        return (row.abs() <= row_radius) & (column.abs() <= column_radius)
+        return (abs(row) <= row_radius) & (abs(column) <= column_radius)
 
     return sees
 
 
-def _to_torch(array: jax.Array, device: str) -> Any:
+def _to_torch(array: jax.Array) -> Any:
     """[b, y, x, h, d] to [b, h, y * x, d]."""
     import torch
 
     b, y, x, h, d = array.shape
     # NumPy has no bfloat16 that PyTorch knows.
     host = torch.from_numpy(np.array(array.astype(jnp.float32))).reshape(b, y * x, h, d)
-    return host.to(device, getattr(torch, str(array.dtype))).transpose(1, 2).contiguous()
+    return host.to("cuda", getattr(torch, str(array.dtype))).transpose(1, 2).contiguous()
 
 
 def _to_jax(tensor: Any, shape: tuple[int, ...]) -> jax.Array:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from pallas_kernels.local_attention.window import Window
 _BUSY_SECONDS = 4e-4
 _MOST_APPLICATIONS = 8
 Inputs = tuple[jax.Array, ...]
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,25 @@ def with_gradients(attend: Callable[..., jax.Array]) -> Callable[..., Any]:
     return both
 
 
-def compile_jax(function: Callable[..., Any], inputs: Inputs, applications: int = 1) -> Program:
-    """One program of so many applications, each to arrays of its own.
+def copies(inputs: Inputs, number: int) -> list[Inputs]:
+    """The inputs and copies of them, `number` in all."""
+    return [inputs, *(tuple(a.copy() for a in inputs) for _ in range(number - 1))]
 
-    The compiler cannot know that the arrays are copies, so it can leave no application out; and
-    together they are larger than a GPU's cache, which one application's may not be.
+
+def compile_jax(function: Callable[..., Any], sets: list[Inputs]) -> Program:
+    """One program that applies the function to each of several sets of inputs.
+
+    The compiler cannot know that they are copies, so it leaves no application out; and together
+    they are larger than a GPU's cache, which one set may not be.
     """
 
     def everything(*sets: Inputs) -> list[Any]:
         return [function(*arrays) for arrays in sets]
 
-    compiled = jax.jit(everything).lower(*[inputs] * applications).compile()
+    compiled = jax.jit(everything).lower(*sets).compile()
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise RuntimeError(f"{jax.default_backend()} does not tell how much memory a program needs")
-    sets = [inputs, *(tuple(a.copy() for a in inputs) for _ in range(applications - 1))]
 
     def run(calls: int) -> None:
         jax.block_until_ready([compiled(*sets) for _ in range(calls)])
@@ -78,7 +83,7 @@ def compile_jax(function: Callable[..., Any], inputs: Inputs, applications: int 
     def outputs() -> list[jax.Array]:
         return jax.tree.leaves(compiled(*sets)[0])
 
-    return Program(run, outputs, applications, int(analysis.temp_size_in_bytes))
+    return Program(run, outputs, len(sets), int(analysis.temp_size_in_bytes))
 
 
 def busy_applications(program: Program) -> int:
@@ -112,8 +117,8 @@ def tolerance(dtype: str) -> float:
 
 
 def time_in_turn(
-    programs: dict[str, Program], repeats: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    programs: dict[Name, Program], repeats: int
+) -> tuple[dict[Name, list[float]], dict[Name, list[float]]]:
     """Seconds by the clock and of all threads, an application; in turn, to share the weather."""
     calls = {}
     for name, program in programs.items():
@@ -122,8 +127,8 @@ def time_in_turn(
         program.run(1)
         # Some milliseconds of calls that do not wait for each other.
         calls[name] = max(1, min(50, int(5e-3 / (time.perf_counter() - start))))
-    wall: dict[str, list[float]] = {name: [] for name in programs}
-    cpu: dict[str, list[float]] = {name: [] for name in programs}
+    wall: dict[Name, list[float]] = {name: [] for name in programs}
+    cpu: dict[Name, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
         for name, program in programs.items():
             start, cpu_start = time.perf_counter(), time.process_time()

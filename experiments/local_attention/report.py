@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from experiments.local_attention import bounds
+from pallas_kernels.local_attention.window import Window
 
 
 @dataclass(frozen=True)
@@ -181,15 +182,15 @@ def write(
         print("no plot: matplotlib is not installed")
 
 
-# One colour an implementation, whatever else is in the plot.
-_COLOURS = {
-    "pallas_triton": "C3",
-    "xla": "C0",
-    "gather": "C2",
-    "dense": "C1",
-    "naive_global": "C4",
-    "cudnn_global": "C5",
-    "flex_attention": "C6",
+# One look an implementation, whatever else is in the plot; dashed where another may lie below.
+_LOOKS = {
+    "pallas_triton": ("C3", "o-"),
+    "xla": ("C0", "o-"),
+    "gather": ("C2", "o-"),
+    "dense": ("C1", "o-"),
+    "naive_global": ("C4", "s--"),
+    "cudnn_global": ("C5", "s--"),
+    "flex_attention": ("C6", "^-"),
 }
 
 
@@ -217,15 +218,15 @@ def plot(results: list[Result], title: str, path: Path) -> bool:
     for column, direction in enumerate(directions):
         above, below = axes[:, column]
         shown = [r for r in rows if r.direction == direction]
-        for name in [name for name in _COLOURS if any(r.implementation == name for r in shown)]:
+        for name in [name for name in _LOOKS if any(r.implementation == name for r in shown)]:
             mine = sorted(
                 (r.grid, r.fastest_ms, r.temporary_mb) for r in shown if r.implementation == name
             )
             sides, times, memory = zip(*mine, strict=True)
-            style = {"marker": "o", "color": _COLOURS[name], "label": name.replace("_", " ")}
-            above.plot(sides, times, **style)
-            # Less than a hundredth of a megabyte is nothing, which a logarithm does not show.
-            below.plot(sides, [max(m, 0.01) for m in memory], **style)
+            colour, line = _LOOKS[name]
+            above.plot(sides, times, line, color=colour, label=name.replace("_", " "))
+            # Nothing has no logarithm.
+            below.plot(sides, [max(m, 0.01) for m in memory], line, color=colour)
         floor = sorted({(r.grid, r.bound_ms) for r in shown})
         if floor:
             above.plot(*zip(*floor, strict=True), "k:", label="bound")
@@ -236,8 +237,9 @@ def plot(results: list[Result], title: str, path: Path) -> bool:
             axis.grid(alpha=0.3)
             axis.set_xticks(grids, [str(g) for g in grids])
             axis.minorticks_off()
+            axis.yaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel("time, ms")
-    axes[1, 0].set_ylabel("memory beside inputs and outputs, MB")
+    axes[1, 0].set_ylabel("extra memory, MB")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
     figure.suptitle(title)
@@ -251,3 +253,13 @@ def device_name() -> str:
     if device.platform != "cpu":
         return device.device_kind
     return f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
+
+
+def window_name(window: Window) -> str:
+    return f"{window.rows}x{window.columns}" + (f" / {window.ratio}" if window.ratio > 1 else "")
+
+
+def first_line(error: Exception) -> str:
+    """One line of at most 160 characters."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]

@@ -27,6 +27,7 @@ from experiments.local_attention.programs import (
     Program,
     busy_applications,
     compile_jax,
+    copies,
     draw,
     largest_error,
     time_in_turn,
@@ -93,7 +94,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.memory_limit_gb
         else default_memory_limit(),
     )
-    minutes = arguments.minutes or (math.inf if on_cpu else 9)
+    minutes = arguments.minutes
+    if minutes is None:
+        minutes = math.inf if on_cpu else 9
     deadline = time.monotonic() + 60 * minutes
     rates = bounds.measure_rates(setting.dtype)
     print(report.heading(setting, rates))
@@ -242,12 +245,13 @@ def measure(
                     continue
             applications = 1 if name == FLEX else busy_applications(program)
             if applications > 1:
-                longer = compile_jax(function_of(name, case), needed_of(inputs, case), applications)
+                sets = copies(needed_of(inputs, case), applications)
+                longer = compile_jax(function_of(name, case), sets)
                 # One application's memory is what counts.
                 program = Program(longer.run, longer.outputs, applications, program.temporary)
             programs[name] = program
         except Exception as error:
-            failed.append(f"{where}: {first_line(error)}")
+            failed.append(f"{where}: {report.first_line(error)}")
     wall, cpu = time_in_turn(programs, setting.repeats)
     floors = bounds.floors(
         grid,
@@ -260,7 +264,7 @@ def measure(
     return [
         Result(
             grid=case.grid,
-            window=window_name(case.window),
+            window=report.window_name(case.window),
             direction=case.direction,
             batch=case.batch,
             implementation=name,
@@ -280,7 +284,7 @@ def measure(
 def compile_one(name: str, case: Case, inputs: Inputs) -> Program:
     if name == FLEX:
         return flex.compile_flex(inputs, case.window, case.direction)
-    return compile_jax(function_of(name, case), needed_of(inputs, case))
+    return compile_jax(function_of(name, case), [needed_of(inputs, case)])
 
 
 def function_of(name: str, case: Case) -> Callable[..., jax.Array]:
@@ -322,18 +326,8 @@ def least_temporaries(name: str, case: Case, setting: Setting) -> float:
 
 
 def describe(case: Case) -> str:
-    name = f"{case.grid}x{case.grid}, {window_name(case.window)}, {case.direction}"
+    name = f"{case.grid}x{case.grid}, {report.window_name(case.window)}, {case.direction}"
     return name if case.batch == 1 else f"{name}, batch {case.batch}"
-
-
-def window_name(window: Window) -> str:
-    return f"{window.rows}x{window.columns}" + (f" / {window.ratio}" if window.ratio > 1 else "")
-
-
-def first_line(error: Exception) -> str:
-    """One line of at most 160 characters."""
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:160]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The public functions: check the inputs, choose an implementation, run it."""
 
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -137,6 +138,8 @@ def _check(
             f"k has grid {key_grid[0]}x{key_grid[1]} but q has grid {grid[0]}x{grid[1]}; "
             "q's must be k's times one whole number"
         )
-    if len(window) != 2:
-        raise ValueError(f"window must be (rows, columns), got {window}")
-    return Window(*window, causal=causal, ratio=ratio)
+    try:
+        rows, columns = (operator.index(side) for side in window)
+    except (TypeError, ValueError):
+        raise ValueError(f"window must be (rows, columns), two integers, got {window!r}") from None
+    return Window(rows, columns, causal=causal, ratio=ratio)

@@ -309,46 +309,88 @@ def zeros(*shape: int, dtype=jnp.float32):
     return jnp.zeros(shape, dtype)
 
 
+def keys(*shape: int):
+    return zeros(*shape), zeros(*shape)
+
+
 GRID = (1, 6, 6, 2, 4)
 
 
 @pytest.mark.parametrize(
     ("q", "k", "v", "options", "message"),
     [
-        (zeros(6, 6, 2, 4), zeros(*GRID), zeros(*GRID), {}, r"q must be \[b, y, x, h, d\], got"),
-        (zeros(*GRID), zeros(*GRID), zeros(1, 6, 6), {}, r"v must be .* got shape \(1, 6, 6\)"),
-        (zeros(*GRID), zeros(2, 6, 6, 2, 4), zeros(2, 6, 6, 2, 4), {}, "k has batch 2 but q .* 1"),
-        (zeros(*GRID), zeros(1, 6, 6, 3, 4), zeros(1, 6, 6, 3, 4), {}, "k has heads 3 but q .* 2"),
-        (zeros(*GRID), zeros(1, 6, 6, 2, 8), zeros(1, 6, 6, 2, 8), {}, "head dim 8 but q .* 4"),
-        (zeros(*GRID), zeros(*GRID), zeros(1, 3, 3, 2, 4), {}, r"v has shape .* but k has shape"),
         (
+            zeros(6, 6, 2, 4),
             zeros(*GRID),
-            zeros(1, 4, 4, 2, 4),
-            zeros(1, 4, 4, 2, 4),
+            zeros(*GRID),
             {},
-            "grid 4x4 but q has grid 6x6",
+            r"q must be \[b, y, x, h, d\], got shape \(6, 6, 2, 4\)",
         ),
         (
             zeros(*GRID),
-            zeros(1, 3, 2, 2, 4),
-            zeros(1, 3, 2, 2, 4),
+            zeros(*GRID),
+            zeros(1, 6, 6),
             {},
-            "grid 3x2 but q has grid 6x6",
+            r"v must be \[b, y, x, h, d\], got shape \(1, 6, 6\)",
         ),
-        (zeros(*GRID), zeros(1, 12, 12, 2, 4), zeros(1, 12, 12, 2, 4), {}, "k has grid 12x12"),
-        (zeros(*GRID), zeros(1, 0, 6, 2, 4), zeros(1, 0, 6, 2, 4), {}, "k must not be empty"),
+        (zeros(*GRID), *keys(2, 6, 6, 2, 4), {}, "k has batch 2 but q has batch 1"),
+        (zeros(*GRID), *keys(1, 6, 6, 3, 4), {}, "k has heads 3 but q has heads 2"),
+        (zeros(*GRID), *keys(1, 6, 6, 2, 8), {}, "k has head dim 8 but q has head dim 4"),
+        (
+            zeros(*GRID),
+            zeros(*GRID),
+            zeros(1, 3, 3, 2, 4),
+            {},
+            r"v has shape \(1, 3, 3, 2, 4\) but k has shape \(1, 6, 6, 2, 4\)",
+        ),
+        (zeros(*GRID), *keys(1, 4, 4, 2, 4), {}, "k has grid 4x4 but q has grid 6x6"),
+        (zeros(*GRID), *keys(1, 3, 2, 2, 4), {}, "k has grid 3x2 but q has grid 6x6"),
+        (zeros(*GRID), *keys(1, 12, 12, 2, 4), {}, "k has grid 12x12 but q has grid 6x6"),
+        (
+            zeros(*GRID),
+            *keys(1, 0, 6, 2, 4),
+            {},
+            r"k must not be empty, got shape \(1, 0, 6, 2, 4\)",
+        ),
         (
             zeros(*GRID),
             zeros(*GRID, dtype=jnp.bfloat16),
             zeros(*GRID),
             {},
-            "k is bfloat16 but q is",
+            "k is bfloat16 but q is float32",
         ),
-        (*[zeros(*GRID, dtype=jnp.int32)] * 3, {}, "q is int32; the dtype must be one of float32"),
-        (*[zeros(*GRID)] * 3, {"window": (4, 5)}, "odd, positive sides, got 4 rows x 5 columns"),
-        (*[zeros(*GRID)] * 3, {"window": (5, 5, 5)}, r"window must be \(rows, columns\), got"),
         (
-            *[zeros(*GRID), zeros(1, 3, 3, 2, 4), zeros(1, 3, 3, 2, 4)],
+            zeros(*GRID),
+            zeros(*GRID),
+            zeros(*GRID, dtype=jnp.float16),
+            {},
+            "v is float16 but q is float32",
+        ),
+        (
+            *[zeros(*GRID, dtype=jnp.int32)] * 3,
+            {},
+            "q is int32; the dtype must be one of float32, bfloat16, float16",
+        ),
+        (
+            *[zeros(*GRID)] * 3,
+            {"window": (4, 5)},
+            "window must have odd, positive sides, got 4 rows x 5 columns",
+        ),
+        (
+            *[zeros(*GRID)] * 3,
+            {"window": (5, -3)},
+            "window must have odd, positive sides, got 5 rows x -3 columns",
+        ),
+        (
+            *[zeros(*GRID)] * 3,
+            {"window": (5, 5, 5)},
+            r"window must be \(rows, columns\), two integers, got \(5, 5, 5\)",
+        ),
+        (*[zeros(*GRID)] * 3, {"window": 5}, "window must be .* two integers, got 5"),
+        (*[zeros(*GRID)] * 3, {"window": (5.0, 5)}, r"two integers, got \(5.0, 5\)"),
+        (
+            zeros(*GRID),
+            *keys(1, 3, 3, 2, 4),
             {"causal": True},
             "causal=True needs keys on the query grid, got a key grid 2 times coarser",
         ),
