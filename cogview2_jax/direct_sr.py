@@ -69,6 +69,16 @@ def from_coglm(coglm_params: Params, config: DirectSRConfig) -> Params:
     return jax.tree.map(jnp.array, coglm_params | {"layers": layers} | extra)
 
 
+def added_parameters(params: Params) -> Params:
+    """Which parameters a base model has not: a tree of bool, shaped as `params` (of any leaves)."""
+    new = ("qkv_plus", "dense_plus", "extra_position_embeddings")
+
+    def one(path: Any, leaf: Any) -> bool:
+        return any(key.key in new for key in path)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: type(leaf) is tuple)
+
+
 def apply(
     params: Params,
     tokens: Array,

@@ -44,6 +44,7 @@ def fit(
     flops_per_step: float = 0.0,
     peak_flops: float = 0.0,
     ids_of: Callable[[int], Any] | None = None,
+    before_step: Callable[[int, TrainState], TrainState] | None = None,
     skip_non_finite: bool = False,
     sharding: Sharding | None = None,
 ) -> TrainState:
@@ -61,6 +62,7 @@ def fit(
         tokens_per_step, flops_per_step, peak_flops: of all devices, for tokens per second and
         utilisation.
         ids_of: step → what names its batch, for the message when a loss is not finite.
+        before_step: (steps done, state) → state, for what happens outside the step, rarely.
         skip_non_finite: pass over such a step, and count it, instead of stopping.
         sharding: where batches are laid; `batches` then gives this process's rows.
 
@@ -102,6 +104,8 @@ def fit(
             batch = pending.result()
             if step < num_steps:
                 pending = pool.submit(read, step)
+            if before_step:
+                state = before_step(step - 1, state)
             state, values = step_fn(state, batch)
             counted += 1
             last = step == num_steps

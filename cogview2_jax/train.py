@@ -233,7 +233,7 @@ def make_step(
                 params = jax.tree.map(
                     lambda leaf, on: leaf if on else jax.lax.stop_gradient(leaf), params, trained
                 )
-            loss, metrics, aux = loss_fn(_cast(params, precision.compute), batch, key)
+            loss, metrics, aux = loss_fn(cast(params, precision.compute), batch, key)
             return loss.total, (loss, metrics, aux)
 
         (_, (loss, metrics, aux)), grads = jax.value_and_grad(summed, has_aux=True)(params)
@@ -283,7 +283,9 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=laid_out)
 
 
-def _cast(params: Params, dtype: Any) -> Params:
+def cast(params: Params, dtype: Any) -> Params:
+    """Floating-point parameters in another dtype."""
+
     def one(leaf: Array) -> Array:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
