@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +79,14 @@ def check_writable(out: Path) -> None:
 # --- The model and its compilations ---------------------------------------------------------------
 
 
-def load(folder: Path) -> tuple[CogView, Path | None]:
-    """The model, and where compiled programs are kept."""
+def load(folder: Path, networks: Collection[str]) -> tuple[CogView, Path | None]:
+    """The model with these of its networks, and where compiled programs are kept."""
     cache = use_compilation_cache()
-    import cogview2_jax
+    from cogview2_jax import bundle as bundles
+    from cogview2_jax.pipeline import CogView
 
     with refusing():
-        return cogview2_jax.load(folder), cache
+        return CogView(bundles.load(folder, networks)), cache
 
 
 def use_compilation_cache() -> Path | None:

@@ -26,6 +26,12 @@ PARTS = {
     "direct": ("base", "direct", "pixels"),
     "full": ("base", "direct", "iterative", "pixels"),
 }
+NETWORK_OF = {
+    "base": "coglm",
+    "direct": "direct",
+    "iterative": "iterative",
+    "pixels": "tokenizer",
+}
 MOST_IMAGES = 64  # of one prompt at once: 200 MB of activations a network
 _LABEL_HEIGHT, _LABEL_MARGIN, _GAP, _COLUMNS = 22, 6, 4, 8
 _CHINESE_FONTS = (
@@ -112,7 +118,7 @@ def generate(
     begin = time.perf_counter()
     folder = common.check_model(bundle, prompts)
     common.check_writable(out)
-    cv, _ = common.load(folder)
+    cv, _ = common.load(folder, [NETWORK_OF[part] for part in PARTS[stage]])
     timings = {"load": time.perf_counter() - begin}
     candidates = cv.bundle.sampling.candidates if candidates is None else candidates
 
@@ -190,7 +196,7 @@ Examples:
 def caption_command(pictures: tuple[Path, ...], language: str, bundle: Path | None) -> None:
     """Say what each picture shows, the most probable word each time."""
     opened = [_open_picture(picture) for picture in pictures]
-    cv, _ = common.load(common.check_model(bundle))
+    cv, _ = common.load(common.check_model(bundle), ("tokenizer", "coglm"))
     for file, picture in zip(pictures, opened, strict=True):
         click.echo(f"{file}: {cv.caption(picture, language=language)}")
 
@@ -242,7 +248,7 @@ def infill_command(
     with common.refusing():
         coarse_mask(box, bundles.read_description(folder).coglm_config.grid)
     common.check_writable(out)
-    cv, _ = common.load(folder)
+    cv, _ = common.load(folder, tuple(NETWORK_OF.values()))
     candidates = cv.bundle.sampling.candidates if candidates is None else candidates
 
     import jax

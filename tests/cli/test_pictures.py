@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cogview2_jax import bundle as bundles
 from cogview2_jax import cli
 from cogview2_jax.cli import common, pictures
 
@@ -61,6 +62,20 @@ def test_a_stage_can_be_the_last(stage, run, tiny_folder, tmp_path):
     assert code == 0
     assert "pixels" in err and "iterative" not in err
     assert [line for line in out.splitlines() if line.endswith(f"_{stage}_1.png")]
+
+
+def test_a_bundle_in_the_making_does_what_it_can(run, tiny, tmp_path):
+    folder, out = tmp_path / "bundle", tmp_path / "out"
+    bundles.save(folder, tiny._replace(direct={}, iterative={}))
+    options = ("--bundle", folder, "--num-images", 1, "--out", out)
+    code, _, err = run("generate", OTHER, *options)
+    assert code == 2 and not out.exists()
+    assert err == (
+        f"cogview2: bundle {folder} lacks direct, iterative:"
+        " `cogview2 train direct-sr` trains direct\n"
+    )
+    assert run("generate", OTHER, *options, "--stage", "base")[0] == 0
+    assert run("caption", *out.glob("*_base_0.png"), "--bundle", folder)[0] == 0
 
 
 def test_captions_and_infilling(run, tiny_folder, tmp_path):
