@@ -40,7 +40,7 @@ from cogview2_jax.config import (
     TransformerConfig,
 )
 from cogview2_jax.data import batches, manifest, reading
-from cogview2_jax.data.batches import FineSample, Mix, Rows
+from cogview2_jax.data.batches import Mix, Rows
 from cogview2_jax.objectives import Mean, Metrics
 from cogview2_jax.sharding import Sharding
 from cogview2_jax.tokenizer import image as image_tokenizer
@@ -211,7 +211,7 @@ def direct_sr_task(
     data = _Data(records, options, sharding)
     batches.require_layout(data.layout, base, config.num_image_tokens)
 
-    def loss(params: Params, batch: FineSample, key: Array | None) -> Any:
+    def loss(params: Params, batch: Any, key: Array | None) -> Any:
         layout = sequence.direct_super_resolution(batch.text, batch.is_text, batch.coarse, config)
         found = objectives.direct_sr_loss(
             params,
@@ -265,7 +265,7 @@ def iterative_sr_task(
     data = _Data(records, options, sharding)
     batches.require_layout(data.layout, bundle.coglm_config, config.num_image_tokens)
 
-    def loss(params: Params, batch: FineSample, key: Array | None) -> Any:
+    def loss(params: Params, batch: Any, key: Array | None) -> Any:
         start_token = config.vocabulary.start_of_image
         shown = jnp.where(batch.masked, start_token, batch.fine)
         layout = sequence.iterative_super_resolution(batch.text, batch.is_text, shown, config)
@@ -332,7 +332,7 @@ def tokenizer_task(
         reading.pictures, pictures, options.batch_size, side, held_out=options.held_out
     )
     part, parts = fit.process_rows(sharding, options.batch_size)
-    own = {"process_index": part, "process_count": parts}
+    own: dict[str, Any] = {"process_index": part, "process_count": parts}
     crops = crops_of(seed=options.seed, **own)
     params = _start(start, {"model": bundle.tokenizer})
     begin = 0 if params is not None else int(place_at * options.num_steps)

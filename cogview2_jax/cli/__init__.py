@@ -1,4 +1,4 @@
-"""The command line: `cogview2 generate`, `caption`, `infill`, `info` and `data prepare`.
+"""The command line: `cogview2 generate`, `caption`, `infill`, `info`, `data prepare`, `train`.
 
 Every mistake of the user's ends in one line on stderr and exit code 2, before anything is computed
 or written. Files appear complete or not at all. Heavy modules are imported where they are needed,
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from cogview2_jax import __version__
-from cogview2_jax.cli import data, model, pictures
+from cogview2_jax.cli import data, model, pictures, train
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,6 +38,7 @@ Examples:
   cogview2 caption pictures/*.png
   cogview2 info
   cogview2 data prepare photos/captions.jsonl --out records
+  cogview2 train coglm records --steps 200 --out run
 """,
 )
 @click.version_option(__version__, prog_name="cogview2")
@@ -57,3 +58,4 @@ cli.add_command(pictures.caption_command)
 cli.add_command(pictures.infill_command)
 cli.add_command(model.info)
 cli.add_command(data.data_group)
+cli.add_command(train.train_group)
