@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -55,8 +56,8 @@ def fit(
         batches: step → the rows of this process, as NumPy arrays [b, …]. Called in a thread, one
         step ahead.
         settings: JSON values that every start of this run must agree on, saved with each step.
-        validate: gives figures at every save, "loss" among them; the checkpoint of the lowest one
-        is kept besides the newest `keep`.
+        validate: gives figures at the start and every save, "loss" among them; the checkpoint of
+        the lowest one is kept besides the newest `keep`.
         sample: gives a picture, uint8 [y, x, 3], every `sample_every` steps.
         schedule: the learning rate, to be logged.
         tokens_per_step, flops_per_step, peak_flops: of all devices, for tokens per second and
@@ -94,9 +95,11 @@ def fit(
         def save(step: int) -> None:
             figures = validate(state) if validate else {}
             if log and figures:
-                log.figures(step, {f"validation_{key}": value for key, value in figures.items()})
+                log.figures(step, _validation(figures))
             checkpoint.save(manager, step, state, settings, figures.get("loss", float("inf")))
 
+        if validate and not start and (figures := validate(state)) and log:
+            log.figures(0, _validation(figures))
         skipped, since, counted = 0, time.monotonic(), 0
         pending = pool.submit(read, start)
         before: tuple[int, Any] | None = None  # the last step's metrics: read while this one runs
@@ -130,7 +133,7 @@ def fit(
                     figures["skipped"] = skipped
                 figures.pop("finite", None)
                 if log:
-                    log.figures(step, {key: float(f"{v:.6g}") for key, v in figures.items()})
+                    log.figures(step, _counted(figures))
                 shown = ("loss", "tokens_per_second", "utilisation")
                 bar.set_postfix({k: f"{figures[k]:.4g}" for k in shown if k in figures})
                 since, counted = time.monotonic(), 0
@@ -177,6 +180,15 @@ def process_rows(sharding: Sharding | None, batch_size: int) -> tuple[int, int]:
     if sum(b - a for a, b in set(slices)) != share or begin % share or batch_size % share:
         raise ValueError("the mesh must give each process neighbouring rows of the batch")
     return begin // share, batch_size // share
+
+
+def _counted(figures: dict[str, float]) -> dict[str, float]:
+    """To six digits, without those of which a batch had none."""
+    return {key: float(f"{v:.6g}") for key, v in figures.items() if not math.isnan(v)}
+
+
+def _validation(figures: dict[str, float]) -> dict[str, float]:
+    return {f"validation_{key}": value for key, value in _counted(figures).items()}
 
 
 def _speed(seconds: float, tokens: int, flops: float, peak: float) -> dict[str, float]:

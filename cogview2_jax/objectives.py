@@ -38,8 +38,10 @@ class Mean(NamedTuple):
 
     @property
     def value(self) -> Array:
-        """The mean; 0 where nothing was counted."""
-        return self.total / jnp.where(self.weight > 0, self.weight, 1.0)
+        """The mean; NaN where nothing was counted."""
+        return jnp.where(
+            self.weight > 0, self.total / jnp.where(self.weight > 0, self.weight, 1.0), jnp.nan
+        )
 
 
 def weighted(values: Array, weights: Array) -> Mean:

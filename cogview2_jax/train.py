@@ -111,6 +111,7 @@ def adamw(
     b2: float = 0.95,
     weight_decay: float = 0.01,
     clip: float = 1.0,
+    eps: float = 1e-8,
 ) -> optax.GradientTransformation:
     """AdamW after clipping the gradient to norm `clip`; matrices and tables alone decay.
 
@@ -126,7 +127,7 @@ def adamw(
 
     return optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays),
+        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays),
     )
 
 

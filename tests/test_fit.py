@@ -132,12 +132,12 @@ def test_it_runs_in_a_thread_that_hears_no_signals(tmp_path):
 
 
 def test_the_best_is_kept_besides_the_last(tmp_path):
-    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0])
+    losses = iter([9.0, 3.0, 1.0, 2.0, 4.0, 5.0])
     run(tmp_path, 25, validate=lambda state: {"loss": next(losses)})
     saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert saved == [10, 20, 25]
     found = [line["validation_loss"] for line in lines(tmp_path) if "validation_loss" in line]
-    assert found == [3, 1, 2, 4, 5]
+    assert found == [9, 3, 1, 2, 4, 5]
 
 
 def test_pictures_are_drawn_as_training_goes(tmp_path):
