@@ -295,7 +295,7 @@ def draw_patches(
     """
     rows, columns = (side - patch_size + to_border for side in config.grid)
     if num_patches is None:
-        num_patches = int(0.8 * config.num_image_tokens / patch_size**2)
+        num_patches = max(1, int(0.8 * config.num_image_tokens / patch_size**2))
     if rows < 1 or columns < 1 or not 0 < num_patches <= rows * columns:
         raise ValueError(
             f"num_patches must be 1 to {max(rows, 0) * max(columns, 0)} for patches of {patch_size}"

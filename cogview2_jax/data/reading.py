@@ -209,7 +209,10 @@ def _batches(dataset: Any, batch_size: int, process_index: int, process_count: i
     # Batches of what one process holds, and of these every n-th: rows stay in global order.
     whole = dataset[: len(dataset) // batch_size * batch_size]
     if not len(whole):
-        raise ValueError(f"batch_size must be at most the number of records: got {batch_size}")
+        raise ValueError(
+            f"batch_size must be at most the {len(dataset)} records that there are to read or are"
+            f" held out: got {batch_size}"
+        )
     return whole.batch(batch_size // process_count)[process_index::process_count]
 
 
