@@ -5,6 +5,7 @@ python tests/mesh_runs.py coglm|direct|iterative
 
 import functools
 import sys
+import unittest.mock
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from cogview2_jax import coglm, direct_sr, fit, iterative_sr, objectives, sequence, train  # noqa: E402
+from cogview2_jax import attention, coglm, direct_sr, fit, iterative_sr, objectives, sequence, train  # noqa: E402
 from cogview2_jax.config import (  # noqa: E402
     CogLMConfig,
     DirectSRConfig,
@@ -143,5 +144,31 @@ def main(network: str) -> None:
         print(sizes, parts, "follows; last loss", losses[-1])
 
 
+def logits() -> None:
+    interpreted = functools.partial(
+        attention.local_attention_2d_with_lse, implementation="pallas_triton_interpret"
+    )
+    for network in ("direct", "iterative"):
+        module, config, batch_of = NETWORKS[network]
+        params = jax.jit(functools.partial(module.init_params, config=config))(jax.random.key(0))
+        batch = batch_of(np.random.default_rng(3))
+        expected = gradient(network, params, batch, None)
+        sharding = Sharding(make_mesh(2, 2, 2))
+        laid = jax.device_put(params, sharding.of_tree(params, module.parameter_axes(config)))
+        with unittest.mock.patch.object(attention, "local_attention_2d_with_lse", interpreted):
+            found = gradient(network, laid, fit.lay_out(batch, sharding), sharding)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+        )
+        print(network, "on the kernels and a mesh: loss", float(found[0]))
+
+
+def gradient(network: str, params: Any, batch: Any, sharding: Sharding | None) -> Any:
+    def mean(params: Any, batch: Any) -> Any:
+        return loss_of(network, sharding)(params, batch, None)[0].value
+
+    return jax.device_get(jax.jit(jax.value_and_grad(mean))(params, batch))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    logits() if sys.argv[1] == "logits" else main(sys.argv[1])
