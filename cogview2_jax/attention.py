@@ -6,6 +6,7 @@ an additive term; where the mask is False they are −10000, as in the published
 that sees nothing averages everything.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,14 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from cogview2_jax.config import DirectSRConfig, IterativeSRConfig, Precision, TransformerConfig
+from cogview2_jax.config import (
+    DirectSRConfig,
+    Grid,
+    IterativeSRConfig,
+    Precision,
+    TransformerConfig,
+)
+from cogview2_jax.sharding import Sharding, constrain
 from pallas_kernels import local_attention_2d_with_lse, merge_attention
 
 Array = jax.Array
@@ -50,24 +58,45 @@ class SuperResolutionContext(NamedTuple):
     mask: Array
 
 
-class QKV(nn.Module):
-    """One matrix whose output is [Q | K | V], each split into heads: three of [b, s, h, d]."""
+class PackedDense(nn.Module):
+    """One matrix [e, 3·e] whose output is [Q | K | V], each split into heads: [b, s, 3, h, d].
+
+    On a mesh the matrix lies cut along its input: a cut along [Q | K | V] would not follow the
+    heads. It is laid out by heads where it is used.
+    """
 
     config: TransformerConfig
     precision: Precision
+    sharding: Sharding | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        e, heads = self.config.hidden_size, self.config.num_heads
+        init = nn.with_logical_partitioning(_init, ("packed_embed", None))
+        kernel = self.param("kernel", init, (e, 3 * e), self.precision.params)
+        bias = self.param("bias", nn.initializers.zeros, (3 * e,), self.precision.params)
+        kernel, bias = (
+            weight.astype(self.precision.compute).reshape(*weight.shape[:-1], 3, heads, -1)
+            for weight in (kernel, bias)
+        )
+        # In two steps, each of which is one collective: exchange, then gather.
+        kernel = constrain(self.sharding, kernel, "embed", None, "heads", None)
+        kernel = constrain(self.sharding, kernel, None, None, "heads", None)
+        out = jnp.einsum("bse,ethd->bsthd", x.astype(self.precision.compute), kernel) + bias
+        return constrain(self.sharding, out, "batch", None, None, "heads", None)
+
+
+class QKV(nn.Module):
+    """Three of [b, s, h, d]."""
+
+    config: TransformerConfig
+    precision: Precision
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array, Array]:
-        out = nn.Dense(
-            3 * self.config.hidden_size,
-            dtype=self.precision.compute,
-            param_dtype=self.precision.params,
-            kernel_init=_init,
-            name="query_key_value",
-        )(x)
-        q, k, v = rearrange(
-            out, "b s (three h d) -> three b s h d", three=3, h=self.config.num_heads
-        )
+        packed = PackedDense(self.config, self.precision, self.sharding, name="query_key_value")
+        q, k, v = jnp.moveaxis(packed(x), 2, 0)
         return q, k, v
 
 
@@ -76,9 +105,25 @@ def output_projection(config: TransformerConfig, precision: Precision, name: str
         config.hidden_size,
         dtype=precision.compute,
         param_dtype=precision.params,
-        kernel_init=_init,
+        kernel_init=nn.with_logical_partitioning(_init, ("heads", "embed")),
         name=name,
     )
+
+
+def local_attention_with_lse(
+    q: Array, k: Array, v: Array, *, window: Grid, sharding: Sharding | None
+) -> tuple[Array, Array]:
+    """`local_attention_2d_with_lse`, on a mesh on each device's own samples and heads: a compiler
+    does not cut kernels by itself.
+    """
+    attend = functools.partial(local_attention_2d_with_lse, window=window)
+    if sharding is None:
+        return attend(q, k, v)
+    cells = sharding.spec("batch", None, None, "heads", None)
+    lse = sharding.spec("batch", "heads", None, None)
+    return jax.shard_map(
+        attend, mesh=sharding.mesh, in_specs=cells, out_specs=(cells, lse), check_vma=False
+    )(q, k, v)
 
 
 def dense_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Array:
@@ -116,12 +161,13 @@ class DenseAttention(nn.Module):
 
     config: TransformerConfig
     precision: Precision
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(
         self, x: Array, context: DenseContext, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
-        q, k, v = QKV(self.config, self.precision, name="qkv")(x)
+        q, k, v = QKV(self.config, self.precision, self.sharding, name="qkv")(x)
         if cache is not None:
             corner = (0, context.start, 0, 0)
             k = jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), corner)
@@ -143,6 +189,7 @@ class DirectSRAttention(nn.Module):
     config: TransformerConfig
     precision: Precision
     geometry: DirectSRConfig
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(
@@ -150,8 +197,8 @@ class DirectSRAttention(nn.Module):
     ) -> tuple[Array, None]:
         geometry = self.geometry
         prefix, fine = jnp.split(x, [geometry.num_prefix], axis=1)
-        q0, k0, v0 = QKV(self.config, self.precision, name="qkv")(prefix)
-        q1, k1, v1 = QKV(self.config, self.precision, name="qkv_plus")(fine)
+        q0, k0, v0 = QKV(self.config, self.precision, self.sharding, name="qkv")(prefix)
+        q1, k1, v1 = QKV(self.config, self.precision, self.sharding, name="qkv_plus")(fine)
         dense = dense_attention(q0, k0, v0, context.mask)
 
         rows, columns = geometry.coglm.grid
@@ -162,9 +209,9 @@ class DirectSRAttention(nn.Module):
         q1, k1, v1 = (
             rearrange(t, "b (y x) h d -> b y x h d", y=geometry.grid[0]) for t in (q1, k1, v1)
         )
+        attend = functools.partial(local_attention_with_lse, q1, sharding=self.sharding)
         local = merge_attention(
-            local_attention_2d_with_lse(q1, k1, v1, window=geometry.window),
-            local_attention_2d_with_lse(q1, k0, v0, window=geometry.cross_window),
+            attend(k1, v1, window=geometry.window), attend(k0, v0, window=geometry.cross_window)
         )
         dense = rearrange(dense, "b s h d -> b s (h d)")
         local = rearrange(local, "b y x h d -> b (y x) (h d)")
@@ -183,13 +230,14 @@ class IterativeSRAttention(nn.Module):
     config: TransformerConfig
     precision: Precision
     geometry: IterativeSRConfig
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(
         self, x: Array, context: SuperResolutionContext, cache: None
     ) -> tuple[Array, None]:
         slots = self.geometry.text_slots
-        q, k, v = QKV(self.config, self.precision, name="qkv")(x)
+        q, k, v = QKV(self.config, self.precision, self.sharding, name="qkv")(x)
         text_k, text_v = k[:, :slots], v[:, :slots]
         text = dense_attention(q[:, :slots], text_k, text_v, context.mask[:, None])
         out, lse = dense_attention_with_lse(q[:, slots:], text_k, text_v, context.mask)
@@ -198,7 +246,7 @@ class IterativeSRAttention(nn.Module):
             rearrange(t[:, slots:], "b (y x) h d -> b y x h d", y=rows) for t in (q, k, v)
         )
         image = merge_attention(
-            local_attention_2d_with_lse(*cells, window=self.geometry.window),
+            local_attention_with_lse(*cells, window=self.geometry.window, sharding=self.sharding),
             (
                 rearrange(out, "b (y x) h d -> b y x h d", y=rows),
                 rearrange(lse, "b h (y x) -> b h y x", y=rows),

@@ -1,14 +1,18 @@
-"""A released model as one folder: configuration, text model and the weights of all four networks.
+"""A model as one folder: configuration, text model and the weights of its four networks.
 
     config.json          every configuration dataclass, the format's version, what made it
     text.model           the SentencePiece model
     weights.safetensors  parameters as float16, names joined with "/", and the cluster labels
+
+A bundle in the making may lack whole networks: each is there entirely or not at all. The cluster
+labels come with the tokenizer, and the file of weights with the first network.
 
 Nothing in it is code: the weights are read by `safetensors`, which runs none. Reading is strict. A
 field or a tensor too many, too few or of another shape is refused in one line that names the file,
 what was wrong with it and what to do. In memory parameters are float32.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -16,7 +20,7 @@ import json
 import os
 import shutil
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +61,10 @@ class Description(NamedTuple):
 
 
 class Bundle(NamedTuple):
-    """A model in memory. The parameters are float32; the four trees share nothing."""
+    """A model in memory. The parameters are float32; the four trees share nothing.
+
+    The tree of a network that is not there is empty, and so are the labels without a tokenizer.
+    """
 
     coglm_config: CogLMConfig
     direct_config: DirectSRConfig
@@ -73,18 +80,26 @@ class Bundle(NamedTuple):
 
     @property
     def num_clusters(self) -> int:
-        return int(self.cluster_labels.max()) + 1
+        return int(self.cluster_labels.max(initial=-1)) + 1
 
 
 _CONFIGS = ("coglm_config", "direct_config", "iterative_config", "tokenizer_config", "sampling")
-_NETWORKS = ("coglm", "direct", "iterative", "tokenizer")
+# Each network, in the order of training, and the command that trains it.
+TRAINED_BY = {
+    "tokenizer": "cogview2 train tokenizer",
+    "coglm": "cogview2 train coglm",
+    "direct": "cogview2 train direct-sr",
+    "iterative": "cogview2 train iterative-sr",
+}
+NETWORKS = tuple(TRAINED_BY)
 
 
 def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
     """Write `bundle` as the folder `path`, replacing what is there: all of it appears, or nothing.
 
-    Raises ValueError for parts that do not fit each other and for weights outside float16, OSError
-    (one line) when the disk is full or the place is not writable.
+    A network whose tree is empty is left out. Raises ValueError for parts that do not fit each
+    other and for weights outside float16, OSError (one line) when the disk is full or the place is
+    not writable.
     """
     path = Path(path).absolute()
     configs: dict[str, Any] = {name: getattr(bundle, name) for name in _CONFIGS}
@@ -105,8 +120,10 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
         partial.mkdir(parents=True)
         (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         (partial / TEXT_MODEL).write_bytes(bundle.text_model.serialized_model_proto())
-        save_file(tensors, partial / WEIGHTS)
-        shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets only the owner read
+        if tensors:
+            save_file(tensors, partial / WEIGHTS)
+            # safetensors lets only the owner read.
+            shutil.copymode(partial / CONFIG, partial / WEIGHTS)
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
@@ -121,19 +138,57 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
 
 
 def load(
-    path: str | os.PathLike[str] | None = None, networks: Collection[str] = _NETWORKS
+    path: str | os.PathLike[str] | None = None, networks: Collection[str] = NETWORKS
 ) -> Bundle:
     """The bundle in the folder `path`, or the one that ships with the package.
 
     Parameters of networks other than `networks` are not read: their trees are empty.
 
     Raises FileNotFoundError for a missing folder or file and ValueError for a damaged or
-    ill-fitting one, each in one line.
+    ill-fitting one and for one that lacks any of `networks`, each in one line.
     """
+    if unknown := sorted(set(networks) - set(NETWORKS)):
+        raise ValueError(f"networks must be of {', '.join(NETWORKS)}: got {unknown[0]!r}")
     folder = locate(path)
     description = read_description(folder)
-    text_model = read_text_model(folder, description)
-    bundle = Bundle(
+    bundle = untrained(description, read_text_model(folder, description))
+    # Shapes first: they lie in the header, so an unfit file is refused before it is read.
+    shapes = _stored_shapes(folder)
+    _check_shapes(shapes, bundle, folder)
+    there = _networks_of(shapes)
+    if missing := [name for name in NETWORKS if name in networks and name not in there]:
+        what = f"lacks {', '.join(missing)}" + ("" if shapes else f" (no file {WEIGHTS})")
+        raise ValueError(f"bundle {folder} {what}: `{TRAINED_BY[missing[0]]}` trains {missing[0]}")
+    if not shapes:
+        return bundle
+    file = folder / WEIGHTS
+    wanted = {CLUSTER_LABELS, *networks}
+    with _damage_in(file), safetensors.safe_open(file, framework="numpy") as stored:
+        tensors = {name: stored.get_tensor(name) for name in shapes if _head(name) in wanted}
+    labels = tensors.pop(CLUSTER_LABELS, bundle.cluster_labels).astype(np.int32)
+    if labels.min(initial=0) < 0:
+        raise ValueError(f"{file} is damaged (a negative cluster label): {_ADVICE}")
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{file} is damaged (tensor {name!r} is not finite): {_ADVICE}")
+    # On the host, all at once: a conversion on the device would be one program for each shape.
+    trees = _nest({name: tensor.astype(np.float32) for name, tensor in tensors.items()})
+    return bundle._replace(**jax.device_put(trees), cluster_labels=labels)
+
+
+def networks_in(path: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+    """Which networks the bundle in the folder `path` holds, in the order of training.
+
+    Cheap: it reads the header of the weights only. Raises FileNotFoundError for a missing folder
+    and ValueError for a damaged file of weights.
+    """
+    there = _networks_of(_stored_shapes(locate(path)))
+    return tuple(name for name in NETWORKS if name in there)
+
+
+def untrained(description: Description, text_model: spm.SentencePieceProcessor) -> Bundle:
+    """A bundle with these parts and no network, to be trained from zero."""
+    return Bundle(
         description.coglm_config,
         description.direct_config,
         description.iterative_config,
@@ -146,27 +201,6 @@ def load(
         text_model=text_model,
         cluster_labels=np.zeros(0, np.int32),
     )
-    file = _file(folder, WEIGHTS)
-    try:
-        with safetensors.safe_open(file, framework="numpy") as stored:
-            # Shapes first: they lie in the header, so an unfit file is refused before it is read.
-            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
-            _check_shapes(shapes, bundle, folder)
-            wanted = {CLUSTER_LABELS, *networks}
-            tensors = {
-                name: stored.get_tensor(name) for name in shapes if name.split("/")[0] in wanted
-            }
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({_one_line(error)}): {_ADVICE}") from error
-    labels = tensors.pop(CLUSTER_LABELS).astype(np.int32)
-    if labels.min() < 0:
-        raise ValueError(f"{file} is damaged (a negative cluster label): {_ADVICE}")
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise ValueError(f"{file} is damaged (tensor {name!r} is not finite): {_ADVICE}")
-    # On the host, all at once: a conversion on the device would be one program for each shape.
-    trees = _nest({name: tensor.astype(np.float32) for name, tensor in tensors.items()})
-    return bundle._replace(**jax.device_put(trees), cluster_labels=labels)
 
 
 def locate(path: str | os.PathLike[str] | None = None) -> Path:
@@ -201,6 +235,15 @@ def read_description(folder: Path) -> Description:
             f"{file} has format {content['format']!r}, this version reads {FORMAT}:"
             " use the version of cogview2_jax that it was made with"
         )
+    return parse_description(content, file)
+
+
+def parse_description(content: Mapping[str, Any], file: Path, advice: str = _ADVICE) -> Description:
+    """The configuration that `content` of `file` says, as in config.json, checked.
+
+    Raises ValueError, in one line, for fields too many, too few, of another type or that do not go
+    together.
+    """
     try:
         _require_keys(content, {"format", "made_with", *_CONFIGS}, "the file")
         types = typing.get_type_hints(Description)
@@ -209,7 +252,7 @@ def read_description(folder: Path) -> Description:
         if not isinstance(made_with, dict):
             raise ValueError("made_with must be an object")
     except ValueError as error:
-        raise ValueError(f"{file} is unfit ({_one_line(error)}): {_ADVICE}") from error
+        raise ValueError(f"{file} is unfit ({_one_line(error)}): {advice}") from error
     description = Description(**configs, made_with=made_with)
     _check_description(description, file)
     return description
@@ -290,15 +333,44 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], bundle: Bundle, where: 
         bundle.tokenizer_config,
     )
     file = where / WEIGHTS
-    if missing := sorted(expected.keys() - shapes.keys()):
+    parts = _networks_of(shapes)
+    if "tokenizer" in parts:
+        parts.add(CLUSTER_LABELS)
+    needed = {name for name in expected if _head(name) in parts}
+    if missing := sorted(needed - shapes.keys()):
         raise ValueError(f"{file} lacks tensor {_first(missing)}: {_ADVICE}")
     if unknown := sorted(shapes.keys() - expected.keys()):
         raise ValueError(f"{file} has tensor {_first(unknown)}, no part of the model: {_ADVICE}")
-    for name, shape in expected.items():
-        if shapes[name] != shape:
+    for name, found in shapes.items():
+        if found != expected[name]:
             raise ValueError(
-                f"{file}: tensor {name!r} must have shape {shape}: got {shapes[name]}; {_ADVICE}"
+                f"{file}: tensor {name!r} must have shape {expected[name]}: got {found}; {_ADVICE}"
             )
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the weights of the bundle at `folder`, off the header."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        return {}
+    with _damage_in(file), safetensors.safe_open(file, framework="numpy") as stored:
+        return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
+
+
+@contextlib.contextmanager
+def _damage_in(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({_one_line(error)}): {_ADVICE}") from error
+
+
+def _networks_of(names: Iterable[str]) -> set[str]:
+    return {_head(name) for name in names} & set(NETWORKS)
+
+
+def _head(name: str) -> str:
+    return name.split("/")[0]
 
 
 def _first(names: list[str]) -> str:
@@ -320,15 +392,19 @@ def _one_line(error: BaseException) -> str:
 
 
 def _tensors(bundle: Bundle) -> dict[str, np.ndarray]:
-    """Parameters as float16, and the labels. Raises ValueError for what float16 cannot hold."""
-    trees = jax.device_get({name: getattr(bundle, name) for name in _NETWORKS})
+    """Parameters as float16, and the labels if any. Raises ValueError for what float16 cannot
+    hold.
+    """
+    trees = jax.device_get({name: getattr(bundle, name) for name in NETWORKS})
     tensors = {}
     for name, leaf in _flat(trees):
         with np.errstate(over="ignore"):
             tensors[name] = np.ascontiguousarray(leaf, np.float16)
         if not np.isfinite(tensors[name]).all():
             raise ValueError(f"tensor {name!r} has values that float16 cannot hold")
-    return tensors | {CLUSTER_LABELS: np.ascontiguousarray(bundle.cluster_labels, np.int32)}
+    if bundle.cluster_labels.size:
+        tensors[CLUSTER_LABELS] = np.ascontiguousarray(bundle.cluster_labels, np.int32)
+    return tensors
 
 
 def _flat(tree: Any) -> Iterator[tuple[str, Any]]:

@@ -30,6 +30,30 @@ class Precision:
     compute: Any = jnp.float32
 
 
+REMATERIALISATION = ("none", "products", "all")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What only training asks of a transformer.
+
+    `dropout` is the share of the embeddings' and of every attention's and MLP's outputs that are
+    left out. `remat` says what the backward pass computes again instead of keeping it: "none",
+    "products" (all but matrix products) or "all" (all but each layer's input). It changes no
+    number.
+    """
+
+    dropout: float = 0.0
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.dropout < 1, f"dropout must be from 0 to below 1: got {self.dropout}")
+        _require(
+            self.remat in REMATERIALISATION,
+            f"remat must be one of {', '.join(REMATERIALISATION)}: got {self.remat!r}",
+        )
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """One id space: image tokens, then text pieces, then the three start tokens.

@@ -1,30 +1,49 @@
 """Direct super-resolution: all fine tokens from the coarse grid in one pass (section 3.3)."""
 
 import functools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from cogview2_jax.attention import DirectSRAttention, SuperResolutionContext
-from cogview2_jax.config import DirectSRConfig, Precision
+from cogview2_jax.config import DirectSRConfig, Precision, Training
+from cogview2_jax.sharding import Sharding, logical_axes
 from cogview2_jax.transformer import Transformer
 
 Array = jax.Array
 Params = dict
 
 
-def network(config: DirectSRConfig, precision: Precision = Precision()) -> Transformer:
+def network(
+    config: DirectSRConfig,
+    precision: Precision = Precision(),
+    training: Training = Training(),
+    sharding: Sharding | None = None,
+) -> Transformer:
     return Transformer(
         config.coglm.transformer,
         functools.partial(DirectSRAttention, geometry=config),
         config.coglm.vocabulary.size,
         (config.coglm.num_positions, config.num_image_tokens),
         precision,
+        training,
+        sharding,
     )
 
 
 def init_params(key: Array, config: DirectSRConfig, precision: Precision = Precision()) -> Params:
     """Fresh parameters; `from_coglm` gives better ones."""
+    return nn.meta.unbox(_declare(key, config, precision))
+
+
+def parameter_axes(config: DirectSRConfig) -> Any:
+    """Names of the axes of every parameter, for `sharding`: a tree of tuples."""
+    return logical_axes(lambda: _declare(jax.random.key(0), config, Precision()))
+
+
+def _declare(key: Array, config: DirectSRConfig, precision: Precision) -> Any:
     length = config.num_prefix + config.num_image_tokens
     tokens = jnp.zeros((1, length), jnp.int32)
     context = SuperResolutionContext(jnp.ones((1, config.num_prefix, config.num_prefix), bool))
@@ -50,6 +69,16 @@ def from_coglm(coglm_params: Params, config: DirectSRConfig) -> Params:
     return jax.tree.map(jnp.array, coglm_params | {"layers": layers} | extra)
 
 
+def added_parameters(params: Params) -> Params:
+    """Which parameters a base model has not: a tree of bool, shaped as `params` (of any leaves)."""
+    new = ("qkv_plus", "dense_plus", "extra_position_embeddings")
+
+    def one(path: Any, leaf: Any) -> bool:
+        return any(key.key in new for key in path)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: type(leaf) is tuple)
+
+
 def apply(
     params: Params,
     tokens: Array,
@@ -58,6 +87,9 @@ def apply(
     *,
     config: DirectSRConfig,
     precision: Precision = Precision(),
+    training: Training = Training(),
+    sharding: Sharding | None = None,
+    dropout_key: Array | None = None,
 ) -> Array:
     """Logits of every fine cell.
 
@@ -70,9 +102,10 @@ def apply(
     Returns:
         float32 [b, fine cells, num_image].
     """
-    model = network(config, precision)
+    model = network(config, precision, training, sharding)
     context = SuperResolutionContext(mask)
-    hidden, _ = model.apply({"params": params}, tokens, positions, context, None)
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    hidden, _ = model.apply({"params": params}, tokens, positions, context, None, rngs=rngs)
     fine = hidden[:, config.num_prefix :]
     stop = config.coglm.vocabulary.num_image
     return model.apply({"params": params}, fine, 0, stop, method="logits")

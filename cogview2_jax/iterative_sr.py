@@ -4,31 +4,50 @@
 
 import dataclasses
 import functools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from cogview2_jax.attention import IterativeSRAttention, SuperResolutionContext
-from cogview2_jax.config import CogLMConfig, IterativeSRConfig, Precision
+from cogview2_jax.config import CogLMConfig, IterativeSRConfig, Precision, Training
+from cogview2_jax.sharding import Sharding, logical_axes
 from cogview2_jax.transformer import Transformer
 
 Array = jax.Array
 Params = dict
 
 
-def network(config: IterativeSRConfig, precision: Precision = Precision()) -> Transformer:
+def network(
+    config: IterativeSRConfig,
+    precision: Precision = Precision(),
+    training: Training = Training(),
+    sharding: Sharding | None = None,
+) -> Transformer:
     return Transformer(
         config.transformer,
         functools.partial(IterativeSRAttention, geometry=config),
         config.vocabulary.size,
         (config.num_positions, config.num_image_tokens),
         precision,
+        training,
+        sharding,
     )
 
 
 def init_params(
     key: Array, config: IterativeSRConfig, precision: Precision = Precision()
 ) -> Params:
+    return nn.meta.unbox(_declare(key, config, precision))
+
+
+def parameter_axes(config: IterativeSRConfig) -> Any:
+    """Names of the axes of every parameter, for `sharding`: a tree of tuples."""
+    return logical_axes(lambda: _declare(jax.random.key(0), config, Precision()))
+
+
+def _declare(key: Array, config: IterativeSRConfig, precision: Precision) -> Any:
     tokens = jnp.zeros((1, config.text_slots + config.num_image_tokens), jnp.int32)
     context = SuperResolutionContext(jnp.ones((1, config.text_slots), bool))
     return network(config, precision).init(key, tokens, tokens, context, None)["params"]
@@ -78,6 +97,9 @@ def apply(
     *,
     config: IterativeSRConfig,
     precision: Precision = Precision(),
+    training: Training = Training(),
+    sharding: Sharding | None = None,
+    dropout_key: Array | None = None,
 ) -> Array:
     """Logits of every cell; position i predicts cell i.
 
@@ -89,8 +111,9 @@ def apply(
     Returns:
         float32 [b, cells, num_image].
     """
-    model = network(config, precision)
+    model = network(config, precision, training, sharding)
     context = SuperResolutionContext(mask)
-    hidden, _ = model.apply({"params": params}, tokens, positions, context, None)
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    hidden, _ = model.apply({"params": params}, tokens, positions, context, None, rngs=rngs)
     cells = hidden[:, config.text_slots :]
     return model.apply({"params": params}, cells, 0, config.vocabulary.num_image, method="logits")

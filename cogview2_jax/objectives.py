@@ -1,4 +1,8 @@
-"""Losses of the networks, as pure functions of parameters and batch."""
+"""Losses of the networks, as pure functions of parameters and batch.
+
+Every loss and metric is a `Mean`: a sum and the weight that it is to be divided by. Sums and
+weights add up over parts of a batch, so that a batch in parts has the very loss of the whole.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,14 +18,39 @@ from cogview2_jax.config import (
     HVQVAEConfig,
     IterativeSRConfig,
     Precision,
+    Training,
 )
 from cogview2_jax.pretraining import LossKind, TrainingSample
 from cogview2_jax.sequence import Layout
+from cogview2_jax.sharding import Sharding
 from cogview2_jax.tokenizer.hvqvae import HVQVAE
 from cogview2_jax.tokenizer.image import nearest_code
 
 Array = jax.Array
 Params = Any
+
+
+class Mean(NamedTuple):
+    """`total` / `weight`, both float32 scalars, not yet divided."""
+
+    total: Array
+    weight: Array
+
+    @property
+    def value(self) -> Array:
+        """The mean; NaN where nothing was counted."""
+        return jnp.where(
+            self.weight > 0, self.total / jnp.where(self.weight > 0, self.weight, 1.0), jnp.nan
+        )
+
+
+def weighted(values: Array, weights: Array) -> Mean:
+    """Of `values`, each counted by `weights` of the same shape (bool or float32)."""
+    counted = jnp.where(weights != 0, values, 0.0) * weights
+    return Mean(jnp.sum(counted), jnp.sum(weights.astype(jnp.float32)))
+
+
+Metrics = dict[str, Mean]
 
 
 # ------------------------------------------------------------------------------ the image tokenizer
@@ -34,6 +63,13 @@ class CodebookStatistics(NamedTuple):
 
     cluster_size: Array  # float32 [v]
     embed_avg: Array  # float32 [v, d]
+
+
+class Assigned(NamedTuple):
+    """What a batch's pictures became, for the codebook's update."""
+
+    vectors: Array  # float32 [n, d]
+    ids: Array  # int32 [n], their nearest codes
 
 
 def init_statistics(codebook: Array) -> CodebookStatistics:
@@ -49,22 +85,23 @@ def hvqvae_loss(
     *,
     config: HVQVAEConfig,
     precision: Precision = Precision(),
-    quantize: bool = True,
+    quantize: bool | Array = True,
     commitment: float = 1.0,
     perceptual: Callable[[Array, Array], Array] | None = None,
     perceptual_weight: float = 1.0,
-) -> tuple[Array, dict[str, Array]]:
-    """Reconstruction and commitment loss of one stride.
+) -> tuple[Mean, Metrics, Assigned]:
+    """Reconstruction and commitment loss of one stride, a mean over pictures.
 
     Args:
         images: float32 [b, y, x, 3] in [0, 1].
         weights: float32 [b, y, x], how much each pixel counts.
-        quantize: False lets the vectors pass unquantised, as while the encoder settles.
+        quantize: False lets the vectors pass unquantised, as while the encoder settles; it may be
+        traced.
         perceptual: (reconstruction, images) → scalar, added with `perceptual_weight`.
 
     Returns:
-        The loss, and a dict with "reconstruction", "commitment", "perceptual" and, for the
-        codebook's update, "vectors" [n, d] and "ids" [n].
+        The loss, its parts "reconstruction", "commitment" and "perceptual", and what
+        `update_codebook` needs.
     """
     model = HVQVAE(config, precision)
     level = config.strides.index(stride)
@@ -73,25 +110,20 @@ def hvqvae_loss(
     ids = nearest_code(vectors, codebook)
     codes = codebook[ids]
     # Straight through: the decoder sees codes, its gradient reaches the encoder unchanged.
-    passed = vectors + jax.lax.stop_gradient(codes - vectors) if quantize else vectors
+    passed = vectors + jnp.where(quantize, jax.lax.stop_gradient(codes - vectors), 0.0)
     out = model.apply({"params": params}, passed, stride, method="reconstruct")
     difference = jnp.abs(out - images)
     reconstruction = jnp.mean(weights[..., None] * (difference + difference**2)) / jnp.mean(weights)
-    commit = (
-        jnp.mean((vectors - jax.lax.stop_gradient(codes)) ** 2)
-        if quantize
-        else 0.0 * jnp.sum(codes)
-    )
+    commit = jnp.mean((vectors - jax.lax.stop_gradient(codes)) ** 2) * quantize
     percept = perceptual(out, images) if perceptual else jnp.zeros(())
     loss = reconstruction + commitment * commit + perceptual_weight * percept
-    metrics = {
-        "reconstruction": reconstruction,
-        "commitment": commit,
-        "perceptual": percept,
-        "vectors": vectors.reshape(-1, config.codebook_dim),
-        "ids": ids.reshape(-1),
-    }
-    return loss, metrics
+    count = jnp.float32(len(images))
+    parts = {"reconstruction": reconstruction, "commitment": commit, "perceptual": percept}
+    metrics = {name: Mean(part * count, count) for name, part in parts.items()}
+    assigned = Assigned(
+        jax.lax.stop_gradient(vectors).reshape(-1, config.codebook_dim), ids.reshape(-1)
+    )
+    return Mean(loss * count, count), metrics, assigned
 
 
 def update_codebook(
@@ -136,6 +168,36 @@ def revive_dead_codes(
     return codebook, CodebookStatistics(cluster_size, embed_avg)
 
 
+def codebook_revision(
+    *, decay: float = 0.99, begin: int = 0, revive_every: int = 0, last_revival: int = 0
+) -> Callable[[Params, Any, Any, Array, Array], tuple[Params, CodebookStatistics]]:
+    """What `train.make_step` does with the codebook after each gradient step, from step `begin`.
+
+    It moves by its average, and every `revive_every` steps (0: never) before `last_revival` dead
+    codes are moved onto vectors. `hvqvae_loss`'s `Assigned` is what it sees of the batch.
+    """
+
+    def revise(
+        params: Params, statistics: CodebookStatistics, assigned: Assigned, step: Array, key: Array
+    ) -> tuple[Params, CodebookStatistics]:
+        vectors, ids = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in assigned)
+        started = step >= begin
+
+        def revived(codebook: Array, statistics: CodebookStatistics) -> Any:
+            return revive_dead_codes(key, codebook, statistics, vectors)
+
+        moved = update_codebook(statistics, vectors, ids, decay=decay)
+        if revive_every:
+            due = (step % revive_every == 0) & (step < last_revival)
+            moved = jax.lax.cond(due, revived, lambda *same: same, *moved)
+        codebook, statistics = jax.tree.map(
+            lambda new, old: jnp.where(started, new, old), moved, (params["codebook"], statistics)
+        )
+        return params | {"codebook": codebook}, statistics
+
+    return revise
+
+
 def kmeans_plus_plus(rng: np.random.Generator, vectors: np.ndarray, num_codes: int) -> np.ndarray:
     """Start codes: each next one is drawn in proportion to its squared distance from those before.
     [n, d] → [k, d].
@@ -153,14 +215,14 @@ def kmeans_plus_plus(rng: np.random.Generator, vectors: np.ndarray, num_codes: i
 # -------------------------------------------------------------------------------- the transformers
 
 
-def _cross_entropy(logits: Array, labels: Array) -> Array:
-    """−log p of each label: logits float32 [..., v], labels int [...] → [...]."""
+def _cross_entropy(logits: Array, labels: Array, z_loss: float) -> tuple[Array, Array]:
+    """−log p of each label, and that with `z_loss` times the squared log normaliser, which keeps
+    logits from drifting: logits float32 [..., v], labels int [...] → two of [...].
+    """
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-
-def _mean(values: Array, mask: Array) -> Array:
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    losses = normaliser - chosen
+    return losses, losses + z_loss * normaliser**2
 
 
 def coglm_loss(
@@ -169,19 +231,33 @@ def coglm_loss(
     *,
     config: CogLMConfig,
     precision: Precision = Precision(),
-) -> tuple[Array, dict[str, Array]]:
-    """Mean −log p over the loss positions of a batch of pre-training samples, also split by
-    `LossKind`.
+    training: Training = Training(),
+    sharding: Sharding | None = None,
+    dropout_key: Array | None = None,
+    z_loss: float = 0.0,
+) -> tuple[Mean, Metrics]:
+    """−log p over the loss positions of a batch of pre-training samples, also split by `LossKind`
+    (without the z-loss).
     """
     tokens, positions, labels, mask, loss_mask, kinds = map(jnp.asarray, sample)
-    logits = coglm.apply(params, tokens, positions, mask, config=config, precision=precision)
-    losses = _cross_entropy(logits, labels)
+    logits = coglm.apply(
+        params,
+        tokens,
+        positions,
+        mask,
+        config=config,
+        precision=precision,
+        training=training,
+        sharding=sharding,
+        dropout_key=dropout_key,
+    )
+    losses, penalised = _cross_entropy(logits, labels, z_loss)
     by_kind = {
-        kind.name.lower(): _mean(losses, kinds == kind)
+        kind.name.lower(): weighted(losses, kinds == kind)
         for kind in LossKind
         if kind != LossKind.NONE
     }
-    return _mean(losses, loss_mask), by_kind
+    return weighted(penalised, loss_mask), by_kind
 
 
 def direct_sr_loss(
@@ -192,19 +268,26 @@ def direct_sr_loss(
     *,
     config: DirectSRConfig,
     precision: Precision = Precision(),
-) -> tuple[Array, dict[str, Array]]:
-    """Mean −log p of the fine tokens int [b, cells], each cell counted by `weights` float32 [b,
-    cells].
+    training: Training = Training(),
+    sharding: Sharding | None = None,
+    dropout_key: Array | None = None,
+    z_loss: float = 0.0,
+) -> tuple[Mean, Metrics]:
+    """−log p of the fine tokens int [b, cells], each cell counted by `weights` float32 [b,
+    cells]; "image" and "accuracy" count all cells alike.
     """
     logits = direct_sr.apply(
-        params, layout.tokens, layout.positions, layout.mask, config=config, precision=precision
+        params,
+        layout.tokens,
+        layout.positions,
+        layout.mask,
+        config=config,
+        precision=precision,
+        training=training,
+        sharding=sharding,
+        dropout_key=dropout_key,
     )
-    losses = _cross_entropy(logits, fine)
-    accuracy = jnp.mean(logits.argmax(axis=-1) == fine)
-    return jnp.sum(losses * weights) / jnp.sum(weights), {
-        "image": jnp.mean(losses),
-        "accuracy": accuracy,
-    }
+    return _image_losses(logits, fine, weights, jnp.ones(fine.shape, bool), z_loss)
 
 
 def iterative_sr_loss(
@@ -216,15 +299,32 @@ def iterative_sr_loss(
     *,
     config: IterativeSRConfig,
     precision: Precision = Precision(),
-) -> tuple[Array, dict[str, Array]]:
-    """Mean −log p of the masked cells (bool [b, cells]), weighted; fine tokens int [b, cells] are
-    the labels.
+    training: Training = Training(),
+    sharding: Sharding | None = None,
+    dropout_key: Array | None = None,
+    z_loss: float = 0.0,
+) -> tuple[Mean, Metrics]:
+    """−log p of the masked cells (bool [b, cells]), weighted; fine tokens int [b, cells] are
+    the labels. "image" and "accuracy" count all masked cells alike.
     """
     logits = iterative_sr.apply(
-        params, layout.tokens, layout.positions, layout.mask, config=config, precision=precision
+        params,
+        layout.tokens,
+        layout.positions,
+        layout.mask,
+        config=config,
+        precision=precision,
+        training=training,
+        sharding=sharding,
+        dropout_key=dropout_key,
     )
-    losses = _cross_entropy(logits, fine)
-    counted = jnp.where(masked, weights, 0.0)
-    right = logits.argmax(axis=-1) == fine
-    metrics = {"image": _mean(losses, masked), "accuracy": _mean(right, masked)}
-    return jnp.sum(losses * counted) / jnp.sum(counted), metrics
+    return _image_losses(logits, fine, weights, masked, z_loss)
+
+
+def _image_losses(
+    logits: Array, labels: Array, weights: Array, counted: Array, z_loss: float
+) -> tuple[Mean, Metrics]:
+    losses, penalised = _cross_entropy(logits, labels, z_loss)
+    right = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
+    metrics = {"image": weighted(losses, counted), "accuracy": weighted(right, counted)}
+    return weighted(penalised, jnp.where(counted, weights, 0.0)), metrics

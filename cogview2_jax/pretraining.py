@@ -82,13 +82,13 @@ def text_spans(records: np.ndarray, config: CogLMConfig) -> np.ndarray:
 
     Raises ValueError when a record is not as `record` makes it.
     """
-    _require_records(records, config)
-    is_pad = records[:, : config.text_slots + 1] == config.vocabulary.pad
+    width = _text_width(records, config)
+    is_pad = records[:, :width] == config.vocabulary.pad
     if not is_pad[:, -1].all() or is_pad[:, 0].any():
         row = int(np.argmin(is_pad[:, -1] & ~is_pad[:, 0]))
         raise ValueError(
-            f"records[{row}] must begin with a text and have a pad at {config.text_slots}:"
-            f" got ids {records[row, 0]} and {records[row, config.text_slots]}"
+            f"records[{row}] must begin with a text and have a pad at {width - 1}:"
+            f" got ids {records[row, 0]} and {records[row, width - 1]}"
         )
     slot = np.arange(is_pad.shape[1])
     first_end = is_pad.argmax(1)
@@ -104,9 +104,10 @@ def english_texts(records: np.ndarray, config: CogLMConfig, first_chinese: int) 
     """Whether each text of `records` is English, by the published rule: every id below
     `first_chinese`. [b, 2].
     """
-    spans, slot = text_spans(records, config), np.arange(config.text_slots + 1)
+    spans, width = text_spans(records, config), _text_width(records, config)
+    slot = np.arange(width)
     inside = (slot >= spans[..., :1]) & (slot < spans[..., 1:])
-    below = records[:, None, : config.text_slots + 1] < first_chinese
+    below = records[:, None, :width] < first_chinese
     return np.asarray((below | ~inside).all(-1))
 
 
@@ -122,7 +123,7 @@ def generation_samples(
     Every row sees the chosen text; `<start_of_image>` and the image are causal; the other text is
     seen by none. The loss is on all image tokens.
     """
-    spans, width = text_spans(records, config), config.text_slots + 1
+    spans, width = text_spans(records, config), _text_width(records, config)
     has_second = spans[:, 1, 1] > spans[:, 1, 0]
     chosen = (np.asarray(second, bool) & has_second).astype(int)
     begin, end = spans[np.arange(len(records)), chosen].T[..., None]
@@ -159,7 +160,7 @@ def captioning_samples(
     The published loss says nothing about where a text ends. With `predict_end`, the last token of
     each predicts a pad, so that a caption drawn from the model stops.
     """
-    spans, width = text_spans(records, config), config.text_slots + 1
+    spans, width = text_spans(records, config), _text_width(records, config)
     vocabulary, (rows, columns) = config.vocabulary, config.grid
     corners = np.asarray(corners)
     last = np.array([rows - patch_size, columns - patch_size])
@@ -294,7 +295,7 @@ def draw_patches(
     """
     rows, columns = (side - patch_size + to_border for side in config.grid)
     if num_patches is None:
-        num_patches = int(0.8 * config.num_image_tokens / patch_size**2)
+        num_patches = max(1, int(0.8 * config.num_image_tokens / patch_size**2))
     if rows < 1 or columns < 1 or not 0 < num_patches <= rows * columns:
         raise ValueError(
             f"num_patches must be 1 to {max(rows, 0) * max(columns, 0)} for patches of {patch_size}"
@@ -389,7 +390,14 @@ def _sample(
     )
 
 
-def _require_records(records: np.ndarray, config: CogLMConfig) -> None:
-    length = config.text_slots + 1 + config.num_image_tokens
-    if records.ndim != 2 or records.shape[1] != length:
-        raise ValueError(f"records must be [b, {length}]: got {list(records.shape)}")
+def _text_width(records: np.ndarray, config: CogLMConfig) -> int:
+    """Places of a record before its image, its last pad among them. Two texts may need more than
+    a prompt's `config.text_slots`; each has positions from 0.
+    """
+    width = records.shape[-1] - config.num_image_tokens
+    if records.ndim != 2 or width < 2:
+        raise ValueError(
+            f"records must be [b, text places + {config.num_image_tokens}]:"
+            f" got {list(records.shape)}"
+        )
+    return width

@@ -9,10 +9,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cogview2_jax.config import Precision, TransformerConfig
+from cogview2_jax.config import Precision, Training, TransformerConfig
+from cogview2_jax.sharding import Sharding, constrain
 
 Array = jax.Array
 _init = nn.initializers.normal(0.02)
+_REMAT_POLICIES = {
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "all": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def _layernorm(config: TransformerConfig, precision: Precision, name: str) -> nn.LayerNorm:
@@ -29,17 +34,23 @@ def _layernorm(config: TransformerConfig, precision: Precision, name: str) -> nn
 class MLP(nn.Module):
     config: TransformerConfig
     precision: Precision
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        def dense(name: str, features: int, axes: tuple[str, str]) -> nn.Dense:
+            return nn.Dense(
+                features,
+                dtype=self.precision.compute,
+                param_dtype=self.precision.params,
+                kernel_init=nn.with_logical_partitioning(_init, axes),
+                name=name,
+            )
+
         e, f = self.config.hidden_size, self.config.mlp_ratio * self.config.hidden_size
-        options = {
-            "dtype": self.precision.compute,
-            "param_dtype": self.precision.params,
-            "kernel_init": _init,
-        }
-        x = nn.gelu(nn.Dense(f, name="dense_h_to_4h", **options)(x), approximate=True)
-        return nn.Dense(e, name="dense_4h_to_h", **options)(x)
+        x = nn.gelu(dense("dense_h_to_4h", f, ("embed", "mlp"))(x), approximate=True)
+        x = constrain(self.sharding, x, "batch", None, "mlp")
+        return dense("dense_4h_to_h", e, ("mlp", "embed"))(x)
 
 
 class Block(nn.Module):
@@ -48,17 +59,24 @@ class Block(nn.Module):
     config: TransformerConfig
     precision: Precision
     attention: Callable[..., nn.Module]
+    training: Training = Training()
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(self, x: Array, context: Any, cache: Any) -> tuple[Array, Any]:
-        config, precision = self.config, self.precision
+        config, precision, sharding = self.config, self.precision, self.sharding
+        dropout = nn.Dropout(self.training.dropout, deterministic=not self.has_rng("dropout"))
         out = _layernorm(config, precision, "input_layernorm")(x)
-        attention = self.attention(config=config, precision=precision, name="attention")
+        attention = self.attention(
+            config=config, precision=precision, sharding=sharding, name="attention"
+        )
         out, cache = attention(out, context, cache)
-        x = x + _layernorm(config, precision, "third_layernorm")(out)
+        x = x + _layernorm(config, precision, "third_layernorm")(dropout(out))
+        x = constrain(sharding, x, "batch", None, None)
         out = _layernorm(config, precision, "post_attention_layernorm")(x)
-        out = MLP(config, precision, name="mlp")(out)
-        return x + _layernorm(config, precision, "fourth_layernorm")(out), cache
+        out = MLP(config, precision, sharding, name="mlp")(out)
+        x = x + _layernorm(config, precision, "fourth_layernorm")(dropout(out))
+        return constrain(sharding, x, "batch", None, None), cache
 
 
 class Transformer(nn.Module):
@@ -68,6 +86,9 @@ class Transformer(nn.Module):
         attention: makes the attention module of a layer, called with `config`, `precision` and
         `name`.
         position_tables: sizes of the position tables. Ids count through the first, then the second.
+        training: dropout, drawn only where the call is given a "dropout" key, and what is kept for
+        the backward pass.
+        sharding: the mesh that activations are laid out on.
     """
 
     config: TransformerConfig
@@ -75,27 +96,35 @@ class Transformer(nn.Module):
     vocabulary_size: int
     position_tables: tuple[int, ...]
     precision: Precision = Precision()
+    training: Training = Training()
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         e, dtype = self.config.hidden_size, self.precision.params
+        embeddings = nn.with_logical_partitioning(_init, (None, "packed_embed"))
         self.word_embeddings = self.param(
-            "word_embeddings", _init, (self.vocabulary_size, e), dtype
+            "word_embeddings", embeddings, (self.vocabulary_size, e), dtype
         )
         names = ("position_embeddings", "extra_position_embeddings")
         self.positions = [
             self.param(name, _init, (size, e), dtype)
             for name, size in zip(names, self.position_tables, strict=False)
         ]
+        policy = _REMAT_POLICIES.get(self.training.remat)
         scanned = nn.scan(
-            Block,
+            nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0),
             out_axes=0,
             length=self.config.num_layers,
             unroll=self.config.unroll,
+            metadata_params={nn.PARTITION_NAME: None},
         )
-        self.layers = scanned(self.config, self.precision, self.attention)
+        self.layers = scanned(
+            self.config, self.precision, self.attention, self.training, self.sharding
+        )
+        self.dropout = nn.Dropout(self.training.dropout)
         self.final_layernorm = _layernorm(self.config, self.precision, "final_layernorm")
 
     def __call__(
@@ -105,11 +134,17 @@ class Transformer(nn.Module):
         the cache.
         """
         table = jnp.concatenate(self.positions) if len(self.positions) > 1 else self.positions[0]
-        x = self.word_embeddings[tokens] + table[positions]
-        x, cache = self.layers(x.astype(self.precision.compute), context, cache)
+        words = constrain(self.sharding, self.word_embeddings, None, None)
+        x = words[tokens] + table[positions]
+        x = self.dropout(x, deterministic=not self.has_rng("dropout"))
+        x = constrain(self.sharding, x.astype(self.precision.compute), "batch", None, None)
+        x, cache = self.layers(x, context, cache)
         return self.final_layernorm(x), cache
 
     def logits(self, hidden: Array, start: int, stop: int) -> Array:
         """Hidden [..., e] → float32 logits [..., stop − start] of ids start…stop−1."""
-        embeddings = self.word_embeddings[start:stop].astype(hidden.dtype)
+        if hidden.ndim == 3:
+            hidden = constrain(self.sharding, hidden, "batch", "tokens", None)
+        words = constrain(self.sharding, self.word_embeddings, None, None)
+        embeddings = words[start:stop].astype(hidden.dtype)
         return jnp.einsum("...e,ve->...v", hidden, embeddings, preferred_element_type=jnp.float32)

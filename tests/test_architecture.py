@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # room may import rooms of the floors before its own, and itself.
 FLOORS = (
     ("config",),
-    ("tokenizer", "sequence", "sampling"),
+    ("sharding", "tokenizer", "sequence", "sampling"),
     ("attention",),
     ("transformer",),
     ("coglm", "direct_sr", "iterative_sr"),

@@ -21,7 +21,7 @@ def test_a_saved_bundle_loads_equal(tiny, tiny_folder):
     loaded = bundles.load(tiny_folder)
     for name in bundles._CONFIGS:
         assert getattr(loaded, name) == getattr(tiny, name)
-    for name in bundles._NETWORKS:
+    for name in bundles.NETWORKS:
         jax.tree.map(np.testing.assert_array_equal, getattr(loaded, name), getattr(tiny, name))
         assert {leaf.dtype for leaf in jax.tree.leaves(getattr(loaded, name))} == {
             np.dtype("float32")
@@ -37,6 +37,49 @@ def test_weights_are_float16_on_disk_and_readable_by_all(tiny_folder):
     assert labels.dtype == np.int32
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype("float16")}
     assert len({file.stat().st_mode for file in tiny_folder.iterdir()}) == 1
+
+
+def test_a_bundle_in_the_making_loads_what_it_has(tiny, tmp_path):
+    none = tiny._replace(
+        **{name: {} for name in bundles.NETWORKS}, cluster_labels=np.zeros(0, np.int32)
+    )
+    made, folder = none, tmp_path / "model"
+    for number, name in enumerate(bundles.NETWORKS):
+        bundles.save(folder, made)
+        there = bundles.NETWORKS[:number]
+        assert bundles.networks_in(folder) == there
+        assert (folder / bundles.WEIGHTS).exists() == bool(there)
+        loaded = bundles.load(folder, there)
+        for each in bundles.NETWORKS:
+            jax.tree.map(np.testing.assert_array_equal, getattr(loaded, each), getattr(made, each))
+        np.testing.assert_array_equal(loaded.cluster_labels, made.cluster_labels)
+        assert loaded.num_clusters == (tiny.num_clusters if there else 0)
+        with pytest.raises(
+            ValueError, match=f"lacks {name}.*`{bundles.TRAINED_BY[name]}`"
+        ) as caught:
+            bundles.load(folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+        made = made._replace(**{name: getattr(tiny, name)}, cluster_labels=tiny.cluster_labels)
+    bundles.save(folder, made)
+    assert bundles.networks_in(folder) == bundles.NETWORKS
+    bundles.load(folder)
+
+
+def test_labels_and_tokenizer_are_saved_together(tiny, tmp_path):
+    with pytest.raises(ValueError, match="lacks tensor 'cluster_labels'"):
+        bundles.save(tmp_path / "model", tiny._replace(cluster_labels=np.zeros(0, np.int32)))
+
+
+def test_half_a_network_is_refused_whatever_is_asked_for(tiny, tmp_path):
+    bundles.save(tmp_path / "model", tiny)
+    edit_weights(lambda tensors: tensors.pop(EMBEDDINGS))(tmp_path / "model")
+    with pytest.raises(ValueError, match=f"lacks tensor '{EMBEDDINGS}'"):
+        bundles.load(tmp_path / "model", ("tokenizer",))
+
+
+def test_an_unknown_network_is_refused(tiny_folder):
+    with pytest.raises(ValueError, match="networks must be of .*: got 'direct-sr'"):
+        bundles.load(tiny_folder, ("direct-sr",))
 
 
 def edit_config(change: Callable[[dict], object]) -> Damage:
@@ -70,7 +113,10 @@ CODEBOOK, EMBEDDINGS = "tokenizer/codebook", "coglm/word_embeddings"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "no config": (lambda f: (f / bundles.CONFIG).unlink(), "no file config.json"),
     "no text model": (lambda f: (f / bundles.TEXT_MODEL).unlink(), "no file text.model"),
-    "no weights": (lambda f: (f / bundles.WEIGHTS).unlink(), "no file weights.safetensors"),
+    "no weights": (
+        lambda f: (f / bundles.WEIGHTS).unlink(),
+        "lacks tokenizer, coglm, direct, iterative (no file weights.safetensors)",
+    ),
     "not JSON": (lambda f: (f / bundles.CONFIG).write_text("{"), "config.json is damaged"),
     "not UTF-8": (lambda f: (f / bundles.CONFIG).write_bytes(b"\xff"), "config.json is damaged"),
     "another JSON": (lambda f: (f / bundles.CONFIG).write_text("[]"), "not the configuration"),

@@ -209,7 +209,7 @@ def test_predict_end_adds_a_pad_label_after_each_text_and_nothing_else():
         (lambda: pretraining.record([TEXT], IMAGE[1:], SMALL), "image must have 24 tokens: got 23"),
         (lambda: pretraining.record([TEXT], IMAGE + 40, SMALL), "image must hold ids from 0 to 49"),
         (lambda: read(np.full((1, 34), 53)), r"records\[0\] must begin with"),
-        (lambda: read(np.zeros((1, 9))), r"records must be \[b, 34\]: got"),
+        (lambda: read(np.zeros((1, 9))), r"records must be \[b, text places \+ 24\]: got"),
         (lambda: patches(4), "num_patches must be 1 to 0 for patches of 4 in grid .4, 6.: got 1"),
         (lambda: patches(2, 9), "num_patches must be 1 to 8 for patches of 2"),
         (lambda: corners([[[3, 0]]]), r"corners must be \[b, patches, 2\] within \(2, 4\)"),

@@ -32,7 +32,7 @@ def test_snippets_run(snippet, tmp_path, monkeypatch):
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 8
 
 
 def test_what_the_readme_runs_exists():

@@ -76,12 +76,16 @@ def tokens(
     process_index: int = 0,
     process_count: int = 1,
     epochs: int | None = None,
+    held_out: float = 0.0,
+    validation: bool = False,
 ) -> Any:
     """Batches of token records: a `grain.MapDataset` of int32 [batch_size / process_count, length].
 
     `batch_size` is the global one. Each of `epochs` (None: without end) has its own order; rows
     that do not fill the last batch are left out. Columns are those of `Records(folder).
-    manifest.layout`. Raises ValueError for a batch that the processes cannot share, and as
+    manifest.layout`. The last share `held_out` of the records is for `validation` alone, where it
+    comes once and in order: records of one input lie together, so at most one input is on both
+    sides. Raises ValueError for a batch that the processes cannot share, and as
     `Records` does.
     """
     records = Records(folder)
@@ -92,8 +96,25 @@ def tokens(
     def row(content: bytes) -> np.ndarray:
         return np.frombuffer(content, "<i4").astype(np.int32)
 
-    dataset = _shuffled(records, seed, epochs).map(row)
-    return _batches(dataset, batch_size, process_index, process_count)
+    part = _part(records, seed, epochs, held_out, validation)
+    return _batches(part.map(row), batch_size, process_index, process_count)
+
+
+def num_training(records: Records, held_out: float) -> int:
+    """How many of the records, from the first, are not held out. Raises ValueError for none."""
+    kept = len(records) - round(held_out * len(records))
+    if not 0 <= held_out < 1 or not kept:
+        raise ValueError(f"held_out must leave records of {len(records)}: got {held_out}")
+    return kept
+
+
+def record_numbers(
+    folder: Path, batch_size: int, step: int, *, seed: int = 0, held_out: float = 0.0
+) -> list[int]:
+    """Which records make the global batch of a step, as `Records(folder)` numbers them."""
+    kept = num_training(Records(folder), held_out)
+    batches = _batches(_shuffled(range(kept), seed, None), batch_size, 0, 1)
+    return [int(number) for number in batches[step]]
 
 
 def pictures(
@@ -107,6 +128,8 @@ def pictures(
     epochs: int | None = None,
     smallest: int | None = None,
     flip: bool = True,
+    held_out: float = 0.0,
+    validation: bool = False,
 ) -> Any:
     """Batches of crops to train an image tokenizer with: a `grain.MapDataset` of uint8
     [batch_size / process_count, side, side, 3].
@@ -124,8 +147,8 @@ def pictures(
     def crop(content: bytes, rng: np.random.Generator) -> np.ndarray:
         return random_crop(open_picture(content), side, rng, smallest or side, flip)
 
-    dataset = _shuffled(records, seed, epochs).random_map(crop)
-    return _batches(dataset, batch_size, process_index, process_count)
+    part = _part(records, seed, epochs, held_out, validation)
+    return _batches(part.random_map(crop), batch_size, process_index, process_count)
 
 
 def random_crop(
@@ -144,7 +167,34 @@ def random_crop(
     return np.ascontiguousarray(made[:, ::-1]) if flip and rng.random() < 0.5 else made
 
 
-def _shuffled(records: Records, seed: int, epochs: int | None) -> Any:
+class _Slice:
+    """Some of the records, by number."""
+
+    def __init__(self, records: Records, numbers: range) -> None:
+        self._records, self._numbers = records, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._records[self._numbers[index]]
+
+
+def _part(
+    records: Records, seed: int, epochs: int | None, held_out: float, validation: bool
+) -> Any:
+    kept = num_training(records, held_out)
+    if not validation:
+        return _shuffled(_Slice(records, range(kept)), seed, epochs)
+    import grain
+
+    unseen = _Slice(records, range(kept, len(records)))
+    if not len(unseen):
+        raise ValueError(f"held_out keeps none of {len(records)} records: got {held_out}")
+    return grain.MapDataset.source(unseen).seed(seed)
+
+
+def _shuffled(records: Any, seed: int, epochs: int | None) -> Any:
     import grain
 
     return grain.MapDataset.source(records).seed(seed).shuffle().repeat(epochs)
@@ -159,7 +209,10 @@ def _batches(dataset: Any, batch_size: int, process_index: int, process_count: i
     # Batches of what one process holds, and of these every n-th: rows stay in global order.
     whole = dataset[: len(dataset) // batch_size * batch_size]
     if not len(whole):
-        raise ValueError(f"batch_size must be at most the number of records: got {batch_size}")
+        raise ValueError(
+            f"batch_size must be at most the {len(dataset)} records that there are to read or are"
+            f" held out: got {batch_size}"
+        )
     return whole.batch(batch_size // process_count)[process_index::process_count]
 
 

@@ -332,10 +332,10 @@ def check_hvqvae(golden: Golden) -> Iterator[Outcome]:
         features = HVQVAE(config).apply({"params": params}, images, method="features")
         made = {}
         for stride, ids in recorded.items():
-            _, parts = objectives.hvqvae_loss(params, images, everywhere, stride, config=config)
+            _, parts, _ = objectives.hvqvae_loss(params, images, everywhere, stride, config=config)
             made[stride] = (
                 image_tokenizer.encode(params, images, stride, config=config),
-                parts["commitment"],
+                parts["commitment"].value,
                 image_tokenizer.decode(params, ids, stride, config=config),
             )
         return features[0], made

@@ -13,7 +13,7 @@ import optax
 from flax import serialization
 from scipy.cluster.vq import kmeans2
 
-from cogview2_jax import objectives, train
+from cogview2_jax import fit, objectives, train
 from cogview2_jax.data import scenes
 from cogview2_jax.tokenizer import image
 from cogview2_jax.tokenizer.hvqvae import HVQVAE
@@ -60,7 +60,7 @@ def _optimizer(cycles: tuple[int, ...]) -> optax.GradientTransformation:
     return train.muon_with_adamw(*schedules, weight_decay=0.0)
 
 
-def _loss(params: Any, data: Any, stride: int, percept: Any, quantize: bool) -> Any:
+def _loss(params: Any, data: Any, stride: int, percept: Any, quantize: Any) -> Any:
     images, weights = data
     return objectives.hvqvae_loss(
         params,
@@ -78,26 +78,18 @@ def _loss(params: Any, data: Any, stride: int, percept: Any, quantize: bool) -> 
 def _make_step(optimizer: optax.GradientTransformation, percept: Any) -> Any:
     """The step of the stride in use: gradient on the networks, moving average on the codebook."""
 
-    @functools.partial(jax.jit, static_argnames=("quantize", "revive"), donate_argnums=0)
-    def step_fn(state: train.TrainState, data: Any, *, quantize: bool, revive: bool) -> Any:
-        def loss_fn(params: Any) -> Any:
-            return _loss(params, data, MAIN_STRIDE, percept, quantize)
+    def loss_fn(params: Any, data: Any, key: Any) -> Any:
+        (*pictures, quantize) = data
+        return _loss(params, pictures, MAIN_STRIDE, percept, quantize.any())
 
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        vectors, ids = metrics.pop("vectors"), metrics.pop("ids")
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        codebook, statistics = state.params["codebook"], state.extra
-        if quantize:
-            codebook, statistics = objectives.update_codebook(statistics, vectors, ids, decay=0.97)
-        if revive:
-            key = jax.random.fold_in(jax.random.key(3), state.step)
-            codebook, statistics = objectives.revive_dead_codes(key, codebook, statistics, vectors)
-        params = params | {"codebook": codebook}
-        metrics |= {"loss": loss, "used": jnp.mean(statistics.cluster_size > 0.02)}
-        return train.TrainState(params, opt_state, statistics, state.step + 1), metrics
-
-    return step_fn
+    return train.make_step(
+        loss_fn,
+        optimizer,
+        seed=3,
+        revise=objectives.codebook_revision(
+            decay=0.97, begin=PLACE_AT, revive_every=REVIVE_EVERY, last_revival=LAST_REVIVAL
+        ),
+    )
 
 
 def _place_codebook(state: train.TrainState, rng: np.random.Generator) -> train.TrainState:
@@ -140,19 +132,20 @@ def run(directory: Path, cycles: tuple[int, ...] = CYCLES) -> Any:
     params = jax.jit(lambda key: image.init_params(key, TOKENIZER))(jax.random.key(11))
     main, others = _split(params)
     optimizer = _optimizer(cycles)
-    state = train.init_state(main, optimizer, objectives.init_statistics(main["codebook"]))
+    statistics = objectives.init_statistics(main["codebook"])
+    state = train.init_state(main, optimizer, extra=statistics)
     step = _make_step(optimizer, percept)
 
     def step_fn(state: train.TrainState, data: Any) -> Any:
-        number = int(state.step)
-        if number == PLACE_AT:
+        if int(state.step) == PLACE_AT:
             state = _place_codebook(state, np.random.default_rng(5))
-        quantize = number >= PLACE_AT
-        revive = quantize and number % REVIVE_EVERY == 0 and number < LAST_REVIVAL
-        return step(state, data, quantize=quantize, revive=revive)
+        return step(state, data)
 
-    state = train.fit(
-        state, step_fn, batch, num_steps=sum(cycles), directory=directory, name="tokenizer"
+    def batches(number: int) -> Any:
+        return *batch(number), np.full(WHOLE + CROPS, number >= PLACE_AT)
+
+    state = fit.fit(
+        state, step_fn, batches, num_steps=sum(cycles), folder=directory, name="tokenizer"
     )
     return state.params | others
 
@@ -168,19 +161,20 @@ def run_other_strides(params: Any, directory: Path, num_steps: int = 300) -> Any
     fixed = {name: tree for name, tree in params.items() if name not in names}
 
     def loss_fn(trained: Any, data: Any, key: Any) -> Any:
-        losses, metrics = {}, {}
+        total, metrics = jnp.zeros(()), {}
         for stride in strides:
-            losses[stride], parts = _loss(trained | fixed, data, stride, percept, quantize=True)
+            loss, parts, _ = _loss(trained | fixed, data, stride, percept, quantize=True)
+            total += loss.total
             metrics[f"reconstruction_{stride}"] = parts["reconstruction"]
-        return sum(losses.values(), jnp.zeros(())), metrics
+        return objectives.Mean(total, loss.weight), metrics, ()
 
     optimizer = _optimizer((num_steps,))
-    state = train.fit(
+    state = fit.fit(
         train.init_state(trained, optimizer),
         train.make_step(loss_fn, optimizer),
         lambda step: batch(step, seed=303),
         num_steps=num_steps,
-        directory=directory / "other_strides",
+        folder=directory / "other_strides",
         name="strides 4 and 16",
     )
     return params | state.params

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cogview2_jax import (
     coglm,
     direct_sr,
+    fit,
     iterative_sr,
     objectives,
     pipeline,
@@ -94,8 +95,8 @@ def _fit(
     optimizer = train.muon_with_adamw(*schedules)
     state = train.init_state(params, optimizer)
     step = train.make_step(loss_fn, optimizer)
-    state = train.fit(
-        state, step, batches, num_steps=sum(cycles), directory=directory, name=name, save_every=100
+    state = fit.fit(
+        state, step, batches, num_steps=sum(cycles), folder=directory, name=name, save_every=100
     )
     return state.params
 
@@ -154,7 +155,7 @@ def run_coglm(
         )
 
     def loss_fn(params: Any, sample: pretraining.TrainingSample, key: Any) -> Any:
-        return objectives.coglm_loss(params, sample, config=config)
+        return *objectives.coglm_loss(params, sample, config=config), ()
 
     return _fit(
         jax.jit(lambda key: coglm.init_params(key, config))(jax.random.key(21)),
@@ -199,7 +200,7 @@ def run_direct_sr(
     def loss_fn(params: Any, data: Any, key: Any) -> Any:
         text, is_text, fine, weights, coarse = data
         layout = sequence.direct_super_resolution(text, is_text, coarse, config)
-        return objectives.direct_sr_loss(params, layout, fine, weights, config=config)
+        return *objectives.direct_sr_loss(params, layout, fine, weights, config=config), ()
 
     return _fit(
         direct_sr.from_coglm(coglm_params, config),
@@ -291,7 +292,8 @@ def run_iterative_sr(
         layout = sequence.iterative_super_resolution(
             text, is_text, jax.numpy.where(masked, start, shown), config
         )
-        return objectives.iterative_sr_loss(params, layout, fine, masked, weights, config=config)
+        loss = objectives.iterative_sr_loss(params, layout, fine, masked, weights, config=config)
+        return *loss, ()
 
     return _fit(
         iterative_sr.from_coglm(coglm_params, coglm_config, config),

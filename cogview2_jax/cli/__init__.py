@@ -1,0 +1,61 @@
+"""The command line: `cogview2 generate`, `caption`, `infill`, `info`, `data prepare`, `train`.
+
+Every mistake of the user's ends in one line on stderr and exit code 2, before anything is computed
+or written. Files appear complete or not at all. Heavy modules are imported where they are needed,
+so that help and refusals come at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from cogview2_jax import __version__
+from cogview2_jax.cli import data, model, pictures, train
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exits with 0, 2 after a mistake of the user's, 130 when interrupted."""
+    try:
+        code = cli.main(args=arguments, prog_name="cogview2", standalone_mode=False)
+    except click.ClickException as error:
+        click.echo(f"cogview2: {' '.join(error.format_message().split())}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("cogview2: interrupted", err=True)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(
+    invoke_without_command=True,
+    epilog="""\b
+Examples:
+  cogview2 generate "a red circle above a striped blue square"
+  cogview2 generate --seed 7 --num-images 8 --out birds "蓝色条纹正方形上方的红色圆"
+  cogview2 caption pictures/*.png
+  cogview2 info
+  cogview2 data prepare photos/captions.jsonl --out records
+  cogview2 train coglm records --steps 200 --out run
+""",
+)
+@click.version_option(__version__, prog_name="cogview2")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Text to pictures with CogView2, on any device that jax runs on.
+
+    Programs are compiled on first use and kept in ~/.cache/cogview2_jax (set XDG_CACHE_HOME or
+    JAX_COMPILATION_CACHE_DIR to keep them elsewhere), so the second run starts faster.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+cli.add_command(pictures.generate)
+cli.add_command(pictures.caption_command)
+cli.add_command(pictures.infill_command)
+cli.add_command(model.info)
+cli.add_command(data.data_group)
+cli.add_command(train.train_group)

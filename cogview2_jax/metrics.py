@@ -1,0 +1,118 @@
+"""Figures and pictures of a training run: JSON lines, TensorBoard, and the rate to compare with."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from cogview2_jax.config import CogLMConfig, DirectSRConfig, IterativeSRConfig, TransformerConfig
+
+
+class Log:
+    """`metrics.jsonl`, a line for each call, and TensorBoard event files in `folder`; pictures
+    also as PNG in `folder/samples`.
+
+    After a restart the lines of steps past `start` are dropped: those steps are taken again.
+    """
+
+    def __init__(self, folder: Path, start: int = 0) -> None:
+        from tensorboardX import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._samples = folder / "samples"
+        file = folder / "metrics.jsonl"
+        if file.exists():
+            kept = [line for line in file.read_bytes().splitlines() if _step_of(line) <= start]
+            partial = file.with_suffix(".partial")
+            partial.write_bytes(b"".join(line + b"\n" for line in kept))
+            partial.replace(file)
+        self._file = file.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def figures(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, pixels: np.ndarray) -> Path:
+        """`pixels` uint8 [y, x, 3]. Returns the file."""
+        self._samples.mkdir(exist_ok=True)
+        file = self._samples / f"step_{step:08d}.png"
+        Image.fromarray(pixels).save(file)
+        self._board.add_image("samples", pixels, step, dataformats="HWC")
+        return file
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics; infinite for one that a kill cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def matrix_rate(dtype: Any = jnp.float32) -> float:
+    """FLOP/s of a large matrix product on one device: the best of a few, measured now."""
+    side = 1024 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((side, side), dtype)
+    multiply = jax.jit(lambda a: a @ a)
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        multiply(a).block_until_ready()
+        times.append(time.perf_counter() - begin)
+    return 2 * side**3 / min(times)
+
+
+def flops_per_sample(config: CogLMConfig | DirectSRConfig | IterativeSRConfig) -> float:
+    """FLOPs of the matrix products of one training sample, forward and backward (three times the
+    forward pass; what rematerialisation repeats is not counted).
+
+    Pairs of query and key count where a network computes their score: all pairs of a dense
+    attention, the window's of a local one.
+    """
+    if isinstance(config, CogLMConfig):
+        length = config.text_slots + 1 + config.num_image_tokens
+        forward = _stack(config.transformer, length, pairs=length**2)
+        logits = length * config.vocabulary.size * config.transformer.hidden_size
+    elif isinstance(config, DirectSRConfig):
+        sizes, fine = config.coglm.transformer, config.num_image_tokens
+        windows = config.window[0] * config.window[1]
+        windows += config.cross_window[0] * config.cross_window[1]
+        pairs = config.num_prefix**2 + fine * windows
+        forward = _stack(sizes, config.num_prefix + fine, pairs)
+        logits = fine * config.coglm.vocabulary.num_image * sizes.hidden_size
+    else:
+        sizes, fine = config.transformer, config.num_image_tokens
+        seen = config.text_slots + config.window[0] * config.window[1]
+        forward = _stack(sizes, config.text_slots + fine, config.text_slots**2 + fine * seen)
+        logits = fine * config.vocabulary.num_image * sizes.hidden_size
+    return 3 * (forward + 2.0 * logits)
+
+
+def _stack(sizes: TransformerConfig, length: int, pairs: int) -> float:
+    """Forward FLOPs of all layers: four e×e and two e×f matrices a token, and two products a
+    pair.
+    """
+    e = sizes.hidden_size
+    weights = 4 * e * e + 2 * e * sizes.mlp_ratio * e
+    return 2.0 * sizes.num_layers * (length * weights + 2 * pairs * e)

@@ -1,0 +1,174 @@
+"""Trains a tiny network 20 steps on one device and on meshes of 8 virtual ones, and compares.
+
+python tests/mesh_runs.py coglm|direct|iterative
+"""
+
+import functools
+import sys
+import unittest.mock
+from typing import Any
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from cogview2_jax import attention, coglm, direct_sr, fit, iterative_sr, objectives, sequence, train  # noqa: E402
+from cogview2_jax.config import (  # noqa: E402
+    CogLMConfig,
+    DirectSRConfig,
+    IterativeSRConfig,
+    Training,
+    TransformerConfig,
+    Vocabulary,
+)
+from cogview2_jax.pretraining import TrainingSample  # noqa: E402
+from cogview2_jax.sharding import Sharding, make_mesh  # noqa: E402
+
+STEPS, BATCH = 20, 16
+SIZES = TransformerConfig(num_layers=2, hidden_size=64, num_heads=8)
+VOCABULARY = Vocabulary(num_image=16, size=25, pad=19, unknown=16)
+BASE = CogLMConfig(SIZES, VOCABULARY, (4, 4), max_text=7, num_positions=32, image_position=16)
+DIRECT = DirectSRConfig(BASE, ratio=3, text_slots=6)
+ITERATIVE = IterativeSRConfig(SIZES, VOCABULARY, (12, 12), text_slots=6, num_positions=16)
+TRAINING = Training(dropout=0.1, remat="products")
+# (data, fsdp, tensor), and parts that a batch is cut into.
+MESHES = [((8, 1, 1), 1), ((1, 8, 1), 1), ((1, 1, 8), 2), ((2, 2, 2), 1), ((1, 4, 2), 2)]
+
+
+def coglm_batch(rng: np.random.Generator) -> Any:
+    shape = (BATCH, 24)
+    tokens = rng.integers(16, size=shape).astype(np.int32)
+    positions = np.broadcast_to(np.arange(24, dtype=np.int32), shape).copy()
+    mask = np.broadcast_to(np.tril(np.ones((24, 24), bool)), (BATCH, 24, 24)).copy()
+    kinds = rng.integers(6, size=shape).astype(np.int8)
+    return TrainingSample(tokens, positions, np.roll(tokens, -1, 1), mask, kinds > 0, kinds)
+
+
+def fine_batch(rng: np.random.Generator) -> Any:
+    texts = [rng.integers(20, 22, size=rng.integers(1, 7)).tolist() for _ in range(BATCH)]
+    text, is_text = sequence.left_padded(texts, 6, VOCABULARY)
+    fine = rng.integers(16, size=(BATCH, 144)).astype(np.int32)
+    coarse = rng.integers(16, size=(BATCH, 16)).astype(np.int32)
+    return text, is_text, coarse, fine, rng.random((BATCH, 144)) < 0.5
+
+
+def loss_of(network: str, sharding: Sharding | None) -> Any:
+    def loss(params: Any, batch: Any, key: Any) -> Any:
+        options = {"training": TRAINING, "sharding": sharding, "dropout_key": key}
+        if network == "coglm":
+            return *objectives.coglm_loss(params, batch, config=BASE, z_loss=1e-3, **options), ()
+        text, is_text, coarse, fine, masked = batch
+        ones = jnp.ones(fine.shape)
+        if network == "direct":
+            layout = sequence.direct_super_resolution(text, is_text, coarse, DIRECT)
+            found = objectives.direct_sr_loss(params, layout, fine, ones, config=DIRECT, **options)
+        else:
+            shown = jnp.where(masked, VOCABULARY.start_of_image, fine)
+            layout = sequence.iterative_super_resolution(text, is_text, shown, ITERATIVE)
+            found = objectives.iterative_sr_loss(
+                params, layout, fine, masked, ones, config=ITERATIVE, **options
+            )
+        return *found, ()
+
+    return loss
+
+
+NETWORKS = {
+    "coglm": (coglm, BASE, coglm_batch),
+    "direct": (direct_sr, DIRECT, fine_batch),
+    "iterative": (iterative_sr, ITERATIVE, fine_batch),
+}
+
+
+def run(network: str, sharding: Sharding | None, accumulate: int) -> tuple[Any, list[float]]:
+    module, config, batch_of = NETWORKS[network]
+    # An epsilon well above rounding: Adam's first steps are signs of the gradient, and where that
+    # is zero but for rounding, two runs would step apart by the whole rate.
+    schedule = train.warmup_cosine(1e-3, STEPS, 4)
+    optimizer = train.adamw(schedule, eps=1e-4)
+    init = functools.partial(module.init_params, config=config)
+    axes = module.parameter_axes(config)
+    params = train.init_params(init, jax.random.key(0), axes, sharding)
+    state = train.init_state(params, optimizer, average=True, sharding=sharding)
+    if sharding is not None:
+        expected = sharding.of_tree(params, axes)
+        check_layout(state, expected, sharding)
+    layout = train.layout_of(state)
+    step = train.make_step(
+        loss_of(network, sharding),
+        optimizer,
+        accumulate=accumulate,
+        average=0.9,
+        sharding=sharding,
+        layout=layout,
+    )
+    losses = []
+    for number in range(STEPS):
+        batch = batch_of(np.random.default_rng((3, number)))
+        batch = batch if sharding is None else fit.lay_out(batch, sharding)
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    if sharding is not None:
+        check_layout(state, expected, sharding)
+    assert step._cache_size() == 1, "compiled more than once"
+    return jax.device_get(state), losses
+
+
+def check_layout(state: train.TrainState, expected: Any, sharding: Sharding) -> None:
+    moments = state.opt_state[1][0]
+    for tree in (state.params, moments.mu, moments.nu, state.average):
+        jax.tree.map(_lies_so, tree, expected)
+    table = state.params["word_embeddings"]
+    held = table.addressable_shards[0].data.size
+    assert held * sharding.parts("packed_embed") == table.size
+
+
+def _lies_so(leaf: Any, expected: Any) -> None:
+    assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), (leaf.shape, leaf.sharding)
+
+
+def main(network: str) -> None:
+    alone = {parts: run(network, None, parts) for parts in {parts for _, parts in MESHES}}
+    for sizes, parts in MESHES:
+        state, losses = run(network, Sharding(make_mesh(*sizes)), parts)
+        expected, expected_losses = alone[parts]
+        np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-5, err_msg=str(sizes))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
+            state.params,
+            expected.params,
+        )
+        print(sizes, parts, "follows; last loss", losses[-1])
+
+
+def logits() -> None:
+    interpreted = functools.partial(
+        attention.local_attention_2d_with_lse, implementation="pallas_triton_interpret"
+    )
+    for network in ("direct", "iterative"):
+        module, config, batch_of = NETWORKS[network]
+        params = jax.jit(functools.partial(module.init_params, config=config))(jax.random.key(0))
+        batch = batch_of(np.random.default_rng(3))
+        expected = gradient(network, params, batch, None)
+        sharding = Sharding(make_mesh(2, 2, 2))
+        laid = jax.device_put(params, sharding.of_tree(params, module.parameter_axes(config)))
+        with unittest.mock.patch.object(attention, "local_attention_2d_with_lse", interpreted):
+            found = gradient(network, laid, fit.lay_out(batch, sharding), sharding)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+        )
+        print(network, "on the kernels and a mesh: loss", float(found[0]))
+
+
+def gradient(network: str, params: Any, batch: Any, sharding: Sharding | None) -> Any:
+    def mean(params: Any, batch: Any) -> Any:
+        return loss_of(network, sharding)(params, batch, None)[0].value
+
+    return jax.device_get(jax.jit(jax.value_and_grad(mean))(params, batch))
+
+
+if __name__ == "__main__":
+    logits() if sys.argv[1] == "logits" else main(sys.argv[1])

@@ -1,0 +1,183 @@
+"""Every network's training from prepared records: it learns, and its batches are what they say."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from cogview2_jax import bundle as bundles
+from cogview2_jax import direct_sr, recipes, sequence
+from cogview2_jax.config import CogLMConfig
+from cogview2_jax.data import batches, prepare, reading, sources
+from cogview2_jax.data.batches import Mix, Rows
+from cogview2_jax.data.manifest import Layout
+from cogview2_jax.recipes import Options
+
+NUMBER = 24
+FEW = Options(num_steps=4, batch_size=4, held_out=0.25)
+
+
+@pytest.fixture(scope="module")
+def records(tiny, tmp_path_factory):
+    """Two sizes: 32 and 96 pixels, as the tiny model's grids."""
+    folder = tmp_path_factory.mktemp("data") / "records"
+    layout = Layout.of(tiny.coglm_config, 8, 96)
+    prepare.prepare_tokens(
+        sources.Scenes(NUMBER),
+        folder,
+        dataclasses.replace(layout, text_slots=80),
+        tiny.text_model,
+        tiny.tokenizer,
+        tiny.tokenizer_config,
+        allow_unknown=True,
+        apart=True,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    prepare.prepare_pictures(sources.Scenes(NUMBER), folder)
+    return folder
+
+
+NO_TEXT = Mix(text_ratio=0.0, patch_size=2)  # the records are longer than the tiny model's text
+TASKS = {
+    "coglm": lambda b, r, p, o, **k: recipes.coglm_task(b, r, o, mix=NO_TEXT, **k),
+    "direct": lambda b, r, p, o, **k: recipes.direct_sr_task(b, r, o, **k),
+    "iterative": lambda b, r, p, o, **k: recipes.iterative_sr_task(b, r, o, **k),
+    "tokenizer": lambda b, r, p, o, **k: recipes.tokenizer_task(b, p, o, side=32, **k),
+}
+
+
+@pytest.mark.parametrize(
+    "network",
+    ["coglm", *(pytest.param(name, marks=pytest.mark.slow) for name in TASKS if name != "coglm")],
+)
+def test_it_trains_from_nothing_and_goes_on(network, tiny, records, pictures, tmp_path):
+    options = dataclasses.replace(FEW, learning_rate=3e-3, average=0.5)
+    made = TASKS[network](tiny, records, pictures, options, start="nothing")
+    params = recipes.run(made, options, tmp_path, save_every=2, log_every=2)
+    like = getattr(tiny, network)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, like)
+    longer = dataclasses.replace(options, num_steps=6)
+    again = TASKS[network](tiny, records, pictures, longer, start="nothing")
+    recipes.run(again, longer, tmp_path, save_every=2, log_every=2)
+    steps = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert "6" in steps
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "validation_loss" in text and "NaN" not in text
+    with pytest.raises(ValueError, match="was begun with options.learning_rate 0.003"):
+        recipes.run(again, dataclasses.replace(longer, learning_rate=1.0), tmp_path)
+
+
+@pytest.mark.parametrize("network", ["direct", "iterative"])
+def test_super_resolution_starts_from_coglm(network, tiny, records):
+    task = TASKS[network](tiny, records, None, FEW, start="coglm")
+    np.testing.assert_array_equal(task.params["word_embeddings"], tiny.coglm["word_embeddings"])
+    with pytest.raises(ValueError, match="start 'coglm' needs parameters that the model does not"):
+        TASKS[network](tiny._replace(coglm={}), records, None, FEW, start="coglm")
+
+
+def test_a_frozen_base_stays(tiny, records, tmp_path):
+    options = dataclasses.replace(FEW, num_steps=2, held_out=0.0)
+    task = recipes.direct_sr_task(tiny, records, options, start="coglm", freeze_base=True)
+    params = recipes.run(task, options, tmp_path)
+    before = direct_sr.from_coglm(tiny.coglm, tiny.direct_config)
+    new = direct_sr.added_parameters(before)
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), params, before)
+    frozen = jax.tree.map(lambda is_new, moved: not is_new and moved, new, changed)
+    assert not any(jax.tree.leaves(frozen))
+    assert changed["extra_position_embeddings"]
+    assert changed["layers"]["attention"]["qkv_plus"]["query_key_value"]["kernel"]
+
+
+def rows_of(records, parts, tiny):
+    """The rows of a batch of 8, of each of `parts` processes, with the generator they share."""
+    made = []
+    for part in range(parts):
+        dataset = reading.tokens(records, 8, process_index=part, process_count=parts)
+        made.append(Rows(dataset[2], part * 8 // parts, 8))
+    return made
+
+
+@pytest.mark.parametrize("network", ["coglm", "direct", "iterative"])
+def test_batches_do_not_depend_on_the_number_of_processes(network, tiny, records):
+    source = reading.Records(records)
+    layout = source.manifest.layout
+    config: CogLMConfig = tiny.coglm_config
+    roomy = dataclasses.replace(config, num_positions=128)
+
+    def sample(rows):
+        rng = np.random.default_rng(7)
+        if network == "coglm":
+            mix = Mix(text_ratio=0.4, patch_size=2)
+            first = source.manifest.settings["first_chinese"]
+            return batches.coglm(rng, rows, source, NUMBER, roomy, first, mix)
+        if network == "direct":
+            return batches.direct_sr(rng, rows, layout, tiny.direct_config)
+        return batches.iterative_sr(rng, rows, layout, config, tiny.iterative_config)
+
+    (whole,) = (sample(rows) for rows in rows_of(records, 1, tiny))
+    parts = [sample(rows) for rows in rows_of(records, 4, tiny)]
+    for name, one in whole._asdict().items():
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(one, joined, err_msg=name)
+
+
+def test_masks_of_iterative_sr_are_those_of_the_rounds(tiny, records):
+    layout = reading.Records(records).manifest.layout
+    (rows,) = rows_of(records, 1, tiny)
+    config = tiny.iterative_config
+    made = batches.iterative_sr(np.random.default_rng(0), rows, layout, tiny.coglm_config, config)
+    rounds = sequence.lopar_schedule(config).reset
+    for masked, weights in zip(made.masked, made.weights, strict=True):
+        number = int(np.flatnonzero((rounds == masked).all(axis=1))[0])
+        stays = sequence.lopar_order(config).reshape(-1) == number + 1
+        np.testing.assert_array_equal(weights, np.where(stays, 2, 1))
+
+
+def test_unfit_records_are_refused_with_what_to_prepare(tiny, records, pictures):
+    larger = dataclasses.replace(tiny.coglm_config, grid=(3, 3))
+    with pytest.raises(ValueError, match="first size has 16 tokens .* --size 24"):
+        batches.require_layout(reading.Records(records).manifest.layout, larger)
+    coarse = dataclasses.replace(reading.Records(records).manifest.layout, sizes=(32,))
+    with pytest.raises(ValueError, match="no picture of 144 tokens: .* --size 32 --size 96"):
+        batches.require_layout(coarse, tiny.coglm_config, 144)
+    with pytest.raises(ValueError, match="holds pictures, not tokens"):
+        recipes.coglm_task(tiny, pictures, FEW)
+    with pytest.raises(ValueError, match="text_ratio must be 0 for records of 97 tokens"):
+        recipes.coglm_task(tiny, records, FEW)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1: got 0"),
+        ({"accumulate": 3}, "accumulate must divide batch_size 16: got 3"),
+        ({"held_out": 1.0}, "held_out must be from 0 to below 1: got 1.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0: got 0.0"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, muon: got 'sgd'"),
+    ],
+)
+def test_options_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**changes)
+
+
+def test_held_out_records_are_never_trained_on(records):
+    source = reading.Records(records)
+    kept = reading.num_training(source, 0.25)
+    rows = {source[i]: i for i in range(len(source))}
+    train = reading.tokens(records, 4, held_out=0.25, epochs=1)
+    unseen = reading.tokens(records, 4, held_out=0.25, validation=True)
+    numbers = [[rows[row.astype("<i4").tobytes()] for row in batch] for batch in train]
+    assert max(map(max, numbers)) < kept
+    assert numbers[2] == reading.record_numbers(records, 4, 2, held_out=0.25)
+    assert [rows[row.astype("<i4").tobytes()] for row in unseen[0]] == list(range(kept, kept + 4))
+
+
+def test_the_bundle_that_ships_is_what_the_commands_start_from():
+    assert bundles.networks_in() == bundles.NETWORKS

@@ -1,0 +1,62 @@
+"""Where arrays lie: the rules, and that a training on a mesh is that on one device."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cogview2_jax.sharding import Sharding, constrain, make_mesh
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def one() -> Sharding:
+    return Sharding(make_mesh(devices=jax.devices()[:1]))
+
+
+def test_names_become_axes_of_the_mesh(one):
+    spec = one.spec("batch", None, "heads", "packed_embed")
+    assert tuple(spec) == (("data", "fsdp"), None, "tensor", ("fsdp", "tensor"))
+
+
+def test_unknown_names_are_refused(one):
+    with pytest.raises(ValueError, match="axis 'head' has no rule"):
+        one.spec("head")
+    with pytest.raises(ValueError, match="rule 'batch' needs mesh axis 'pod'"):
+        Sharding(one.mesh, (("batch", ("pod",)),))
+    with pytest.raises(ValueError, match=r"axes must be one for each of \(2, 3\)"):
+        one.constrain(np.zeros((2, 3)), "batch")
+
+
+def test_a_mesh_has_all_devices():
+    with pytest.raises(ValueError, match="must be the number of devices, 1: got 2 × 1 × 1"):
+        make_mesh(2, devices=jax.devices()[:1])
+
+
+def test_without_a_sharding_nothing_happens():
+    x = np.zeros(3)
+    assert constrain(None, x, "no such axis") is x
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["coglm", "direct", "iterative", "logits"])
+def test_a_mesh_follows_one_device(run):
+    """20 steps on 8 virtual devices, cut in every way, and the kernels on a mesh: see
+    `mesh_runs.py`.
+    """
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "mesh_runs.py"), run],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rematerialization" not in done.stderr
