@@ -102,23 +102,20 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
     not writable.
     """
     path = Path(path).absolute()
+    made_with = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     configs: dict[str, Any] = {name: getattr(bundle, name) for name in _CONFIGS}
-    _check_description(Description(**configs, made_with={}), path)
+    description = Description(**configs, made_with=made_with | {"cogview2_jax": __version__})
+    _check_description(description, path)
     _check_text_model(bundle.text_model, bundle.coglm_config, path)
     tensors = _tensors(bundle)
     _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, bundle, path)
-    content = {
-        "format": FORMAT,
-        "made_with": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
-        | {"cogview2_jax": __version__},
-    } | {name: dataclasses.asdict(config) for name, config in configs.items()}
 
     # Beside the target, so that the last step is a rename within one file system.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
     try:
         partial.mkdir(parents=True)
-        (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        (partial / CONFIG).write_text(json.dumps(to_json(description), indent=2) + "\n", "utf-8")
         (partial / TEXT_MODEL).write_bytes(bundle.text_model.serialized_model_proto())
         if tensors:
             save_file(tensors, partial / WEIGHTS)
@@ -230,12 +227,15 @@ def read_description(folder: Path) -> Description:
         raise ValueError(f"{file} is damaged (not JSON: {_one_line(error)}): {_ADVICE}") from error
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{file} is not the configuration of a bundle: {_ADVICE}")
-    if content["format"] != FORMAT:
-        raise ValueError(
-            f"{file} has format {content['format']!r}, this version reads {FORMAT}:"
-            " use the version of cogview2_jax that it was made with"
-        )
     return parse_description(content, file)
+
+
+def to_json(description: Description) -> dict[str, Any]:
+    """The content of config.json, which `parse_description` reads."""
+    configs = {name: dataclasses.asdict(getattr(description, name)) for name in _CONFIGS}
+    content = {"format": FORMAT, "made_with": description.made_with, **configs}
+    as_read: dict[str, Any] = json.loads(json.dumps(content))  # lists, not tuples
+    return as_read
 
 
 def parse_description(content: Mapping[str, Any], file: Path, advice: str = _ADVICE) -> Description:
@@ -244,6 +244,11 @@ def parse_description(content: Mapping[str, Any], file: Path, advice: str = _ADV
     Raises ValueError, in one line, for fields too many, too few, of another type or that do not go
     together.
     """
+    if content["format"] != FORMAT:
+        raise ValueError(
+            f"{file} has format {content['format']!r}, this version reads {FORMAT}:"
+            " use the version of cogview2_jax that it was made with"
+        )
     try:
         _require_keys(content, {"format", "made_with", *_CONFIGS}, "the file")
         types = typing.get_type_hints(Description)
@@ -251,7 +256,7 @@ def parse_description(content: Mapping[str, Any], file: Path, advice: str = _ADV
         made_with = content["made_with"]
         if not isinstance(made_with, dict):
             raise ValueError("made_with must be an object")
-    except ValueError as error:
+    except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{file} is unfit ({_one_line(error)}): {advice}") from error
     description = Description(**configs, made_with=made_with)
     _check_description(description, file)

@@ -1,4 +1,4 @@
-"""The command line: `cogview2 generate`, `caption`, `infill`, `info`, `data prepare`, `train`.
+"""The command line: `cogview2 generate`, `caption`, `infill`, `init`, `info`, `data`, `train`.
 
 Every mistake of the user's ends in one line on stderr and exit code 2, before anything is computed
 or written. Files appear complete or not at all. Heavy modules are imported where they are needed,
@@ -37,6 +37,7 @@ Examples:
   cogview2 generate --seed 7 --num-images 8 --out birds "蓝色条纹正方形上方的红色圆"
   cogview2 caption pictures/*.png
   cogview2 info
+  cogview2 init --out model
   cogview2 data prepare photos/captions.jsonl --out records
   cogview2 train coglm records --steps 200 --out run
 """,
@@ -56,6 +57,7 @@ def cli(context: click.Context) -> None:
 cli.add_command(pictures.generate)
 cli.add_command(pictures.caption_command)
 cli.add_command(pictures.infill_command)
+cli.add_command(model.init)
 cli.add_command(model.info)
 cli.add_command(data.data_group)
 cli.add_command(train.train_group)

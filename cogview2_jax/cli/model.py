@@ -1,19 +1,229 @@
-"""`cogview2 info`: what a model is made of."""
+"""`cogview2 init` and `info`: a model before it is trained, and what a model is made of."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cogview2_jax.cli import common
 
 if TYPE_CHECKING:
+    import sentencepiece as spm
+
     from cogview2_jax.bundle import Bundle, Description
+
+# --- init -----------------------------------------------------------------------------------------
+
+
+@click.command(
+    epilog="""\b
+A configuration is JSON with any of the fields of a bundle's config.json; they replace the preset's:
+  {"coglm_config": {"transformer": {"num_layers": 12}}, "sampling": {"candidates": 1}}
+Vocabularies follow from the text model and the codebook's size, so leave them out.
+
+\b
+Examples:
+  cogview2 init --out model
+  cogview2 init --captions photos/captions.jsonl --pieces 8000 --config sizes.json --out model
+  cogview2 init --preset published --text-model ice_text.model --out published
+"""
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Folder of the new model, which must not exist.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(("scenes", "published")),
+    default="scenes",
+    show_default=True,
+    help="Sizes of the networks: those of the model that ships, or the published ones.",
+)
+@click.option(
+    "--config",
+    "changes",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Fields that replace the preset's, as JSON.",
+)
+@click.option(
+    "--text-model",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A SentencePiece model; default: that of the model that ships.",
+)
+@click.option(
+    "--captions",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Make a text model of these captions: .txt with one a line, or a captions file (.jsonl,"
+    " .tsv). Each word is a piece, and others are unknown.",
+)
+@click.option(
+    "--caption-field",
+    "caption_fields",
+    multiple=True,
+    metavar="NAME",
+    help='A caption\'s field in the captions file, once or several times. Default: "caption".',
+)
+@click.option(
+    "--pieces",
+    type=click.IntRange(8, 10**6),
+    metavar="N",
+    help="At most N pieces: frequent words, and parts to spell all others with.",
+)
+def init(
+    out: Path,
+    preset: str,
+    changes: Path | None,
+    text_model: Path | None,
+    captions: Path | None,
+    caption_fields: tuple[str, ...],
+    pieces: int | None,
+) -> None:
+    """Make a model without weights, to train from zero.
+
+    `cogview2 train` then makes its networks, one after the other.
+    """
+    if captions and text_model:
+        raise click.UsageError("give --text-model or --captions, not both")
+    if (pieces or caption_fields) and not captions:
+        raise click.UsageError("--pieces and --caption-field go with --captions")
+    if out.exists() or out.is_symlink():
+        raise click.ClickException(f"{out} exists: give a new folder")
+    common.check_writable(out)
+    from cogview2_jax import bundle as bundles
+    from cogview2_jax.tokenizer import text
+
+    with common.refusing():
+        content = _preset(preset)
+        if changes:
+            content = _changed(content, _read_changes(changes), str(changes))
+        if captions:
+            sentences, left_out = _sentences(captions, caption_fields or ("caption",))
+            if pieces:
+                made = text.train_subword_model(sentences, pieces)
+            else:
+                made = text.train_text_model(sentences)
+            model, origin = text.load_text_model(made), f"of {len(sentences)} captions"
+            if left_out:
+                origin += f", {left_out} lines left out"
+        elif text_model:
+            model, origin = text.load_text_model(text_model), f"as in {text_model}"
+        else:
+            shipped = bundles.locate()
+            model = bundles.read_text_model(shipped, bundles.read_description(shipped))
+            origin = "as in the model that ships"
+        _set_vocabulary(content, model)
+        advice = "its fields are those of the config.json of a bundle"
+        description = bundles.parse_description(content, changes or Path(preset), advice)
+        try:
+            counts = parameter_counts(description)
+        except Exception as error:  # sizes that no network can have end in any error of jax or flax
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(
+                f"{changes or preset}: no networks of these sizes: {reason}"
+            ) from error
+        bundles.save(out, bundles.untrained(description, model))
+    click.echo(f"{out}: a model to be trained")
+    for name, number in counts.items():
+        click.echo(f"{name:12s}{number:,} parameters: {bundles.TRAINED_BY[name]}")
+    click.echo(f"{'text model':12s}{model.vocab_size():,} pieces, {origin}")
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """The content of config.json, without vocabularies."""
+    from cogview2_jax import bundle as bundles
+    from cogview2_jax import config as configs
+
+    if name == "published":
+        description = bundles.Description(
+            configs.CogLMConfig(),
+            configs.DirectSRConfig(),
+            configs.IterativeSRConfig(),
+            configs.HVQVAEConfig(),
+            configs.Sampling(),
+            made_with={},
+        )
+    else:
+        description = bundles.read_description(bundles.locate())
+    content = bundles.to_json(description)
+    for part in _with_vocabulary(content):
+        del part["vocabulary"]
+    return content
+
+
+def _with_vocabulary(content: dict[str, Any]) -> list[dict[str, Any]]:
+    coglm, direct = content["coglm_config"], content["direct_config"]
+    return [coglm, direct["coglm"], content["iterative_config"]]
+
+
+def _set_vocabulary(content: dict[str, Any], model: spm.SentencePieceProcessor) -> None:
+    """Fill in the vocabularies. One that is there stays, to be checked with the rest."""
+    from cogview2_jax.tokenizer import text
+
+    size = content["tokenizer_config"]["codebook_size"]
+    if not isinstance(size, int):
+        raise ValueError(f"tokenizer_config.codebook_size must be int: got {size!r}")
+    vocabulary = dataclasses.asdict(text.vocabulary_for(model, size))
+    for part in _with_vocabulary(content):
+        part.setdefault("vocabulary", vocabulary)
+
+
+def _read_changes(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def _changed(old: Any, new: Any, where: str) -> Any:
+    """`old` with the fields of `new` in their places, also within objects."""
+    if not isinstance(old, dict):
+        return new
+    if not isinstance(new, dict):
+        raise ValueError(f"{where} must be an object: got {new!r}")
+    changed = {
+        name: _changed(old.get(name), value, f"{where}: {name}") for name, value in new.items()
+    }
+    return old | changed
+
+
+def _sentences(file: Path, fields: tuple[str, ...]) -> tuple[list[str], int]:
+    """The captions of a file, and how many of its lines could not be read."""
+    from cogview2_jax.data import sources
+
+    if file.suffix not in (".jsonl", ".tsv"):
+        try:
+            lines = file.read_text("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text") from error
+        return [line for line in lines if line.strip()], 0
+    source = sources.CaptionsFile(file, fields=fields)
+    sentences: list[str] = []
+    left_out = 0
+    for index in range(len(source)):
+        try:
+            sets = source.captions(index)
+        except sources.Refused:
+            left_out += 1
+        else:
+            # A text that goes with each of a list is there once.
+            sentences += dict.fromkeys(words for one in sets for words in one.values())
+    return sentences, left_out
+
+
+# --- info -----------------------------------------------------------------------------------------
 
 
 @click.command(

@@ -147,11 +147,18 @@ class CaptionsFile:
             if not isinstance(picture, str) or not picture:
                 raise Refused("malformed line", f"no path of a picture in {self._image_field!r}")
             where += f": {picture}"
-            captions = caption_sets({field: row.get(field) for field in self._fields})
+            captions = self._captions_of(row)
             return Input(where, read_picture(self._images / picture), captions)
         except Refused as refused:
             refused.name = where
             raise
+
+    def captions(self, index: int) -> tuple[Captions, ...]:
+        """The captions of an input, without its picture. Raises Refused."""
+        return self._captions_of(self._row(self._line(index)))
+
+    def _captions_of(self, row: Mapping[str, Any]) -> tuple[Captions, ...]:
+        return caption_sets({field: row.get(field) for field in self._fields})
 
     def _line(self, index: int) -> str:
         start, end = self._starts[index], self._starts[index + 1]

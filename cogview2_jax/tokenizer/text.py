@@ -6,6 +6,7 @@ Pure functions round a `SentencePieceProcessor`. They read the published `ice_te
 sentences such as Scenes.
 """
 
+import io
 import math
 import re
 from collections import Counter
@@ -149,7 +150,7 @@ def discourage(
     return load_text_model(proto.SerializeToString())
 
 
-# --- Models of a closed set of sentences ----------------------------------------------------------
+# --- Making models --------------------------------------------------------------------------------
 
 
 def train_text_model(
@@ -198,6 +199,51 @@ def train_text_model(
     total = sum(counts.values())
     for piece in sorted(counts, key=lambda piece: (_group(piece), -counts[piece], piece)):
         proto.pieces.add(piece=piece, score=math.log(counts[piece] / total))
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def train_subword_model(sentences: Iterable[str], pieces: int) -> bytes:
+    """A SentencePiece unigram model of at most `pieces` pieces, as file content, for open text.
+
+    Frequent words are pieces, and others are spelt of parts, down to the characters of the
+    sentences, of which only rare ones are unknown. Normalisation, the first four ids and the order
+    of the rest are those of `train_text_model`, so that English lies below Chinese. The same input
+    gives the same bytes. Needs protobuf. Raises ValueError, in one line, when `sentences` have no
+    word and when `pieces` are too few for their characters.
+    """
+    normalizer = _normalizer("")
+    normalised = (str(normalizer.normalize(sentence)) for sentence in sentences)
+    plain = [words for words in (each.replace(MARK, " ").strip() for each in normalised) if words]
+    if not plain:
+        raise ValueError("sentences must have at least one word: got none")
+    content = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(plain),
+            model_writer=content,
+            model_type="unigram",
+            vocab_size=pieces,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            pad_piece=PAD,
+            num_threads=1,  # sums of several threads differ from run to run
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        # "INTERNAL: file(line) [condition] reason"; without a reason, no sentence could be used.
+        reason = " ".join(str(error).split()).rpartition("]")[2].strip()
+        reason = reason or "the sentences are too short or too long"
+        raise ValueError(f"no text model of {pieces} pieces can be made: {reason}") from error
+    proto = _model_proto().FromString(content.getvalue())
+    proto.normalizer_spec.ParseFromString(normalizer.serialized_normalizer_spec())
+    special, rest = list(proto.pieces[:4]), list(proto.pieces[4:])
+    rest.sort(key=lambda piece: (_group(piece.piece), -piece.score, piece.piece))
+    del proto.pieces[:]
+    proto.pieces.extend(special + rest)
     return bytes(proto.SerializeToString(deterministic=True))
 
 

@@ -16,6 +16,7 @@ COMMANDS = [
     ("generate",),
     ("caption",),
     ("infill",),
+    ("init",),
     ("info",),
     ("data",),
     ("data", "prepare"),

@@ -218,3 +218,30 @@ def test_nothing_to_learn_from_is_refused():
 
 def test_chinese_is_told_by_its_characters():
     assert text.is_chinese("a 圆") and not text.is_chinese("a circle，。")
+
+
+OPEN = ("Two dogs run in the park, 3.5 km away!", "两只狗在公园里跑。", "the dog naps")
+
+
+def test_a_subword_model_spells_what_it_has_not_seen():
+    content = text.train_subword_model(OPEN * 5, 60)
+    assert content == text.train_subword_model(OPEN * 5, 60)
+    model = text.load_text_model(content)
+    assert model.vocab_size() <= 60
+    assert [model.id_to_piece(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<pad>"]
+    text.vocabulary_for(model, 10)
+    for sentence in (*OPEN, "ＴＨＥ park naps", "公园"):
+        ids = text.encode(model, sentence, 100)
+        english = max(ids) < text.first_chinese(model, 100)
+        assert english != text.is_chinese(sentence)
+    assert text.decode(model, text.encode(model, OPEN[0], 100), 100) == OPEN[0].lower()
+
+
+@pytest.mark.parametrize(
+    ("sentences", "pieces", "message"),
+    [((" ",), 60, "at least one word"), (OPEN, 12, "of 12 pieces can be made: Vocabulary size")],
+)
+def test_a_subword_model_that_cannot_be_is_refused(sentences, pieces, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        text.train_subword_model(sentences, pieces)
+    assert "\n" not in str(caught.value)
