@@ -63,7 +63,10 @@ Examples:
 )
 @click.option("--split", default="train", show_default=True, help="Of a tfds data set or scenes.")
 @click.option(
-    "--count", type=click.IntRange(1), metavar="N", help="The first N inputs; scenes need it."
+    "--count",
+    type=click.IntRange(1, 10**12),
+    metavar="N",
+    help="The first N inputs; scenes need it.",
 )
 @click.option(
     "--images",
@@ -95,7 +98,7 @@ Examples:
 @click.option(
     "--size",
     "sizes",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 10**5),
     multiple=True,
     metavar="PIXELS",
     help="Side of the picture that is made into tokens; may be repeated, ascending, for"
@@ -103,7 +106,7 @@ Examples:
 )
 @click.option(
     "--stride",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 10**5),
     default=8,
     show_default=True,
     metavar="PIXELS",
@@ -111,7 +114,7 @@ Examples:
 )
 @click.option(
     "--text-slots",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 10**6),
     metavar="N",
     help="Places for text in a record, without the pad at its end. Default: the base model's;"
     " published: 111.",
@@ -132,7 +135,7 @@ Examples:
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 10**9),
     default=64,
     show_default=True,
     metavar="N",
@@ -140,7 +143,7 @@ Examples:
 )
 @click.option(
     "--shard-size",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 10**9),
     default=4096,
     show_default=True,
     metavar="N",

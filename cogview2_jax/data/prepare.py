@@ -97,9 +97,9 @@ def prepare_tokens(
     refused, with the texts that share its record. Shards are of `shard_size` inputs each.
 
     `workers` threads read and decode; `progress` is called with numbers of inputs as they are done,
-    first with those done before. Raises ValueError when the folder was begun with other settings,
-    OSError (one line) when something cannot be written; the same call then goes on where this one
-    stopped.
+    first with those done before. Raises ValueError when the folder was begun with other settings
+    and, before it is begun, when a batch does not fit the memory, OSError (one line) when something
+    cannot be written; the same call then goes on where this one stopped.
     """
     settings = {
         "source": source.fingerprint,
@@ -112,6 +112,8 @@ def prepare_tokens(
         "apart": apart,
     }
     manifest = Manifest(manifests.TOKENS, len(source), shard_size, layout, settings)
+    for size in layout.sizes:
+        _require_memory(tokenizer, tokenizer_config, batch_size, size, layout.stride)
 
     def read(item: Input) -> tuple[Any, list[tuple[str, Refused]]]:
         rows, refused = [], []
@@ -188,6 +190,34 @@ def _split(captions: tuple[Captions, ...], apart: bool) -> Iterator[Captions]:
             yield from ({field: words} for field, words in one_set.items())
         else:
             yield one_set
+
+
+def _require_memory(
+    tokenizer: Any, config: HVQVAEConfig, batch_size: int, size: int, stride: int
+) -> None:
+    """Raises ValueError when tokens of `batch_size` pictures of `size` pixels take more memory than
+    there is. Compiles the program, which is then at hand.
+    """
+    pictures = jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8)
+    batch = f"a batch of {batch_size} pictures of {size} pixels"
+    try:
+        program = to_tokens.lower(tokenizer, pictures, stride=stride, config=config).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(f"{batch} does not fit the memory: make batches smaller") from error
+    parts = program.memory_analysis()
+    if parts is None:  # a device that does not say
+        return
+    needed = parts.temp_size_in_bytes + parts.argument_size_in_bytes + parts.output_size_in_bytes
+    # On a CPU the device has no memory of its own, and says nothing.
+    of_device = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    there = of_device or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ValueError(
+            f"{batch} needs {needed / 1e9:.0f} GB of memory, and there are {there / 1e9:.0f}:"
+            " make batches smaller"
+        )
 
 
 def _text_row(
