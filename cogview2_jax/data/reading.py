@@ -83,38 +83,53 @@ def tokens(
 
     `batch_size` is the global one. Each of `epochs` (None: without end) has its own order; rows
     that do not fill the last batch are left out. Columns are those of `Records(folder).
-    manifest.layout`. The last share `held_out` of the records is for `validation` alone, where it
-    comes once and in order: records of one input lie together, so at most one input is on both
-    sides. Raises ValueError for a batch that the processes cannot share, and as
-    `Records` does.
+    manifest.layout`.
+
+    The last `held_out` (a share of 0 to 1) of the records is kept for validation and is in no
+    batch; with `validation`, the batches are of it alone. Records in a row that show the same
+    picture are never split between the two, so the part held out may be some records larger.
+
+    Raises ValueError for a batch that the processes cannot share or the part cannot fill and for a
+    part that is empty, and as `Records` does.
     """
     records = Records(folder)
-    layout = records.manifest.layout
-    if layout is None:
+    if records.manifest.layout is None:
         raise ValueError(f"{folder} holds pictures, not tokens")
 
-    def row(content: bytes) -> np.ndarray:
-        return np.frombuffer(content, "<i4").astype(np.int32)
+    def row(number: int) -> np.ndarray:
+        return np.frombuffer(records[number], "<i4").astype(np.int32)
 
-    part = _part(records, seed, epochs, held_out, validation)
-    return _batches(part.map(row), batch_size, process_index, process_count)
+    part = _part(records, held_out, validation)
+    dataset = _shuffled(part, seed, epochs).map(row)
+    return _batches(dataset, batch_size, process_index, process_count)
 
 
 def num_training(records: Records, held_out: float) -> int:
-    """How many of the records, from the first, are not held out. Raises ValueError for none."""
-    kept = len(records) - round(held_out * len(records))
-    if not 0 <= held_out < 1 or not kept:
-        raise ValueError(f"held_out must leave records of {len(records)}: got {held_out}")
-    return kept
+    """How many records, from the first, are not held out. Raises ValueError for none."""
+    return len(_part(records, held_out, validation=False))
 
 
 def record_numbers(
-    folder: Path, batch_size: int, step: int, *, seed: int = 0, held_out: float = 0.0
-) -> list[int]:
-    """Which records make the global batch of a step, as `Records(folder)` numbers them."""
-    kept = num_training(Records(folder), held_out)
-    batches = _batches(_shuffled(range(kept), seed, None), batch_size, 0, 1)
-    return [int(number) for number in batches[step]]
+    folder: Path,
+    batch_size: int,
+    step: int,
+    *,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    epochs: int | None = None,
+    held_out: float = 0.0,
+    validation: bool = False,
+) -> np.ndarray:
+    """The numbers in `Records(folder)` of the records of batch `step`: int [batch_size /
+    process_count].
+
+    With the arguments that `tokens` or `pictures` was given, the rows of their batches in order,
+    to name the records that a run has met.
+    """
+    dataset = _shuffled(_part(Records(folder), held_out, validation), seed, epochs)
+    numbers: np.ndarray = _batches(dataset, batch_size, process_index, process_count)[step]
+    return numbers
 
 
 def pictures(
@@ -144,11 +159,12 @@ def pictures(
     if side < 1 or (smallest is not None and smallest < 1):
         raise ValueError(f"side and smallest must be at least 1: got {side} and {smallest}")
 
-    def crop(content: bytes, rng: np.random.Generator) -> np.ndarray:
-        return random_crop(open_picture(content), side, rng, smallest or side, flip)
+    def crop(number: int, rng: np.random.Generator) -> np.ndarray:
+        return random_crop(open_picture(records[number]), side, rng, smallest or side, flip)
 
-    part = _part(records, seed, epochs, held_out, validation)
-    return _batches(part.random_map(crop), batch_size, process_index, process_count)
+    part = _part(records, held_out, validation)
+    dataset = _shuffled(part, seed, epochs).random_map(crop)
+    return _batches(dataset, batch_size, process_index, process_count)
 
 
 def random_crop(
@@ -167,37 +183,32 @@ def random_crop(
     return np.ascontiguousarray(made[:, ::-1]) if flip and rng.random() < 0.5 else made
 
 
-class _Slice:
-    """Some of the records, by number."""
+def _part(records: Records, held_out: float, validation: bool) -> range:
+    """The numbers of the records that are trained with, or of those that are held out."""
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must be at least 0 and below 1: got {held_out}")
+    layout, total = records.manifest.layout, len(records)
+    start_of_picture = 4 * (layout.text_slots + 1) if layout else 0
 
-    def __init__(self, records: Records, numbers: range) -> None:
-        self._records, self._numbers = records, numbers
+    def picture(number: int) -> bytes:
+        return records[number][start_of_picture:]
 
-    def __len__(self) -> int:
-        return len(self._numbers)
+    cut = total - round(held_out * total)
+    # The records of an input lie together. So do, often, inputs that name the same picture.
+    while 0 < cut < total and picture(cut - 1) == picture(cut):
+        cut -= 1
+    part = range(cut, total) if validation else range(cut)
+    if not part:
+        name = "for validation" if validation else "to train with"
+        raise ValueError(f"no records {name}: held_out is {held_out} of {total} records")
+    return part
 
-    def __getitem__(self, index: int) -> bytes:
-        return self._records[self._numbers[index]]
 
-
-def _part(
-    records: Records, seed: int, epochs: int | None, held_out: float, validation: bool
-) -> Any:
-    kept = num_training(records, held_out)
-    if not validation:
-        return _shuffled(_Slice(records, range(kept)), seed, epochs)
+def _shuffled(part: range, seed: int, epochs: int | None) -> Any:
+    """Record numbers of `part`, each epoch in an order of its own."""
     import grain
 
-    unseen = _Slice(records, range(kept, len(records)))
-    if not len(unseen):
-        raise ValueError(f"held_out keeps none of {len(records)} records: got {held_out}")
-    return grain.MapDataset.source(unseen).seed(seed)
-
-
-def _shuffled(records: Any, seed: int, epochs: int | None) -> Any:
-    import grain
-
-    return grain.MapDataset.source(records).seed(seed).shuffle().repeat(epochs)
+    return grain.MapDataset.source(part).seed(seed).shuffle().repeat(epochs)
 
 
 def _batches(dataset: Any, batch_size: int, process_index: int, process_count: int) -> Any:
@@ -210,8 +221,7 @@ def _batches(dataset: Any, batch_size: int, process_index: int, process_count: i
     whole = dataset[: len(dataset) // batch_size * batch_size]
     if not len(whole):
         raise ValueError(
-            f"batch_size must be at most the {len(dataset)} records that there are to read or are"
-            f" held out: got {batch_size}"
+            f"batch_size must be at most the number of records, {len(dataset)}: got {batch_size}"
         )
     return whole.batch(batch_size // process_count)[process_index::process_count]
 

@@ -93,6 +93,86 @@ def test_it_resumes_exactly(folder):
         np.testing.assert_array_equal(dataset[step], batch)
 
 
+def epoch(folder, **options):
+    batches = reading.tokens(folder, 1, epochs=1, **options)
+    return [numbers(batches[step])[0] for step in range(len(batches))]
+
+
+def test_what_is_held_out_is_in_no_training_batch(folder):
+    training = epoch(folder, seed=1, held_out=0.2)
+    validation = epoch(folder, seed=1, held_out=0.2, validation=True)
+    assert sorted(training) == list(range(30)) and sorted(validation) == list(range(30, RECORDS))
+    assert sorted(epoch(folder)) == list(range(RECORDS))
+    assert training != sorted(training)
+
+
+def test_records_of_one_picture_are_not_split(tmp_path):
+    """Ten pictures with three captions each, as `--apart` and lists of captions make them."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    layout = Layout(3, 8, (16,))
+    manifest = Manifest(manifests.TOKENS, 10, 10, layout, {})
+    manifests.begin(tmp_path, manifest)
+    writer = ArrayRecordWriter(str(manifest.shard_file(tmp_path, 0)), "group_size:1")
+    for number in range(30):
+        row = np.append(np.arange(4) + 100 * number, np.arange(4) + number // 3)
+        writer.write(row.astype("<i4").tobytes())
+    writer.close()
+    for share, first in ((0.1, 27), (0.13, 24), (0.17, 24), (0.19, 24), (0.21, 24), (0.23, 21)):
+        training = epoch(tmp_path, held_out=share)
+        validation = epoch(tmp_path, held_out=share, validation=True)
+        assert (sorted(training), sorted(validation)) == (
+            list(range(first)),
+            list(range(first, 30)),
+        )
+    with pytest.raises(ValueError, match="no records to train with: held_out is 0.95 of 30"):
+        reading.tokens(tmp_path, 1, held_out=0.95)
+    with pytest.raises(ValueError, match="no records for validation: held_out is 0.01 of 30"):
+        reading.tokens(tmp_path, 1, held_out=0.01, validation=True)
+    with pytest.raises(ValueError, match="at least 0 and below 1: got 1"):
+        reading.tokens(tmp_path, 1, held_out=1)
+
+
+def test_pictures_are_held_out_too(pictures):
+    part = reading.pictures(pictures, 2, 16, held_out=0.4, validation=True, epochs=1)
+    assert len(part) == 1  # two of six
+    assert len(reading.pictures(pictures, 2, 16, held_out=0.4, epochs=1)) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": 1},
+        {"process_index": 1, "process_count": 2, "epochs": 2},
+        {"held_out": 0.3, "seed": 2},
+        {"held_out": 0.5, "validation": True},
+    ],
+)
+def test_the_records_of_a_step_can_be_named(folder, options):
+    dataset = reading.tokens(folder, 4, **options)
+    for step in (0, 3, 7):
+        named = reading.record_numbers(folder, 4, step, **options)
+        assert named.tolist() == numbers(dataset[step])
+
+
+def test_the_pictures_of_a_step_can_be_named(pictures):
+    records = reading.Records(pictures)
+    crops = reading.pictures(pictures, 3, 8, seed=4, flip=False, smallest=48)
+    for step in (0, 5):
+        for number, crop in zip(
+            reading.record_numbers(pictures, 3, step, seed=4), crops[step], strict=True
+        ):
+            whole = sources.open_picture(records[number])
+            # All of the shorter side: only the place across is left to chance.
+            assert any(
+                (
+                    np.asarray(whole.resize((8, 8), Image.Resampling.BOX, (x, 0, x + 48, 48)))
+                    == crop
+                ).all()
+                for x in range(13)
+            )
+
+
 def test_crops_and_flips_are_a_function_of_seed_and_place(pictures):
     one = reading.pictures(pictures, 4, 16, seed=5)
     assert one[0].shape == (4, 16, 16, 3) and one[0].dtype == np.uint8
@@ -124,7 +204,7 @@ def test_mistakes_are_one_line(folder, pictures, tmp_path):
         reading.tokens(folder, 9, process_count=2)
     with pytest.raises(ValueError, match="shared equally"):
         reading.tokens(folder, 8, process_index=2, process_count=2)
-    with pytest.raises(ValueError, match="at most the .* records"):
+    with pytest.raises(ValueError, match="at most the number of records"):
         reading.tokens(folder, 38, epochs=1)
     with pytest.raises(ValueError, match="holds pictures"):
         reading.tokens(pictures, 4)
