@@ -5,6 +5,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -146,8 +147,7 @@ def _of_xla(results: list[Result]) -> list[Verdict]:
     return found
 
 
-def write(
-    folder: Path,
+def record(
     setting: Setting,
     rates: bounds.Rates,
     results: list[Result],
@@ -155,9 +155,9 @@ def write(
     failed: list[str],
     absent: dict[str, str],
     verdicts: list[Verdict],
-) -> None:
-    """results.json, and plot.png where matplotlib is installed."""
-    record = {
+) -> dict[str, Any]:
+    """All that was measured, and why what was not was not."""
+    return {
         "device": device_name(),
         "jax": jax.__version__,
         "setting": asdict(setting),
@@ -171,13 +171,18 @@ def write(
         "skipped": skipped,
         "failed": failed,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {folder / 'results.json'}")
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+def write_plot(path: Path, setting: Setting, results: list[Result]) -> None:
     title = f"{device_name()}, {setting.dtype}, {setting.heads} heads of {setting.dim}"
-    shown = [r for r in results if r.batch == setting.batch]
-    if plot(shown, title, folder / "plot.png"):
-        print(f"wrote {folder / 'plot.png'}")
+    if plot([r for r in results if r.batch == setting.batch], title, path):
+        print(f"wrote {path}")
     else:
         print("no plot: matplotlib is not installed")
 
@@ -235,7 +240,7 @@ def plot(results: list[Result], title: str, path: Path) -> bool:
         for axis in (above, below):
             axis.set(xscale="log", yscale="log")
             axis.grid(alpha=0.3)
-            axis.set_xticks(grids, [str(g) for g in grids])
+            axis.set_xticks(grids, [str(g) for g in grids], fontsize=8)
             axis.minorticks_off()
             axis.yaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel("time, ms")

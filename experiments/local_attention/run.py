@@ -2,9 +2,9 @@
 
     python -m experiments.local_attention.run [--quick | --acceptance] [--out DIR]
 
-Prints a table; --out also writes results.json and plot.png there. Exits with 1 if something failed
-or computed something else, and with --acceptance if a verdict does not hold. See README.md for what
-to expect.
+Prints a table; --out also writes results.json and plot.png there, or acceptance.json. Exits with 1
+if something failed or computed something else, and with --acceptance if a verdict does not hold.
+See README.md for what to expect.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     size.add_argument("--quick", action="store_true", help="two small grids, two windows")
     size.add_argument("--acceptance", action="store_true", help="what the verdicts need")
     size.add_argument("--grids", type=int, nargs="+", help="sides, instead of the usual ones")
-    parser.add_argument("--out", type=Path, help="write results.json and plot.png in this folder")
+    parser.add_argument("--out", type=Path, help="write the record and the plot here")
     parser.add_argument("--repeats", type=int, help="5 of each; in acceptance 15, quickly 3")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, help="8 on a CPU, else 48")
@@ -137,7 +137,11 @@ def main(argv: list[str] | None = None) -> int:
     for verdict in verdicts:
         print(verdict)
     if arguments.out:
-        report.write(arguments.out, setting, rates, results, skipped, failed, absent, verdicts)
+        record = report.record(setting, rates, results, skipped, failed, absent, verdicts)
+        name = "acceptance.json" if arguments.acceptance else "results.json"
+        report.write_record(arguments.out / name, record)
+        if not arguments.acceptance:
+            report.write_plot(arguments.out / "plot.png", setting, results)
     unmet = arguments.acceptance and not all(verdict.holds for verdict in verdicts)
     return int(bool(failed) or unmet)
 

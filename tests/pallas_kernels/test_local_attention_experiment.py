@@ -108,9 +108,10 @@ def test_a_run_leaves_a_complete_record(tmp_path, capsys, monkeypatch):
     assert "absent: cudnn_global: it needs an NVIDIA GPU" in printed
 
 
-def test_what_comes_too_late_is_skipped_and_named(capsys, monkeypatch):
+def test_what_comes_too_late_is_skipped_and_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bounds, "measure_rates", lambda dtype: RATES)
-    assert run.main(["--acceptance", "--minutes", "0"]) == 0
+    assert run.main(["--acceptance", "--minutes", "0", "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["acceptance.json"]
     said = capsys.readouterr().out
     assert "skipped: 48x48, 9x9, forward: 0 minutes were over" in said
     assert "skipped: 96x96, 9x9, forward" in said
