@@ -26,8 +26,10 @@ _BEST = "validation_loss"
 
 def open_folder(folder: Path, keep: int = 2, *, best: bool = False) -> ocp.CheckpointManager:
     """The checkpoints in `folder`, made if missing: the newest `keep` stay, and with `best` the
-    one of the lowest validation loss.
+    one of the lowest validation loss. Raises OSError, in one line, where it cannot be.
     """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: checkpoints need a folder")
     options: dict[str, Any] = {}
     policies: list[Any] = [checkpoint_managers.LatestN(keep)]
     if best:
