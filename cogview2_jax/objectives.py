@@ -4,7 +4,7 @@ Every loss and metric is a `Mean`: a sum and the weight that it is to be divided
 weights add up over parts of a batch, so that a batch in parts has the very loss of the whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +81,7 @@ def hvqvae_loss(
     params: Params,
     images: Array,
     weights: Array,
-    stride: int,
+    strides: Sequence[int],
     *,
     config: HVQVAEConfig,
     precision: Precision = Precision(),
@@ -90,7 +90,8 @@ def hvqvae_loss(
     perceptual: Callable[[Array, Array], Array] | None = None,
     perceptual_weight: float = 1.0,
 ) -> tuple[Mean, Metrics, Assigned]:
-    """Reconstruction and commitment loss of one stride, a mean over pictures.
+    """Reconstruction and commitment loss, a mean over pictures and `strides`. The pictures are
+    encoded once.
 
     Args:
         images: float32 [b, y, x, 3] in [0, 1].
@@ -100,30 +101,37 @@ def hvqvae_loss(
         perceptual: (reconstruction, images) → scalar, added with `perceptual_weight`.
 
     Returns:
-        The loss, its parts "reconstruction", "commitment" and "perceptual", and what
-        `update_codebook` needs.
+        The loss, its parts "reconstruction_8", "commitment_8" and, where there is one,
+        "perceptual_8" of each stride, and what `update_codebook` needs.
     """
     model = HVQVAE(config, precision)
-    level = config.strides.index(stride)
-    vectors = model.apply({"params": params}, images, method="vectors")[level].astype(jnp.float32)
+    levels = model.apply({"params": params}, images, method="vectors")
     codebook = params["codebook"]
-    ids = nearest_code(vectors, codebook)
-    codes = codebook[ids]
-    # Straight through: the decoder sees codes, its gradient reaches the encoder unchanged.
-    passed = vectors + jnp.where(quantize, jax.lax.stop_gradient(codes - vectors), 0.0)
-    out = model.apply({"params": params}, passed, stride, method="reconstruct")
-    difference = jnp.abs(out - images)
-    reconstruction = jnp.mean(weights[..., None] * (difference + difference**2)) / jnp.mean(weights)
-    commit = jnp.mean((vectors - jax.lax.stop_gradient(codes)) ** 2) * quantize
-    percept = perceptual(out, images) if perceptual else jnp.zeros(())
-    loss = reconstruction + commitment * commit + perceptual_weight * percept
     count = jnp.float32(len(images))
-    parts = {"reconstruction": reconstruction, "commitment": commit, "perceptual": percept}
-    metrics = {name: Mean(part * count, count) for name, part in parts.items()}
-    assigned = Assigned(
-        jax.lax.stop_gradient(vectors).reshape(-1, config.codebook_dim), ids.reshape(-1)
-    )
-    return Mean(loss * count, count), metrics, assigned
+    total = jnp.zeros(())
+    metrics: Metrics = {}
+    assigned = []
+    for stride in strides:
+        vectors = levels[config.strides.index(stride)].astype(jnp.float32)
+        ids = nearest_code(vectors, codebook)
+        codes = codebook[ids]
+        # Straight through: the decoder sees codes, its gradient reaches the encoder unchanged.
+        passed = vectors + jnp.where(quantize, jax.lax.stop_gradient(codes - vectors), 0.0)
+        out = model.apply({"params": params}, passed, stride, method="reconstruct")
+        difference = jnp.abs(out - images)
+        squares = weights[..., None] * (difference + difference**2)
+        reconstruction = jnp.mean(squares) / jnp.mean(weights)
+        commit = jnp.mean((vectors - jax.lax.stop_gradient(codes)) ** 2) * quantize
+        parts = {"reconstruction": reconstruction, "commitment": commit}
+        total += reconstruction + commitment * commit
+        if perceptual:
+            parts["perceptual"] = perceptual(out, images)
+            total += perceptual_weight * parts["perceptual"]
+        metrics |= {f"{name}_{stride}": Mean(part * count, count) for name, part in parts.items()}
+        flat = jax.lax.stop_gradient(vectors).reshape(-1, config.codebook_dim)
+        assigned.append(Assigned(flat, ids.reshape(-1)))
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *assigned)
+    return Mean(total / len(strides) * count, count), metrics, joined
 
 
 def update_codebook(

@@ -9,7 +9,7 @@ A `Task` is all that differs between the four networks; `Options` is what does n
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,15 +57,17 @@ STARTS = ("model", "coglm", "nothing")
 class Options:
     """How to train, whatever is trained. Checked when made: ValueError names what is wrong.
 
-    `warmup` is a share of all steps. `average` is the decay of a moving average of the
-    parameters, which is then what is validated and kept; 0 for none. `held_out` is the share of
-    the records that is kept for validation.
+    `warmup` is a share of all steps, `final_rate` the share of the learning rate that is left at
+    the end. `average` is the decay of a moving average of the parameters, which is then what is
+    validated and kept; 0 for none. `held_out` is the share of the records that is kept for
+    validation.
     """
 
     num_steps: int = 1000
     batch_size: int = 16
     learning_rate: float = 4e-4
     warmup: float = 0.1
+    final_rate: float = 0.1
     optimizer: str = "adamw"
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -85,7 +87,7 @@ class Options:
             raise ValueError(
                 f"accumulate must divide batch_size {self.batch_size}: got {self.accumulate}"
             )
-        for name in ("warmup", "average", "held_out"):
+        for name in ("warmup", "final_rate", "average", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1: got {getattr(self, name)}")
         for name in ("learning_rate", "clip"):
@@ -212,7 +214,7 @@ def direct_sr_task(
     batches.require_layout(data.layout, base, config.num_image_tokens)
 
     def loss(params: Params, batch: Any, key: Array | None) -> Any:
-        layout = sequence.direct_super_resolution(batch.text, batch.is_text, batch.coarse, config)
+        layout = sequence.direct_super_resolution(batch.text, batch.is_text, batch.seen, config)
         found = objectives.direct_sr_loss(
             params,
             layout,
@@ -267,7 +269,7 @@ def iterative_sr_task(
 
     def loss(params: Params, batch: Any, key: Array | None) -> Any:
         start_token = config.vocabulary.start_of_image
-        shown = jnp.where(batch.masked, start_token, batch.fine)
+        shown = jnp.where(batch.masked, start_token, batch.seen)
         layout = sequence.iterative_super_resolution(batch.text, batch.is_text, shown, config)
         found = objectives.iterative_sr_loss(
             params,
@@ -307,20 +309,28 @@ def tokenizer_task(
     options: Options,
     *,
     side: int | None = None,
+    flip: bool = True,
+    strides: Sequence[int] = (),
+    keep_others: bool = False,
     start: str = "model",
     place_at: float = 0.1,
     decay: float = 0.99,
     commitment: float = 1.0,
+    pixel_weights: Callable[[Array], Array] | None = None,
     perceptual: Callable[[Array, Array], Array] | None = None,
     perceptual_weight: float = 1.0,
     sharding: Sharding | None = None,
 ) -> Task:
-    """The image tokenizer on crops of `side` pixels (default: 8 of its largest stride), all
-    strides at once.
+    """The image tokenizer on crops of `side` pixels (default: 8 of its largest stride), half of
+    them mirrored if `flip`, for `strides` (default: all) at once.
+
+    What only other strides use stays as it is. With `keep_others`, all that they use does: their
+    tokens and pictures stay the same, and so does the codebook.
 
     From nothing, the networks settle unquantised for the share `place_at` of all steps; then the
     codebook is placed on what they make of fresh crops, and follows by its moving average of
     `decay`. Codes that are not used are moved, in the first four fifths of the training.
+    `pixel_weights` says of crops [b, y, x, 3] in [0, 1] how much each pixel counts, [b, y, x].
     `perceptual` is a distance of pictures that is added, with its weight. Raises ValueError, in
     one line, for a folder without pictures.
     """
@@ -328,14 +338,26 @@ def tokenizer_task(
     side = 8 * config.strides[-1] if side is None else side
     if side < 1 or side % config.strides[-1]:
         raise ValueError(f"side must be a multiple of {config.strides[-1]}: got {side}")
+    strides = tuple(sorted(set(strides))) or config.strides
+    if not set(strides) <= set(config.strides):
+        raise ValueError(f"strides must be of {config.strides}: got {strides}")
     crops_of = functools.partial(
         reading.pictures, pictures, options.batch_size, side, held_out=options.held_out
     )
     part, parts = fit.process_rows(sharding, options.batch_size)
     own: dict[str, Any] = {"process_index": part, "process_count": parts}
-    crops = crops_of(seed=options.seed, **own)
+    crops = crops_of(seed=options.seed, flip=flip, **own)
     params = _start(start, {"model": bundle.tokenizer})
+    if keep_others and params is None:
+        raise ValueError("keep_others needs a tokenizer that the model does not hold")
     begin = 0 if params is not None else int(place_at * options.num_steps)
+    init = functools.partial(image_tokenizer.init_params, config=config)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    trained = image_tokenizer.used_by(shapes, strides, config)
+    if keep_others:
+        others = tuple(stride for stride in config.strides if stride not in strides)
+        kept = image_tokenizer.used_by(shapes, others, config)
+        trained = jax.tree.map(lambda ours, theirs: ours and not theirs, trained, kept)
 
     def marked(pixels: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         # Whether to quantise goes with the batch: it changes no shape, and compiles nothing anew.
@@ -344,65 +366,58 @@ def tokenizer_task(
     def loss(params: Params, batch: Any, key: Array | None) -> Any:
         pixels, quantize = batch
         images = pixels.astype(jnp.float32) / 255
-        found = [
-            objectives.hvqvae_loss(
-                params,
-                images,
-                jnp.ones(images.shape[:-1]),
-                stride,
-                config=config,
-                precision=options.precision,
-                quantize=jnp.all(quantize),
-                commitment=commitment,
-                perceptual=perceptual,
-                perceptual_weight=perceptual_weight,
-            )
-            for stride in config.strides
-        ]
-        total = sum((each.total for each, _, _ in found), jnp.zeros(())) / len(found)
-        named = {
-            f"{name}_{stride}": mean
-            for stride, (_, each, _) in zip(config.strides, found, strict=True)
-            for name, mean in each.items()
-            if perceptual or name != "perceptual"
-        }
-        assigned = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(f[2] for f in found))
-        return Mean(total, found[0][0].weight), named, assigned
+        return objectives.hvqvae_loss(
+            params,
+            images,
+            pixel_weights(images) if pixel_weights else jnp.ones(images.shape[:-1]),
+            strides,
+            config=config,
+            precision=options.precision,
+            quantize=jnp.all(quantize),
+            commitment=commitment,
+            perceptual=perceptual,
+            perceptual_weight=perceptual_weight,
+        )
 
     def before_step(step: int, state: train.TrainState) -> train.TrainState:
         if params is not None or step != begin:
             return state
         # All processes place it on the same crops.
-        return _place_codebook(state, crops_of(seed=options.seed + 1), config, options.seed)
+        fresh = crops_of(seed=options.seed + 1, flip=flip)
+        return _place_codebook(state, fresh, strides, config, options.seed)
 
     def held_out() -> Any:
         return crops_of(seed=options.seed, validation=True, epochs=1, flip=False, **own)
 
-    unseen = _held_out(held_out, options)
-    init = functools.partial(image_tokenizer.init_params, config=config)
+    unseen = _held_out(held_out, options, most=4)  # crops are large
     return Task(
         name="tokenizer",
         network=config,
         init=init,
-        axes=jax.tree.map(lambda leaf: (), jax.eval_shape(init, jax.random.key(0))),
+        axes=jax.tree.map(lambda leaf: (), shapes),
         params=params,
-        trained=None,
+        trained=None if all(jax.tree.leaves(trained)) else trained,
         loss=loss,
         read=lambda step: marked(crops[step], step),
         read_held_out=lambda step: marked(unseen[step], begin),
         held_out_batches=len(unseen),
         ids_of=functools.partial(_ids, pictures, options),
-        tokens_per_sample=sum((side // stride) ** 2 for stride in config.strides),
+        tokens_per_sample=sum((side // stride) ** 2 for stride in strides),
         flops_per_sample=0.0,
         settings={
             "records": checkpoint.describe(manifest.read(pictures)),
             "start": start,
             "side": side,
+            "flip": flip,
+            "strides": list(strides),
+            "keep_others": keep_others,
             "decay": decay,
             "commitment": commitment,
         },
         extra=lambda params: objectives.init_statistics(params["codebook"]),
-        revise=objectives.codebook_revision(
+        revise=None
+        if keep_others
+        else objectives.codebook_revision(
             decay=decay, begin=begin, revive_every=10, last_revival=int(0.8 * options.num_steps)
         ),
         before_step=before_step,
@@ -432,12 +447,16 @@ def run(
     and what is raised, is as in `fit.fit`.
     """
     warmup = int(options.warmup * options.num_steps)
-    schedule = train.warmup_cosine(options.learning_rate, options.num_steps, warmup)
+    schedule, tenth = (
+        train.warmup_cosine(rate, options.num_steps, warmup, options.final_rate)
+        for rate in (options.learning_rate, options.learning_rate / 10)
+    )
     if options.optimizer == "adamw":
         optimizer = train.adamw(schedule, weight_decay=options.weight_decay, clip=options.clip)
     else:
-        rest = train.warmup_cosine(options.learning_rate / 10, options.num_steps, warmup)
-        optimizer = train.muon_with_adamw(schedule, rest, weight_decay=options.weight_decay)
+        optimizer = train.muon_with_adamw(
+            schedule, tenth, weight_decay=options.weight_decay, clip=options.clip
+        )
     if task.trained is not None:
         optimizer = train.freeze(optimizer, task.trained)
 
@@ -631,17 +650,23 @@ def _unrolled(sizes: TransformerConfig) -> TransformerConfig:
 
 
 def _place_codebook(
-    state: train.TrainState, crops: Any, config: HVQVAEConfig, seed: int, per_code: int = 20
+    state: train.TrainState,
+    crops: Any,
+    strides: Sequence[int],
+    config: HVQVAEConfig,
+    seed: int,
+    per_code: int = 20,
 ) -> train.TrainState:
-    """Codes placed on the vectors of fresh crops: by k-means++ up to 4,096 codes, for which it is
-    quick, else at random.
+    """Codes placed on the vectors of fresh crops at `strides`: by k-means++ up to 4,096 codes, for
+    which it is quick, else at random.
     """
 
     @jax.jit
     def vectors_of(params: Params, pixels: Array) -> tuple[Array, ...]:
         images = pixels.astype(jnp.float32) / 255
         made = HVQVAE(config).apply({"params": params}, images, method="vectors")
-        return tuple(level.reshape(-1, config.codebook_dim) for level in made)
+        levels = [made[config.strides.index(stride)] for stride in strides]
+        return tuple(level.reshape(-1, config.codebook_dim) for level in levels)
 
     found: list[np.ndarray] = []
     for number in range(64):

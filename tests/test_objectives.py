@@ -126,7 +126,7 @@ def test_straight_through_gradient_reaches_the_encoder_and_spares_the_codebook()
 
     def loss(params):
         weights = jnp.ones(pictures.shape[:3])
-        return objectives.hvqvae_loss(params, pictures, weights, 8, config=TOKENIZER)[0].value
+        return objectives.hvqvae_loss(params, pictures, weights, (8,), config=TOKENIZER)[0].value
 
     grads = jax.grad(loss)(params)
     encoder = np.abs(grads["encoder"]["conv_in"]["kernel"])

@@ -13,6 +13,7 @@ from cogview2_jax.data import batches, prepare, reading, sources
 from cogview2_jax.data.batches import Mix, Rows
 from cogview2_jax.data.manifest import Layout
 from cogview2_jax.recipes import Options
+from cogview2_jax.tokenizer import image
 
 NUMBER = 24
 FEW = Options(num_steps=4, batch_size=4, held_out=0.25)
@@ -48,7 +49,9 @@ TASKS = {
     "coglm": lambda b, r, p, o, **k: recipes.coglm_task(b, r, o, mix=NO_TEXT, **k),
     "direct": lambda b, r, p, o, **k: recipes.direct_sr_task(b, r, o, **k),
     "iterative": lambda b, r, p, o, **k: recipes.iterative_sr_task(b, r, o, **k),
-    "tokenizer": lambda b, r, p, o, **k: recipes.tokenizer_task(b, p, o, side=32, **k),
+    "tokenizer": lambda b, r, p, o, **k: recipes.tokenizer_task(
+        b, p, o, side=32, strides=(8,), **k
+    ),
 }
 
 
@@ -92,6 +95,33 @@ def test_a_frozen_base_stays(tiny, records, tmp_path):
     assert not any(jax.tree.leaves(frozen))
     assert changed["extra_position_embeddings"]
     assert changed["layers"]["attention"]["qkv_plus"]["query_key_value"]["kernel"]
+
+
+@pytest.mark.slow
+def test_other_strides_can_be_trained_with_nothing_changed_for_the_rest(tiny, pictures, tmp_path):
+    config, options = tiny.tokenizer_config, dataclasses.replace(FEW, num_steps=2, held_out=0.0)
+    chosen = {"side": 32, "strides": (4, 16), "keep_others": True}
+    params = recipes.run(
+        recipes.tokenizer_task(tiny, pictures, options, **chosen), options, tmp_path / "others"
+    )
+    pixels = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3))
+    for stride, same in ((4, False), (8, True), (16, False)):
+        made = []
+        for each in (params, tiny.tokenizer):
+            ids = image.encode(each, pixels, stride, config=config)
+            made.append((ids, image.decode(each, ids, stride, config=config)))
+        assert all(map(np.array_equal, *made)) == same
+    np.testing.assert_array_equal(params["codebook"], tiny.tokenizer["codebook"])
+
+    # Alone, a stride changes what it uses, the encoder too, and not the other decoders.
+    alone = recipes.tokenizer_task(tiny, pictures, options, side=32, strides=(8,))
+    params = recipes.run(alone, options, tmp_path / "alone")
+    moved = {
+        name: not all(jax.tree.leaves(jax.tree.map(np.array_equal, tree, tiny.tokenizer[name])))
+        for name, tree in params.items()
+    }
+    unused = {"decoder_4", "decoder_16", "downsamplers_1"}
+    assert {name for name, changed in moved.items() if not changed} == unused
 
 
 def rows_of(records, parts, tiny):
@@ -150,6 +180,10 @@ def test_unfit_records_are_refused_with_what_to_prepare(tiny, records, pictures)
         recipes.coglm_task(tiny, pictures, FEW)
     with pytest.raises(ValueError, match="text_ratio must be 0 for records of 97 tokens"):
         recipes.coglm_task(tiny, records, FEW)
+    with pytest.raises(ValueError, match=r"strides must be of \(4, 8, 16\): got \(3, 8\)"):
+        recipes.tokenizer_task(tiny, pictures, FEW, strides=(8, 3))
+    with pytest.raises(ValueError, match="keep_others needs a tokenizer that the model does not"):
+        recipes.tokenizer_task(tiny, pictures, FEW, start="nothing", keep_others=True)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +193,7 @@ def test_unfit_records_are_refused_with_what_to_prepare(tiny, records, pictures)
         ({"accumulate": 3}, "accumulate must divide batch_size 16: got 3"),
         ({"held_out": 1.0}, "held_out must be from 0 to below 1: got 1.0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0: got 0.0"),
+        ({"final_rate": 1.0}, "final_rate must be from 0 to below 1: got 1.0"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, muon: got 'sgd'"),
     ],
 )

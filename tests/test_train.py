@@ -178,15 +178,10 @@ def test_warmup_cosine():
     np.testing.assert_allclose(found, [0, 1, 2, 1.1, 0.2, 0.2], rtol=1e-5)
 
 
-def test_warmup_then_anneal():
-    schedule = train.warmup_then_anneal(2.0, (100, 40), 10)
-    assert float(schedule(0)) == 0
-    assert float(schedule(10)) == float(schedule(49)) == 2.0
-    np.testing.assert_allclose(float(schedule(75)), 1.0)
-    # The next cycle starts where the first has come to zero.
-    assert float(schedule(100)) == float(schedule(140)) == 0
-    assert float(schedule(110)) == float(schedule(119)) == 2.0
-    np.testing.assert_allclose(float(schedule(130)), 1.0)
+def test_warmup_cosine_ends_at_the_share_that_is_asked_for():
+    schedule = train.warmup_cosine(2.0, 100, 10, final=0.25)
+    np.testing.assert_allclose([schedule(0), schedule(10), schedule(100)], [0, 2, 0.5], atol=1e-6)
+    assert schedule(55) == pytest.approx((2 + 0.5) / 2)
 
 
 def test_muon_moves_matrices_by_orthogonal_steps():

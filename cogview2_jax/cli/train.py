@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,10 +43,18 @@ _OPTIONS = (
         default=4e-4,
         show_default=True,
         metavar="X",
-        help="The highest; it ends at a tenth.",
+        help="The highest.",
     ),
     click.option(
         "--warmup", type=_SHARE, default=0.1, show_default=True, metavar="X", help="Share of steps."
+    ),
+    click.option(
+        "--final-rate",
+        type=_SHARE,
+        default=0.1,
+        show_default=True,
+        metavar="X",
+        help="Share of the learning rate that is left at the end.",
     ),
     click.option(
         "--optimizer",
@@ -210,11 +217,26 @@ def train_group(context: click.Context) -> None:
     epilog="""\b
 Examples:
   cogview2 data prepare photos --pictures --out pictures
-  cogview2 train tokenizer pictures --steps 2000 --start nothing --out run
+  cogview2 train tokenizer pictures --steps 2000 --start nothing --stride 8 --out run
+  cogview2 train tokenizer pictures --bundle run/model --stride 4 --keep-others --out also_4
 """
 )
 @click.argument("pictures", type=click.Path(path_type=Path))
 @click.option("--side", type=_COUNT, metavar="PIXELS", help="Of the crops. Default: 8 tokens.")
+@click.option("--flip/--no-flip", default=True, show_default=True, help="Mirror half of the crops.")
+@click.option(
+    "--stride",
+    "strides",
+    type=_COUNT,
+    multiple=True,
+    metavar="PIXELS",
+    help="Train this stride alone; may be repeated. Default: all at once.",
+)
+@click.option(
+    "--keep-others",
+    is_flag=True,
+    help="Leave all that the other strides use as it is, so that their tokens stay the same.",
+)
 @click.option(
     "--clusters",
     type=_COUNT,
@@ -224,7 +246,14 @@ Examples:
 @_start_option("model")
 @_with_options
 def tokenizer(
-    pictures: Path, side: int | None, clusters: int | None, start: str | None, **chosen: Any
+    pictures: Path,
+    side: int | None,
+    flip: bool,
+    strides: tuple[int, ...],
+    keep_others: bool,
+    clusters: int | None,
+    start: str | None,
+    **chosen: Any,
 ) -> None:
     """Train the image tokenizer on PICTURES, prepared with --pictures."""
 
@@ -232,7 +261,15 @@ def tokenizer(
         from cogview2_jax import recipes
 
         return recipes.tokenizer_task(
-            bundle, pictures, options, side=side, start=start, sharding=sharding
+            bundle,
+            pictures,
+            options,
+            side=side,
+            flip=flip,
+            strides=strides,
+            keep_others=keep_others,
+            start=start,
+            sharding=sharding,
         )
 
     def finish(bundle: Bundle, params: Any) -> Bundle:
@@ -387,7 +424,7 @@ def _train(
 
     folder = common.check_model(chosen["bundle"], prompts)
     from cogview2_jax import bundle as bundles
-    from cogview2_jax import recipes
+    from cogview2_jax import fit, recipes
     from cogview2_jax.config import Training
     from cogview2_jax.sharding import Sharding, make_mesh
 
@@ -409,7 +446,7 @@ def _train(
             raise ValueError(f"--start {start}: bundle {folder} has no {known[start]}")
     common.check_writable(out)
     common.use_compilation_cache()
-    _keep_freed_memory()
+    fit.keep_freed_memory()
     sampling = chosen["sample_every"] and (prompts or network == "tokenizer")
     if sampling and jax.process_count() > 1:
         raise click.UsageError("--sample-every goes with one process only")
@@ -518,15 +555,3 @@ def _join(chosen: dict[str, Any]) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise click.ClickException(f"the processes do not meet: {error}") from error
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed: a step's buffers, handed back and faulted in again at every
-    step, cost a CPU a third of its time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        trim_threshold, mmap_max, arena_max = -1, -4, -8
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
-        mallopt(arena_max, 1)

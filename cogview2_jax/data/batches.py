@@ -54,13 +54,14 @@ class Rows(NamedTuple):
 
 
 class FineSample(NamedTuple):
-    """What super-resolution is trained on. Iterative SR: `coarse` is empty; direct SR: `masked`
-    is all True.
+    """What super-resolution is trained on. `seen` are the tokens that a network starts from: for
+    direct SR the coarse ones, and `masked` is all True; for iterative SR the fine ones, of which it
+    sees those that are not masked.
     """
 
     text: np.ndarray  # int32 [b, slots], left-padded
     is_text: np.ndarray  # bool [b, slots]
-    coarse: np.ndarray  # int32 [b, coarse cells]
+    seen: np.ndarray  # int32 [b, coarse or fine cells]
     fine: np.ndarray  # int32 [b, cells], the labels
     masked: np.ndarray  # bool [b, cells], cells to predict
     weights: np.ndarray  # float32 [b, cells], how much each counts
@@ -168,8 +169,7 @@ def iterative_sr(
     rounds = rows.of(rng.integers(len(reset), size=rows.batch_size))
     stays = order == rounds[:, None] + 1
     weights = np.where(stays, kept_weight, 1.0).astype(np.float32)
-    empty = np.zeros((len(fine), 0), np.int32)
-    return FineSample(text, is_text, empty, fine, reset[rounds], weights)
+    return FineSample(text, is_text, fine, fine, reset[rounds], weights)
 
 
 def _texts(

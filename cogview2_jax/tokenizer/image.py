@@ -1,5 +1,7 @@
 """Pixels ↔ image tokens, as pure functions over the parameters of the hierarchical VQ-VAE."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +17,26 @@ def init_params(key: Array, config: HVQVAEConfig, precision: Precision = Precisi
     side = 2 * config.strides[-1]
     images = jnp.zeros((1, side, side, 3))
     return HVQVAE(config, precision).init(key, images)["params"]
+
+
+def used_by(params: Params, strides: Sequence[int], config: HVQVAEConfig) -> Params:
+    """A tree of bool: which parameters (or their shapes) the tokens and pictures of `strides` are
+    made with.
+    """
+    last = max((_level(stride, config) for stride in strides), default=-1)
+    decoders = {f"decoder_{stride}" for stride in strides}
+    downsamplers = {f"downsamplers_{level}" for level in range(last)}
+
+    def used(name: str) -> bool:
+        if name.startswith("decoder_"):
+            return name in decoders
+        if name.startswith("downsamplers_"):
+            return name in downsamplers
+        return bool(strides)
+
+    return {
+        name: jax.tree.map(lambda leaf, on=used(name): on, tree) for name, tree in params.items()
+    }
 
 
 def nearest_code(vectors: Array, codebook: Array) -> Array:

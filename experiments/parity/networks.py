@@ -331,11 +331,13 @@ def check_hvqvae(golden: Golden) -> Iterator[Outcome]:
         everywhere = jnp.ones(images.shape[:3])
         features = HVQVAE(config).apply({"params": params}, images, method="features")
         made = {}
+        _, parts, _ = objectives.hvqvae_loss(
+            params, images, everywhere, tuple(recorded), config=config
+        )
         for stride, ids in recorded.items():
-            _, parts, _ = objectives.hvqvae_loss(params, images, everywhere, stride, config=config)
             made[stride] = (
                 image_tokenizer.encode(params, images, stride, config=config),
-                parts["commitment"].value,
+                parts[f"commitment_{stride}"].value,
                 image_tokenizer.decode(params, ids, stride, config=config),
             )
         return features[0], made

@@ -1,119 +1,308 @@
-"""Train all five parts of the Scenes bundle from zero on a CPU, resumably.
+"""Train all five parts of the Scenes bundle from zero, resumably.
 
 \b
     python -m experiments.scenes.train
 
-The parts are trained in turn: text model and clusters (seconds), image tokenizer, CogLM, direct and
-iterative super-resolution. Everything lies under --work; run the command again after an
-interruption and it goes on from the last checkpoint. A --…-steps option may be repeated: each
-number is a cycle of the learning rate. The finished bundle is written to --out.
+Text model, image tokenizer, CogLM, direct and iterative super-resolution, each by the recipe behind
+`cogview2 train`, on records as `cogview2 data prepare` makes them. Everything lies under --work;
+run the command again after an interruption and it goes on from the last checkpoint. The finished
+bundle is written to --out.
 """
 
-import ctypes
+import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import serialization
+from tqdm import tqdm
 
-from cogview2_jax import bundle
-from cogview2_jax.tokenizer import clusters, text
-from experiments.scenes import presets, records, tokenizer, transformers
+from cogview2_jax import bundle as bundles
+from cogview2_jax import fit, pipeline, recipes, sequence
+from cogview2_jax.bundle import Bundle
+from cogview2_jax.data import prepare, reading, scenes
+from cogview2_jax.data.batches import FineSample, Mix
+from cogview2_jax.data.manifest import Layout
+from cogview2_jax.data.sources import Scenes, Source
+from cogview2_jax.recipes import Options, Task
+from cogview2_jax.tokenizer import text
+from cogview2_jax.tokenizer.clusters import cluster_codebook
+from experiments.scenes import inputs, perceptual, presets
+
+# Muon at these rates on matrices and convolutions, AdamW at a tenth of them on the rest.
+TOKENIZER = Options(
+    1900, 16, 0.02, warmup=0.02, final_rate=0.0, optimizer="muon", weight_decay=0.0, seed=101
+)
+OTHER_STRIDES = Options(300, 16, 0.02, final_rate=0.0, optimizer="muon", weight_decay=0.0, seed=103)
+IN_ORDER = Options(2600, 64, 0.02, warmup=0.05, final_rate=0.0, optimizer="muon", seed=61)
+BOTH_ORDERS = Options(2600, 64, 0.02, warmup=0.05, final_rate=0.0, optimizer="muon", seed=62)
+DIRECT = Options(2200, 8, 0.015, final_rate=0.0, optimizer="muon", seed=71)
+ITERATIVE = Options(1400, 12, 0.015, final_rate=0.0, optimizer="muon", seed=81)
+NUM_CUTS, NUM_SCENES, NUM_FINE = 30_000, 60_000, 4_000
+
+MAIN_STRIDE = presets.COARSE_STRIDE
+OBJECT_PIXELS = 5.0  # how much more a pixel of an object counts, for the tokenizer
+OBJECT_CELLS = 3.0  # and a cell with a part of one, for super-resolution
+# Share of pictures whose coarse tokens show other colours and fills than text and fine tokens: the
+# base stage makes such mistakes, and direct SR is to believe the text.
+REPAINTED_SHARE = 0.25
+# Share of pictures, in training iterative SR, whose anchors are direct SR's instead of the true
+# ones. Trained on true anchors alone, it takes mistakes of direct SR for the truth and spreads them
+# over the cells between.
+DRAFTED_SHARE = 0.75
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
-_COUNT = click.IntRange(min=1)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed: a step's buffers, handed back and faulted in again at every
-    step, cost a third of its time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        trim_threshold, mmap_max, arena_max = -1, -4, -8
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
-        mallopt(arena_max, 1)
-
-
-def _cycles(name: str, *default: int) -> Callable[[Callable], Callable]:
-    """An option that may be repeated: each number is a cycle of the learning rate, in steps."""
-    return click.option(name, type=_COUNT, multiple=True, default=default, show_default=True)
 
 
 @click.command(help=__doc__)
 @click.option("--work", type=_FOLDER, default=Path("runs/scenes"), show_default=True)
 @click.option("--out", type=_FOLDER, default=Path("runs/scenes/bundle"), show_default=True)
-@click.option("--coglm-scenes", type=_COUNT, default=100_000, show_default=True)
-@click.option("--sr-scenes", type=_COUNT, default=4_000, show_default=True)
-@_cycles("--coglm-steps", 1100, 2100, 2000)
-@_cycles("--direct-steps", 900, 1300)
-@_cycles("--iterative-steps", 1400)
-def main(
-    work: Path,
-    out: Path,
-    coglm_scenes: int,
-    sr_scenes: int,
-    coglm_steps: tuple[int, ...],
-    direct_steps: tuple[int, ...],
-    iterative_steps: tuple[int, ...],
-) -> None:
-    _keep_freed_memory()
-    text_model = records.text_model(work)
-    vocabulary = text.vocabulary_for(text_model, presets.TOKENIZER.codebook_size)
-    coglm_config = presets.coglm_config(vocabulary)
-    direct_config = presets.direct_sr_config(vocabulary)
-    iterative_config = presets.iterative_sr_config(vocabulary)
-    slots = coglm_config.max_text
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Of all steps and scenes, for a trial.",
+)
+def main(work: Path, out: Path, share: float) -> None:
+    fit.keep_freed_memory()
+    bundles.save(out, train(work, share))
+    click.echo(f"the bundle is at {out}")
 
-    tokenizer_params = tokenizer.run(work / "tokenizer")
-    coarse = records.tokenize(
-        work, tokenizer_params, text_model, range(coglm_scenes), slots=slots, fine=False
+
+def train(work: Path, share: float = 1.0) -> Bundle:
+    """The bundle, from zero or from what `work` holds already."""
+
+    def part(number: int) -> int:
+        return max(2, round(share * number))
+
+    def run(
+        task: Callable[..., Task], *given: Any, options: Options, name: str, **also: Any
+    ) -> Any:
+        fewer = dataclasses.replace(options, num_steps=part(options.num_steps))
+        made = task(*given, fewer, **also)
+        return recipes.run(made, fewer, work / name, save_every=100)
+
+    def records(source: Source, bundle: Bundle, name: str, *sizes: int) -> Path:
+        layout = Layout.of(bundle.coglm_config, presets.COARSE_STRIDE, *sizes)
+        return _prepared(source, work / name, layout, bundle)
+
+    bundle = _untrained(work)
+    cuts = work / "cuts"
+    with tqdm(total=part(NUM_CUTS), desc="cuts") as bar:
+        prepare.prepare_pictures(inputs.Cuts(part(NUM_CUTS)), cuts, progress=bar.update)
+    tokenizer = functools.partial(
+        run,
+        recipes.tokenizer_task,
+        side=presets.COARSE_PIXELS,
+        flip=False,
+        decay=0.97,
+        commitment=0.5,
+        pixel_weights=_pixel_weights,
+        perceptual=functools.partial(perceptual.distance, _percept(work, part(500))),
+        perceptual_weight=0.5,
     )
-    coglm_params = transformers.run_coglm(
-        coarse,
-        coglm_config,
-        text.first_chinese(text_model, presets.TOKENIZER.codebook_size),
-        work / "coglm",
-        cycles=coglm_steps,
+    params = tokenizer(
+        bundle,
+        cuts,
+        options=TOKENIZER,
+        name="tokenizer",
+        strides=(MAIN_STRIDE,),
+        start="nothing",
     )
-    fine = records.tokenize(
-        work, tokenizer_params, text_model, range(sr_scenes), slots=slots, fine=True
+    bundle = bundle._replace(tokenizer=params)
+    params = tokenizer(
+        bundle,
+        cuts,
+        options=OTHER_STRIDES,
+        name="other_strides",
+        strides=[s for s in presets.TOKENIZER.strides if s != MAIN_STRIDE],
+        keep_others=True,
     )
-    direct_params = transformers.run_direct_sr(
-        fine, coglm_params, direct_config, work / "direct_sr", cycles=direct_steps
-    )
-    cluster_labels = clusters.cluster_codebook(
-        np.asarray(tokenizer_params["codebook"]), presets.NUM_CLUSTERS
-    )
-    drafts = transformers.drafts(
-        fine, direct_params, direct_config, cluster_labels, work / "drafts.npy"
-    )
-    iterative_params = transformers.run_iterative_sr(
-        fine,
-        drafts,
-        coglm_params,
-        coglm_config,
-        iterative_config,
-        work / "iterative_sr",
-        cycles=iterative_steps,
-    )
-    tokenizer_params = tokenizer.run_other_strides(tokenizer_params, work / "tokenizer")
-    made = bundle.Bundle(
-        coglm_config,
-        direct_config,
-        iterative_config,
+    labels = cluster_codebook(np.asarray(params["codebook"]), presets.NUM_CLUSTERS)
+    bundle = bundle._replace(tokenizer=params, cluster_labels=labels)
+
+    # What "above" and "left of" mean. With both orders of naming two objects equally likely,
+    # neither the order nor the word tells anything by itself, and 3,000 steps taught nothing of the
+    # two together. So at first the object further up or left is always named first.
+    coglm = functools.partial(run, recipes.coglm_task, mix=Mix(patch_size=4, num_patches=3))
+    in_order = records(inputs.InOrder(part(NUM_SCENES)), bundle, "records_in_order")
+    params = coglm(bundle, in_order, options=IN_ORDER, name="coglm_in_order", start="nothing")
+    bundle = bundle._replace(coglm=params)
+    both = records(Scenes(part(NUM_SCENES)), bundle, "records_both")
+    bundle = bundle._replace(coglm=coglm(bundle, both, options=BOTH_ORDERS, name="coglm"))
+
+    number = part(NUM_FINE)
+    fine = records(Scenes(number), bundle, "records_fine", presets.FINE_PIXELS)
+    repainted = _coarse(records(inputs.Repainted(number), bundle, "records_repainted"))
+    weights = _cell_weights(work / "cell_weights.npy", number)
+
+    def direct_task(*given: Any, **also: Any) -> Task:
+        task = recipes.direct_sr_task(*given, **also)
+        return _of_scenes(task, weights, repainted, REPAINTED_SHARE)
+
+    params = run(direct_task, bundle, fine, options=DIRECT, name="direct", start="coglm")
+    bundle = bundle._replace(direct=params)
+    drafts = _drafts(work / "drafts.npy", bundle, fine, repainted)
+
+    def iterative_task(*given: Any, **also: Any) -> Task:
+        task = recipes.iterative_sr_task(*given, **also)
+        return _of_scenes(task, weights, drafts, DRAFTED_SHARE)
+
+    params = run(iterative_task, bundle, fine, options=ITERATIVE, name="iterative", start="coglm")
+    return bundle._replace(iterative=params)
+
+
+# --- Text and tokenizer ---------------------------------------------------------------------------
+
+
+def _untrained(work: Path, num_captions: int = 20_000) -> Bundle:
+    """The bundle before training, with a text model of captions of the train split."""
+    file = work / "text.model"
+    if not file.exists():
+        rng = np.random.default_rng(31)
+        drawn = [scenes.sample_scene(rng) for _ in range(num_captions // 2)]
+        captions = [
+            scenes.caption(scene, rng, lang) for scene in drawn for lang in scenes.LANGUAGES
+        ]
+        content = text.train_text_model(captions, words=scenes.WORDS["zh"])
+        _write(file, content)
+    model = text.load_text_model(file)
+    vocabulary = text.vocabulary_for(model, presets.TOKENIZER.codebook_size)
+    description = bundles.Description(
+        presets.coglm_config(vocabulary),
+        presets.direct_sr_config(vocabulary),
+        presets.iterative_sr_config(vocabulary),
         presets.TOKENIZER,
         presets.SAMPLING,
-        coglm=coglm_params,
-        direct=direct_params,
-        iterative=iterative_params,
-        tokenizer=tokenizer_params,
-        text_model=text_model,
-        cluster_labels=cluster_labels,
+        made_with={},
     )
-    bundle.save(out, made)
-    click.echo(f"the bundle is at {out}")
+    return bundles.untrained(description, model)
+
+
+def _percept(work: Path, num_steps: int) -> Any:
+    file = work / "perceptual.msgpack"
+    if not file.exists():
+        params = perceptual.train(np.random.default_rng(77), num_steps=num_steps)
+        _write(file, serialization.msgpack_serialize(jax.tree.map(np.asarray, params)))
+    return serialization.msgpack_restore(file.read_bytes())
+
+
+def _pixel_weights(images: jax.Array) -> jax.Array:
+    return jnp.where(inputs.on_object(255 * images), OBJECT_PIXELS, 1.0)
+
+
+# --- Records --------------------------------------------------------------------------------------
+
+
+def _prepared(source: Source, folder: Path, layout: Layout, bundle: Bundle) -> Path:
+    """Records of both languages apart: those of scene n are 2n and 2n + 1."""
+    with tqdm(total=len(source), desc=folder.name) as bar:
+        report = prepare.prepare_tokens(
+            source,
+            folder,
+            layout,
+            bundle.text_model,
+            bundle.tokenizer,
+            bundle.tokenizer_config,
+            batch_size=16 if len(layout.sizes) > 1 else 64,
+            apart=True,
+            workers=2,
+            progress=bar.update,
+        )
+    if report.records != len(scenes.LANGUAGES) * len(source):
+        raise ValueError(f"{folder} has {report.records} records of {len(source)} scenes")
+    return folder
+
+
+def _coarse(folder: Path) -> np.ndarray:
+    """The coarse tokens of all records, int32 [n, cells]."""
+    records = reading.Records(folder)
+    layout = records.manifest.layout
+    assert layout is not None
+    columns = layout.columns(layout.sizes[0])
+    rows = [np.frombuffer(records[n], "<i4")[columns] for n in range(len(records))]
+    return np.stack(rows).astype(np.int32)
+
+
+def _cell_weights(file: Path, number: int) -> np.ndarray:
+    """How much each fine cell of each scene counts, float32 [scenes, cells]."""
+    if not file.exists():
+        every = tqdm(range(number), desc=file.stem)
+        cells = np.stack([inputs.object_cells(index) for index in every])
+        _save(file, np.where(cells, OBJECT_CELLS, 1.0).astype(np.float32))
+    return np.load(file)
+
+
+def _of_scenes(task: Task, weights: np.ndarray, other: np.ndarray, share: float) -> Task:
+    """The task with cells weighted, and with `other`, int32 [records, cells], for a share of the
+    pictures in the place of what the network starts from.
+    """
+
+    def read(step: int) -> FineSample:
+        sample: FineSample = task.read(step)
+        numbers = np.array(task.ids_of(step))
+        rng = np.random.default_rng((75, step))
+        swapped = rng.random((len(numbers), 1)) < share
+        return sample._replace(
+            seen=np.where(swapped, other[numbers], sample.seen),
+            weights=sample.weights * weights[numbers // len(scenes.LANGUAGES)],
+        )
+
+    return task._replace(read=read)
+
+
+def _drafts(
+    file: Path, bundle: Bundle, fine: Path, repainted: np.ndarray, batch_size: int = 16
+) -> np.ndarray:
+    """What iterative SR may start from, int32 [records, fine cells]: what direct SR draws, from
+    coarse tokens of which some are repainted; off the anchors, the true tokens.
+    """
+    if not file.exists():
+        config = bundle.direct_config
+        anchors = sequence.lopar_order(bundle.iterative_config).reshape(-1) < 1
+        options = Options(1, batch_size)
+        task = recipes.direct_sr_task(bundle, fine, options)
+        number = len(reading.Records(fine))
+        made = np.full((number, config.num_image_tokens), -1, np.int32)
+        rng = np.random.default_rng(76)
+        for step in tqdm(range(-(-number // batch_size)), desc=file.stem):
+            numbers, sample = np.array(task.ids_of(step)), task.read(step)
+            swapped = rng.random((batch_size, 1)) < REPAINTED_SHARE
+            drawn = pipeline.super_resolve_direct(
+                bundle.direct,
+                sample.text,
+                sample.is_text,
+                np.where(swapped, repainted[numbers], sample.seen),
+                jax.random.split(jax.random.key(step), batch_size),
+                bundle.cluster_labels,
+                config=config,
+                sampling=presets.SAMPLING,
+                num_clusters=presets.NUM_CLUSTERS,
+            )
+            made[numbers] = np.where(anchors, drawn, sample.fine)
+        if (made < 0).any():
+            raise ValueError(f"{(made < 0).any(axis=1).sum()} records have no draft")
+        _save(file, made)
+    return np.load(file)
+
+
+def _save(file: Path, array: np.ndarray) -> None:
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, array)
+    partial.rename(file)
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.rename(file)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The parts of the Scenes training, on a handful of scenes and networks of one narrow layer."""
+"""The Scenes training: what it is fed, and all of it on a handful of scenes and tiny networks."""
 
 import dataclasses
 
@@ -6,99 +6,111 @@ import jax
 import numpy as np
 import pytest
 
-from cogview2_jax.config import TransformerConfig
+from cogview2_jax import bundle as bundles
+from cogview2_jax.config import HVQVAEConfig, TransformerConfig
 from cogview2_jax.data import scenes
-from cogview2_jax.tokenizer import image, text
-from experiments.scenes import presets, records, transformers
+from cogview2_jax.tokenizer import image
+from experiments.scenes import inputs, presets, train
 
-pytestmark = pytest.mark.slow
 SIZES = TransformerConfig(num_layers=1, hidden_size=16, num_heads=2)
-SLOTS = 22
+TOKENIZER = HVQVAEConfig(
+    channels=8,
+    encoder_multipliers=(1, 1, 1),
+    encoder_blocks=1,
+    decoder_multipliers=((1, 1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1)),
+    groups=4,
+    z_channels=8,
+    codebook_size=128,
+    codebook_dim=8,
+)
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return tmp_path_factory.mktemp("scenes")
+def test_captions_in_order_name_the_upper_or_left_object_first():
+    source = inputs.InOrder(40)
+    relations = set()
+    for index in range(len(source)):
+        (captions,) = source[index].captions
+        for language in scenes.LANGUAGES:
+            claims = scenes.parse_caption(captions[language])
+            verdict = scenes.check(claims, scenes.example_scene("train", index).objects)
+            assert verdict.all_named
+            if language == "en":
+                relations.add(claims.relation)
+    assert relations == {None, "above", "left of"}
 
 
-@pytest.fixture(scope="module")
-def text_model(work):
-    return records.text_model(work, num_captions=2000)
+def test_cuts_are_whole_scenes_or_parts_with_the_same_cells():
+    found = {"whole": 0, "part": 0}
+    for index in range(30):
+        cut = np.asarray(inputs.Cuts(30)[index].picture)
+        assert cut.shape == (64, 64, 3)
+        picture = scenes.example("train", index).image
+        if (cut == np.asarray(picture.reduce(3))).all():
+            found["whole"] += 1
+        else:
+            large = np.asarray(picture)
+            corners = [(y, x) for y in range(0, 129, 8) for x in range(0, 129, 8)]
+            assert any((large[y : y + 64, x : x + 64] == cut).all() for y, x in corners)
+            assert inputs.on_object(cut.astype(np.float32)).any()
+            found["part"] += 1
+    assert found["whole"] > 10 and found["part"] > 4
 
 
-@pytest.fixture(scope="module")
-def tokenizer_params():
-    return jax.jit(lambda key: image.init_params(key, presets.TOKENIZER))(jax.random.key(0))
-
-
-@pytest.fixture(scope="module")
-def tokens(work, text_model, tokenizer_params):
-    return records.tokenize(
-        work, tokenizer_params, text_model, range(8), slots=SLOTS, fine=True, batch_size=16
-    )
-
-
-@pytest.fixture(scope="module")
-def vocabulary(text_model):
-    return text.vocabulary_for(text_model, presets.TOKENIZER.codebook_size)
-
-
-def narrow(config):
-    return dataclasses.replace(config, transformer=SIZES)
-
-
-def test_records_hold_texts_of_both_languages_and_both_grids(tokens, text_model):
-    assert tokens.texts.shape == (8, 2, 2, 2, SLOTS)
-    assert tokens.coarse.shape == tokens.repainted.shape == (8, 64)
-    assert tokens.fine.shape == (8, 576)
-    assert tokens.objects.any(1).all() and not tokens.objects.all(1).any()
-    size = presets.TOKENIZER.codebook_size
-    for by_language in tokens.texts:
-        for language, order, row in np.ndindex(by_language.shape[:-1]):
-            ids = [t for t in by_language[language, order, row] if t >= 0]
-            caption = text.decode(text_model, ids, size)
-            assert caption.isascii() == (language == 0)
-            claims = scenes.parse_caption(caption)
-            if claims.relation and language == 0:
-                assert (claims.relation in ("above", "left of")) == (order == 0)
-
-
-def test_records_on_disk_are_not_made_again(work, tokens, text_model):
-    again = records.tokenize(work, None, text_model, range(8), slots=SLOTS, fine=True)
-    jax.tree.map(np.testing.assert_array_equal, tokens, again)
-
-
-def test_every_epoch_reads_each_record_once():
-    rows = np.concatenate([transformers._rows(3, step, 4, 6) for step in range(3)])
-    assert sorted(rows[:6]) == sorted(rows[6:]) == list(range(6))
-    assert list(rows[:6]) != list(rows[6:])
-
-
-def test_the_transformers_train_and_a_finished_training_is_not_repeated(
-    work, tokens, vocabulary, text_model
-):
-    coglm = narrow(presets.coglm_config(vocabulary))
-    direct = dataclasses.replace(presets.direct_sr_config(vocabulary), coglm=coglm)
-    iterative = narrow(presets.iterative_sr_config(vocabulary))
-    chinese = text.first_chinese(text_model, presets.TOKENIZER.codebook_size)
-
-    def run_coglm():
-        return transformers.run_coglm(
-            tokens, coglm, chinese, work / "coglm", cycles=(2, 1), batch_size=16
+def test_repainted_scenes_keep_shapes_and_captions_and_change_colours():
+    changed = 0
+    for index in range(10):
+        example, other = scenes.example("train", index), inputs.Repainted(10)[index]
+        assert other.captions == (example.captions,)
+        ours, theirs = (
+            inputs.on_object(np.asarray(p, np.float32)) for p in (example.image, other.picture)
         )
+        assert (
+            ours == theirs
+        ).mean() > 0.95  # the outline stays; some fills let the ground through
+        changed += (np.asarray(example.image) != np.asarray(other.picture)).any()
+    assert changed >= 9
 
-    trained = run_coglm()
-    jax.tree.map(np.testing.assert_array_equal, trained, run_coglm())
-    upscaler = transformers.run_direct_sr(
-        tokens, trained, direct, work / "direct", cycles=(2,), batch_size=2
-    )
-    labels = np.arange(presets.TOKENIZER.codebook_size) % presets.NUM_CLUSTERS
-    drafts = transformers.drafts(tokens, upscaler, direct, labels, work / "drafts.npy", 4)
-    assert drafts.shape == tokens.fine.shape
-    again = transformers.drafts(tokens, None, direct, labels, work / "drafts.npy")
-    np.testing.assert_array_equal(drafts, again)
-    refiner = transformers.run_iterative_sr(
-        tokens, drafts, trained, coglm, iterative, work / "iterative", cycles=(2,), batch_size=2
-    )
-    for params in (trained, upscaler, refiner):
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+def test_cells_of_objects_are_where_the_objects_are():
+    for index in range(5):
+        cells = inputs.object_cells(index).reshape(24, 24)
+        assert 0 < cells.sum() < cells.size
+        for item in scenes.example_scene("train", index).objects:
+            assert cells[item.y // 8, item.x // 8]
+
+
+@pytest.mark.slow
+def test_all_parts_are_trained_and_a_finished_training_is_not_repeated(monkeypatch, tmp_path):
+    def narrow(make):
+        def made(vocabulary):
+            config = make(vocabulary)
+            if hasattr(config, "coglm"):
+                base = dataclasses.replace(config.coglm, transformer=SIZES)
+                return dataclasses.replace(config, coglm=base)
+            return dataclasses.replace(config, transformer=SIZES)
+
+        return made
+
+    for name in ("coglm_config", "direct_sr_config", "iterative_sr_config"):
+        monkeypatch.setattr(presets, name, narrow(getattr(presets, name)))
+    monkeypatch.setattr(presets, "TOKENIZER", TOKENIZER)
+    monkeypatch.setattr(presets, "NUM_CLUSTERS", 8)
+    for name in ("TOKENIZER", "OTHER_STRIDES", "IN_ORDER", "BOTH_ORDERS", "DIRECT", "ITERATIVE"):
+        few = dataclasses.replace(getattr(train, name), num_steps=2000, batch_size=2)
+        monkeypatch.setattr(train, name, few)
+    for name in ("NUM_CUTS", "NUM_SCENES", "NUM_FINE"):
+        monkeypatch.setattr(train, name, 8000)
+
+    made = train.train(tmp_path / "work", share=0.001)
+    bundles.save(tmp_path / "bundle", made)
+    loaded = bundles.load(tmp_path / "bundle")
+    for network in bundles.NETWORKS:
+        leaves = jax.tree.leaves(getattr(loaded, network))
+        assert leaves and all(np.isfinite(leaf).all() for leaf in leaves)
+    again = train.train(tmp_path / "work", share=0.001)
+    for network in bundles.NETWORKS:
+        jax.tree.map(np.testing.assert_array_equal, getattr(made, network), getattr(again, network))
+    # Records that were made before the other strides were trained are still right.
+    drafts = np.load(tmp_path / "work" / "drafts.npy")
+    assert drafts.shape == (16, 576) and (drafts >= 0).all()
+    assert image.used_by(made.tokenizer, (8,), TOKENIZER)["encoder"]
