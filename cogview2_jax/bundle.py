@@ -78,6 +78,15 @@ class Bundle(NamedTuple):
     text_model: spm.SentencePieceProcessor
     cluster_labels: np.ndarray  # int32 [codebook_size], the cluster of each image token
 
+    def params(self, network: str) -> Params:
+        """The parameters of one of `NETWORKS`. Raises ValueError where they are still to be
+        trained.
+        """
+        found: Params = getattr(self, network)
+        if not found:
+            raise ValueError(f"the model lacks {network}: `{TRAINED_BY[network]}` trains it")
+        return found
+
     @property
     def num_clusters(self) -> int:
         return int(self.cluster_labels.max(initial=-1)) + 1

@@ -482,7 +482,7 @@ class CogView:
 
         def draw(candidate: int) -> Array:
             return decode_image(
-                bundle.coglm,
+                bundle.params("coglm"),
                 *tokens.base,
                 keys(candidate),
                 bundle.cluster_labels,
@@ -543,7 +543,7 @@ class CogView:
 
         def draw(candidate: int) -> Array:
             return infill(
-                bundle.coglm,
+                bundle.params("coglm"),
                 # The first four fields are those of a layout.
                 sequence.Layout(*(of_each(array) for array in filling[:4])),
                 of_each(filling.slot_of_cell),
@@ -578,7 +578,7 @@ class CogView:
             raise ValueError(f"language must be en or zh: got {language}")
         config = self.bundle.coglm_config
         ids = caption(
-            self.bundle.coglm,
+            self.bundle.params("coglm"),
             self._picture_tokens(picture, config.grid),
             np.array([language == "en"]),
             jax.random.key(0)[None] if key is None else key[None],
@@ -638,7 +638,7 @@ class CogView:
 
     def _scores(self, tokens: PromptTokens, coarse: np.ndarray) -> np.ndarray:
         scores = caption_score(
-            self.bundle.coglm,
+            self.bundle.params("coglm"),
             coarse,
             *tokens.base,
             tokens.english,
@@ -649,7 +649,7 @@ class CogView:
     def _direct(self, tokens: PromptTokens, coarse: np.ndarray, keys: Array) -> np.ndarray:
         bundle = self.bundle
         fine = super_resolve_direct(
-            bundle.direct,
+            bundle.params("direct"),
             *tokens.direct,
             coarse,
             keys,
@@ -664,7 +664,7 @@ class CogView:
         self, tokens: PromptTokens, fine: np.ndarray, may_change: np.ndarray, keys: Array
     ) -> np.ndarray:
         refined = super_resolve_iterative(
-            self.bundle.iterative,
+            self.bundle.params("iterative"),
             *tokens.iterative,
             fine,
             may_change,
@@ -677,7 +677,7 @@ class CogView:
     def _pictures(self, ids: np.ndarray, stage: str) -> np.ndarray:
         config = self.bundle.coglm_config if stage == "base" else self.bundle.direct_config
         pictures = to_pixels(
-            self.bundle.tokenizer,
+            self.bundle.params("tokenizer"),
             ids,
             grid=config.grid,
             stride=STRIDE,
@@ -688,7 +688,10 @@ class CogView:
     def _picture_tokens(self, picture: Picture, grid: configs.Grid) -> np.ndarray:
         pixels = fit_picture(picture, grid[0] * STRIDE, grid[1] * STRIDE)
         ids = to_tokens(
-            self.bundle.tokenizer, pixels[None], stride=STRIDE, config=self.bundle.tokenizer_config
+            self.bundle.params("tokenizer"),
+            pixels[None],
+            stride=STRIDE,
+            config=self.bundle.tokenizer_config,
         )
         return np.asarray(ids)
 

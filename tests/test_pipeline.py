@@ -325,3 +325,9 @@ def test_shrinking_averages_areas_as_scenes_does():
 def test_a_box_covers_the_cells_whose_centres_it_holds():
     mask = pipeline.coarse_mask((0.5, 0, 1, 0.4), (4, 4))
     np.testing.assert_array_equal(mask, np.array([[0, 0, 0, 0]] * 2 + [[1, 1, 0, 0]] * 2, bool))
+
+
+def test_a_network_that_is_still_to_be_trained_is_named(tiny):
+    cv = CogView(tiny._replace(direct={}))
+    with pytest.raises(ValueError, match="lacks direct: `cogview2 train direct-sr` trains it"):
+        cv.generate("a red circle", 1, key=jax.random.key(0), candidates=1)

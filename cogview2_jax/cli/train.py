@@ -483,6 +483,7 @@ def _sampler(
     import jax
     import numpy as np
 
+    from cogview2_jax import bundle as bundles
     from cogview2_jax.pipeline import CogView
     from cogview2_jax.tokenizer import image
 
@@ -506,6 +507,8 @@ def _sampler(
         return reconstructions
 
     stage = _STAGES[network]
+    for before in bundles.NETWORKS[: bundles.NETWORKS.index(network)]:
+        bundle.params(before)  # raises where it is missing, now and not at the first picture
 
     def draw(params: Any) -> np.ndarray:
         cv = CogView(finish(bundle, jax.device_put(_on_host(params))))
@@ -554,4 +557,5 @@ def _join(chosen: dict[str, Any]) -> None:
             heartbeat_timeout_seconds=chosen["peer_timeout"],
         )
     except (RuntimeError, ValueError) as error:
-        raise click.ClickException(f"the processes do not meet: {error}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise click.ClickException(f"the processes do not meet: {reason}") from error

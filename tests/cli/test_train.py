@@ -65,3 +65,15 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert code == 2
     assert message in err.splitlines()[-1] and err.splitlines()[-1].startswith("cogview2: ")
     assert not out.exists()
+
+
+def test_pictures_of_a_model_in_the_making_are_refused_at_the_start(run, tiny, records, tmp_path):
+    bundles.save(tmp_path / "base", tiny._replace(tokenizer={}, cluster_labels=np.zeros(0, int)))
+    out = tmp_path / "run"
+    command = ("train", "coglm", records, "--bundle", tmp_path / "base", "--out", out)
+    options = ("--patch-size", 2, "--text-ratio", 0, "--batch-size", 2)
+    code, _, err = run(*command, *options, "--sample-every", 5, "--prompt", "a red circle")
+    assert code == 2
+    expected = "cogview2: the model lacks tokenizer: `cogview2 train tokenizer` trains it"
+    assert err.splitlines()[-1] == expected
+    assert not out.exists()
