@@ -170,11 +170,7 @@ def coglm_task(
             params,
             batch,
             config=config,
-            precision=options.precision,
-            training=options.training,
-            sharding=sharding,
-            dropout_key=key,
-            z_loss=options.z_loss if key is not None else 0.0,
+            **_how(options, sharding, key),
         )
         return *found, ()
 
@@ -221,11 +217,7 @@ def direct_sr_task(
             batch.fine,
             batch.weights,
             config=config,
-            precision=options.precision,
-            training=options.training,
-            sharding=sharding,
-            dropout_key=key,
-            z_loss=options.z_loss if key is not None else 0.0,
+            **_how(options, sharding, key),
         )
         return *found, ()
 
@@ -278,11 +270,7 @@ def iterative_sr_task(
             batch.masked,
             batch.weights,
             config=config,
-            precision=options.precision,
-            training=options.training,
-            sharding=sharding,
-            dropout_key=key,
-            z_loss=options.z_loss if key is not None else 0.0,
+            **_how(options, sharding, key),
         )
         return *found, ()
 
@@ -641,6 +629,17 @@ def _start(
     if not known[start]:
         raise ValueError(f"start {start!r} needs parameters that the model does not hold")
     return made(known[start]) if start == "coglm" else known[start]
+
+
+def _how(options: Options, sharding: Sharding | None, key: Array | None) -> dict[str, Any]:
+    """What a transformer's loss is to be computed with; without a key, as validation wants it."""
+    return {
+        "precision": options.precision,
+        "training": options.training,
+        "sharding": sharding,
+        "dropout_key": key,
+        "z_loss": 0.0 if key is None else options.z_loss,
+    }
 
 
 def _unrolled(sizes: TransformerConfig) -> TransformerConfig:

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cogview2_jax import sequence
-from cogview2_jax.config import CogLMConfig, Precision, TransformerConfig, Vocabulary
+from cogview2_jax.config import (
+    CogLMConfig,
+    HVQVAEConfig,
+    Precision,
+    TransformerConfig,
+    Vocabulary,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -19,6 +25,16 @@ SMALL = CogLMConfig(
     max_text=8,
     num_positions=48,
     image_position=10,
+)
+SMALL_TOKENIZER = HVQVAEConfig(
+    channels=8,
+    encoder_multipliers=(1, 1, 1),
+    encoder_blocks=1,
+    decoder_multipliers=((1, 1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1)),
+    groups=4,
+    z_channels=8,
+    codebook_size=64,
+    codebook_dim=8,
 )
 TEXT = [60, 61, 62, 63, 64]
 IMAGE = np.arange(24)

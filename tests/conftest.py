@@ -11,14 +11,14 @@ from cogview2_jax.config import (
     ClusterSampling,
     CogLMConfig,
     DirectSRConfig,
-    HVQVAEConfig,
     IterativeSRConfig,
     Sampling,
     TransformerConfig,
 )
 from cogview2_jax.tokenizer import text
+from tests.common import SMALL_TOKENIZER
 
-CODES, CLUSTERS = 64, 8
+CODES, CLUSTERS = SMALL_TOKENIZER.codebook_size, 8
 SENTENCES = (
     "a red circle above a striped blue square",
     "a small green star on the left",
@@ -47,16 +47,6 @@ def tiny_bundle() -> bundles.Bundle:
     iterative = IterativeSRConfig(
         transformer, vocabulary, direct.grid, text_slots=6, num_positions=8
     )
-    tokenizer = HVQVAEConfig(
-        channels=8,
-        encoder_multipliers=(1, 1, 1),
-        encoder_blocks=1,
-        decoder_multipliers=((1, 1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1)),
-        groups=4,
-        z_channels=8,
-        codebook_size=CODES,
-        codebook_dim=8,
-    )
     sampling = Sampling(
         ClusterSampling(1.0, 4), ClusterSampling(1.0, 4), iterative_top_k=(20, 20, 20, 10, 10, 5)
     )
@@ -65,7 +55,7 @@ def tiny_bundle() -> bundles.Bundle:
         base,
         direct,
         iterative,
-        tokenizer,
+        SMALL_TOKENIZER,
         sampling,
         {},
         {},
@@ -75,7 +65,7 @@ def tiny_bundle() -> bundles.Bundle:
         rng.integers(0, CLUSTERS, CODES).astype(np.int32),
     )
     flat = {}
-    for name, shape in bundles.expected_shapes(base, direct, iterative, tokenizer).items():
+    for name, shape in bundles.expected_shapes(base, direct, iterative, SMALL_TOKENIZER).items():
         if "/" in name:  # cluster labels are no network's
             # Rounded, so that saving changes nothing; large enough that logits differ clearly.
             values = 0.3 * rng.standard_normal(shape) + name.endswith("/scale")

@@ -9,12 +9,12 @@ from cogview2_jax import coglm, direct_sr, iterative_sr, objectives, pretraining
 from cogview2_jax.config import (
     CogLMConfig,
     DirectSRConfig,
-    HVQVAEConfig,
     IterativeSRConfig,
     TransformerConfig,
     Vocabulary,
 )
 from cogview2_jax.tokenizer import image
+from tests.common import SMALL_TOKENIZER
 
 SIZES = TransformerConfig(num_layers=1, hidden_size=16, num_heads=2)
 VOCABULARY = Vocabulary(num_image=12, size=24, pad=15, unknown=12)
@@ -108,25 +108,15 @@ def test_iterative_sr_loss_counts_masked_cells_alone():
     np.testing.assert_allclose(metrics["image"].value, loss.value, rtol=1e-5)
 
 
-TOKENIZER = HVQVAEConfig(
-    channels=8,
-    encoder_multipliers=(1, 1, 1),
-    encoder_blocks=1,
-    decoder_multipliers=((1, 1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1)),
-    groups=4,
-    z_channels=8,
-    codebook_size=16,
-    codebook_dim=4,
-)
-
-
 def test_straight_through_gradient_reaches_the_encoder_and_spares_the_codebook():
-    params = image.init_params(jax.random.key(2), TOKENIZER)
+    params = image.init_params(jax.random.key(2), SMALL_TOKENIZER)
     pictures = jax.random.uniform(jax.random.key(3), (2, 16, 16, 3))
 
     def loss(params):
         weights = jnp.ones(pictures.shape[:3])
-        return objectives.hvqvae_loss(params, pictures, weights, (8,), config=TOKENIZER)[0].value
+        return objectives.hvqvae_loss(params, pictures, weights, (8,), config=SMALL_TOKENIZER)[
+            0
+        ].value
 
     grads = jax.grad(loss)(params)
     encoder = np.abs(grads["encoder"]["conv_in"]["kernel"])

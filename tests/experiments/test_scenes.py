@@ -7,22 +7,13 @@ import numpy as np
 import pytest
 
 from cogview2_jax import bundle as bundles
-from cogview2_jax.config import HVQVAEConfig, TransformerConfig
+from cogview2_jax.config import TransformerConfig
 from cogview2_jax.data import scenes
 from cogview2_jax.tokenizer import image
 from experiments.scenes import inputs, presets, train
+from tests.common import SMALL_TOKENIZER
 
 SIZES = TransformerConfig(num_layers=1, hidden_size=16, num_heads=2)
-TOKENIZER = HVQVAEConfig(
-    channels=8,
-    encoder_multipliers=(1, 1, 1),
-    encoder_blocks=1,
-    decoder_multipliers=((1, 1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1)),
-    groups=4,
-    z_channels=8,
-    codebook_size=128,
-    codebook_dim=8,
-)
 
 
 def test_captions_in_order_name_the_upper_or_left_object_first():
@@ -93,7 +84,7 @@ def test_all_parts_are_trained_and_a_finished_training_is_not_repeated(monkeypat
 
     for name in ("coglm_config", "direct_sr_config", "iterative_sr_config"):
         monkeypatch.setattr(presets, name, narrow(getattr(presets, name)))
-    monkeypatch.setattr(presets, "TOKENIZER", TOKENIZER)
+    monkeypatch.setattr(presets, "TOKENIZER", SMALL_TOKENIZER)
     monkeypatch.setattr(presets, "NUM_CLUSTERS", 8)
     for name in ("TOKENIZER", "OTHER_STRIDES", "IN_ORDER", "BOTH_ORDERS", "DIRECT", "ITERATIVE"):
         few = dataclasses.replace(getattr(train, name), num_steps=2000, batch_size=2)
@@ -113,4 +104,4 @@ def test_all_parts_are_trained_and_a_finished_training_is_not_repeated(monkeypat
     # Records that were made before the other strides were trained are still right.
     drafts = np.load(tmp_path / "work" / "drafts.npy")
     assert drafts.shape == (16, 576) and (drafts >= 0).all()
-    assert image.used_by(made.tokenizer, (8,), TOKENIZER)["encoder"]
+    assert image.used_by(made.tokenizer, (8,), SMALL_TOKENIZER)["encoder"]
