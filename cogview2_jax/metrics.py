@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from cogview2_jax.config import CogLMConfig, DirectSRConfig, IterativeSRConfig, TransformerConfig
+from cogview2_jax.config import (
+    CogLMConfig,
+    DirectSRConfig,
+    HVQVAEConfig,
+    IterativeSRConfig,
+    TransformerConfig,
+)
+from cogview2_jax.tokenizer.hvqvae import HVQVAE
 
 
 class Log:
@@ -107,6 +115,27 @@ def flops_per_sample(config: CogLMConfig | DirectSRConfig | IterativeSRConfig) -
         forward = _stack(sizes, config.text_slots + fine, config.text_slots**2 + fine * seen)
         logits = fine * config.vocabulary.num_image * sizes.hidden_size
     return 3 * (forward + 2.0 * logits)
+
+
+def tokenizer_flops_per_sample(config: HVQVAEConfig, side: int, strides: Sequence[int]) -> float:
+    """FLOPs of a picture of `side` pixels, encoded once and decoded at each of `strides`, forward
+    and backward. All operations, as XLA counts those of the forward pass; nothing is compiled.
+    """
+    model = HVQVAE(config)
+
+    def forward(params: Any, images: jax.Array) -> list[jax.Array]:
+        levels = model.apply({"params": params}, images, method="vectors")
+        return [
+            model.apply(
+                {"params": params}, levels[config.strides.index(s)], s, method="reconstruct"
+            )
+            for s in strides
+        ]
+
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x)["params"], images)
+    counted = jax.jit(forward).lower(params, images).cost_analysis() or {}
+    return 3.0 * counted.get("flops", 0.0)
 
 
 def _stack(sizes: TransformerConfig, length: int, pairs: int) -> float:

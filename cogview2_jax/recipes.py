@@ -391,7 +391,7 @@ def tokenizer_task(
         held_out_batches=len(unseen),
         ids_of=functools.partial(_ids, pictures, options),
         tokens_per_sample=sum((side // stride) ** 2 for stride in strides),
-        flops_per_sample=0.0,
+        flops_per_sample=metrics.tokenizer_flops_per_sample(config, side, strides),
         settings={
             "records": checkpoint.describe(manifest.read(pictures)),
             "start": start,
