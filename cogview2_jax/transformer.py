@@ -2,6 +2,7 @@
 (SwissArmyTransformer v0.2).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -134,17 +135,50 @@ class Transformer(nn.Module):
         the cache.
         """
         table = jnp.concatenate(self.positions) if len(self.positions) > 1 else self.positions[0]
-        words = constrain(self.sharding, self.word_embeddings, None, None)
-        x = words[tokens] + table[positions]
+        x = self._looked_up(tokens) + table[positions]
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))
         x = constrain(self.sharding, x.astype(self.precision.compute), "batch", None, None)
         x, cache = self.layers(x, context, cache)
         return self.final_layernorm(x), cache
 
+    def _looked_up(self, tokens: Array) -> Array:
+        """Rows of the word table, [b, s, e]. On a mesh the table stays where it lies: every device
+        looks all tokens up in its part of the width, and the rows change places.
+        """
+        if self.sharding is None:
+            return self.word_embeddings[tokens]
+        tokens = constrain(self.sharding, tokens, None, None)
+        x = constrain(self.sharding, self.word_embeddings[tokens], None, None, "packed_embed")
+        # One axis of the mesh after the other: both at once would replicate everything.
+        x = constrain(self.sharding, x, "batch", None, "mlp")
+        return constrain(self.sharding, x, "batch", None, None)
+
     def logits(self, hidden: Array, start: int, stop: int) -> Array:
         """Hidden [..., e] → float32 logits [..., stop − start] of ids start…stop−1."""
         if hidden.ndim == 3:
             hidden = constrain(self.sharding, hidden, "batch", "tokens", None)
-        words = constrain(self.sharding, self.word_embeddings, None, None)
-        embeddings = words[start:stop].astype(hidden.dtype)
-        return jnp.einsum("...e,ve->...v", hidden, embeddings, preferred_element_type=jnp.float32)
+        embeddings = self.word_embeddings[start:stop].astype(hidden.dtype)
+        return _tied_logits(hidden, embeddings, self.sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _tied_logits(hidden: Array, embeddings: Array, sharding: Sharding | None) -> Array:
+    words = constrain(sharding, embeddings, None, None)
+    return jnp.einsum("...e,ve->...v", hidden, words, preferred_element_type=jnp.float32)
+
+
+def _tied_logits_forward(hidden: Array, embeddings: Array, sharding: Sharding | None) -> Any:
+    return _tied_logits(hidden, embeddings, sharding), (hidden, embeddings)
+
+
+def _tied_logits_backward(sharding: Sharding | None, kept: Any, gradient: Array) -> Any:
+    hidden, embeddings = kept
+    # Left to itself, a float32 gradient makes float32 products and gathers a float32 table.
+    gradient = gradient.astype(hidden.dtype)
+    words = constrain(sharding, embeddings, None, None)
+    by_hidden = jnp.einsum("...v,ve->...e", gradient, words)
+    by_words = jnp.einsum("...v,...e->ve", gradient, hidden)
+    return by_hidden, constrain(sharding, by_words, None, "packed_embed")
+
+
+_tied_logits.defvjp(_tied_logits_forward, _tied_logits_backward)
