@@ -73,7 +73,7 @@ def init_state(
 
     if sharding is None:
         return jax.jit(build)(params, extra)
-    shardings = _state_shardings(jax.eval_shape(build, params, extra), params, sharding)
+    shardings = state_shardings(jax.eval_shape(build, params, extra), params, sharding)
     return jax.jit(build, out_shardings=shardings)(params, extra)
 
 
@@ -83,7 +83,7 @@ def layout_of(state: TrainState) -> TrainState:
     return layout
 
 
-def _state_shardings(state: TrainState, params: Params, sharding: Sharding) -> TrainState:
+def state_shardings(state: TrainState, params: Params, sharding: Sharding) -> TrainState:
     """Leaves that end in a parameter's path and have its shape lie as it does, others whole."""
 
     def names(path: Any) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from pallas_kernels.local_attention.window import Window
 DEVICE = "NVIDIA H200"
 WINDOWS = [Window(9, 5), Window(9, 9), Window(5, 5, ratio=3)]
 # What XLA must know of the device that is not there.
-_TARGET = f"""
+TARGET = f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
@@ -193,7 +193,7 @@ def compile_kernels(
         shutil.rmtree(folder / path)
         (folder / path).mkdir()
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", topology="1x1x1", target_config=_TARGET
+        platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET
     )
     mesh = topologies.make_mesh(topology, (1,), ("device",))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
