@@ -409,7 +409,7 @@ def _train(
             raise ValueError(f"--start {start}: bundle {folder} has no {known[start]}")
     common.check_writable(out)
     common.use_compilation_cache()
-    _keep_freed_memory()
+    keep_freed_memory()
     sampling = chosen["sample_every"] and (prompts or network == "tokenizer")
     if sampling and jax.process_count() > 1:
         raise click.UsageError("--sample-every goes with one process only")
@@ -520,7 +520,7 @@ def _join(chosen: dict[str, Any]) -> None:
         raise click.ClickException(f"the processes do not meet: {error}") from error
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep what is freed: a step's buffers, handed back and faulted in again at every
     step, cost a CPU a third of its time.
     """
