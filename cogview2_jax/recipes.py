@@ -679,11 +679,11 @@ def _place_codebook(
     else:
         many = len(vectors) < config.codebook_size
         chosen = vectors[rng.choice(len(vectors), config.codebook_size, replace=many)]
-    old = state.params["codebook"]
-    codebook = jax.device_put(jnp.asarray(chosen, old.dtype), old.sharding)
-    statistics = jax.tree.map(
-        lambda new, old: jax.device_put(new, old.sharding),
-        objectives.init_statistics(codebook),
-        state.extra,
-    )
+
+    def in_place_of(old: Array, new: Array) -> Array:
+        # One that is committed to its device where the others are not would compile the step anew.
+        return jax.device_put(new, old.sharding) if old.committed else new
+
+    codebook = in_place_of(state.params["codebook"], jnp.asarray(chosen, jnp.float32))
+    statistics = jax.tree.map(in_place_of, state.extra, objectives.init_statistics(codebook))
     return state._replace(params=state.params | {"codebook": codebook}, extra=statistics)

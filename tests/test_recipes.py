@@ -4,10 +4,11 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from cogview2_jax import bundle as bundles
-from cogview2_jax import direct_sr, recipes, sequence
+from cogview2_jax import direct_sr, recipes, sequence, train
 from cogview2_jax.config import CogLMConfig
 from cogview2_jax.data import batches, prepare, reading, sources
 from cogview2_jax.data.batches import Mix, Rows
@@ -216,3 +217,17 @@ def test_held_out_records_are_never_trained_on(records):
 
 def test_the_bundle_that_ships_is_what_the_commands_start_from():
     assert bundles.networks_in() == bundles.NETWORKS
+
+
+def test_placing_the_codebook_compiles_no_step_anew(tiny, pictures):
+    options = dataclasses.replace(FEW, held_out=0.0)
+    task = recipes.tokenizer_task(tiny, pictures, options, side=32, start="nothing", place_at=0.5)
+    params = tiny.tokenizer
+    state = train.init_state(params, optax.identity(), extra=task.extra(params))
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 0, state), donate_argnums=0)
+    for number in range(options.num_steps):
+        before = np.asarray(state.params["codebook"])
+        state = task.before_step(number, state)
+        assert np.array_equal(before, state.params["codebook"]) == (number != 2)
+        state = step(state)
+    assert step._cache_size() == 1

@@ -1,0 +1,183 @@
+"""Each choice of the training against doing without it: the same data, steps and seeds, judged on
+the same held-out records.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cogview2_jax import objectives, recipes
+from cogview2_jax.bundle import Bundle
+from cogview2_jax.data.batches import Mix
+from cogview2_jax.recipes import Options, Task
+from experiments.objectives import figures, overfit
+from experiments.scenes import prepared
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of scenes and steps, and the transformers that start from nothing."""
+
+    scenes: int
+    fine_scenes: int
+    small_scenes: int
+    held_out: float
+    layers: int
+    width: int
+    mix_steps: int
+    direct_steps: int
+    iterative_steps: int
+    tokenizer_steps: int
+    channels: int
+    codes: int
+
+
+FULL = Size(2000, 300, 1000, 0.1, 3, 128, 600, 120, 400, 300, channels=16, codes=512)
+QUICK = Size(64, 32, 32, 0.3, 2, 64, 20, 3, 10, 12, channels=16, codes=128)
+
+
+class Ablation(NamedTuple):
+    """`full` is expected to have the lower held-out `figure`."""
+
+    question: str
+    full: str
+    without: str
+    figure: str
+    tasks: Callable[[int], tuple[Task, Task, Options]]  # seed → full, without, how to train both
+
+
+def ablations(bundle: Bundle, size: Size, work: Path) -> dict[str, Ablation]:
+    """All of them by name. `bundle` holds its tokenizer and its CogLM."""
+    small = overfit.small(bundle, size.layers, size.width)
+
+    def options(seed: int, steps: int, batch_size: int) -> Options:
+        return dataclasses.replace(
+            overfit.MUON,
+            num_steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            held_out=size.held_out,
+        )
+
+    def mix(seed: int) -> tuple[Task, Task, Options]:
+        records = prepared.tokens(work / "records", bundle, size.scenes, fine=False)
+        chosen = options(seed, size.mix_steps, 32)
+
+        def task(mix: Mix) -> Task:
+            return recipes.coglm_task(small, records, chosen, mix=mix, start="nothing")
+
+        # Both are judged on as many samples of captioning as of generation.
+        judged = task(Mix(caption_ratio=0.5, text_ratio=0.0)).read_held_out
+        full, without = task(Mix()), task(Mix(caption_ratio=0.0, text_ratio=0.0))
+        return full._replace(read_held_out=judged), without._replace(read_held_out=judged), chosen
+
+    def direct(seed: int) -> tuple[Task, Task, Options]:
+        records = prepared.tokens(work / "fine_records", bundle, size.fine_scenes)
+        chosen = options(seed, size.direct_steps, 8)
+
+        def task(start: str) -> Task:
+            return recipes.direct_sr_task(bundle, records, chosen, start=start)
+
+        return task("coglm"), task("nothing"), chosen
+
+    def iterative(seed: int) -> tuple[Task, Task, Options]:
+        fresh = overfit.with_small_grid(small)
+        records = prepared.tokens(work / "small_records", fresh, size.small_scenes)
+        chosen = options(seed, size.iterative_steps, 16)
+        full = recipes.iterative_sr_task(fresh, records, chosen, start="nothing")
+        return full, full._replace(read=scattered(full.read, seed)), chosen
+
+    def tokenizer(seed: int) -> tuple[Task, Task, Options]:
+        pictures = prepared.pictures(work / "pictures", size.scenes)
+        chosen = options(seed, size.tokenizer_steps, 16)
+        config = overfit.small_tokenizer(bundle.tokenizer_config, size.channels, size.codes)
+        fresh = bundle._replace(tokenizer_config=config)
+
+        def task(place_at: float) -> Task:
+            return recipes.tokenizer_task(
+                fresh, pictures, chosen, side=overfit.SIDE, start="nothing", place_at=place_at
+            )
+
+        alone = objectives.codebook_revision()
+        return task(0.1), task(0.0)._replace(before_step=None, revise=alone), chosen
+
+    return {
+        "direct": Ablation(
+            "Does direct SR gain from starting as CogLM?",
+            "from CogLM",
+            "from nothing",
+            "image",
+            direct,
+        ),
+        "mix": Ablation(
+            "Does the three-task mix teach captions, besides pictures?",
+            "three tasks",
+            "generation alone",
+            "caption",
+            mix,
+        ),
+        "masks": Ablation(
+            "Does iterative SR gain from masks like those of its rounds?",
+            "masks of the rounds",
+            "scattered masks",
+            "image",
+            iterative,
+        ),
+        "codes": Ablation(
+            "Does the tokenizer gain from placing and reviving codes?",
+            "placed and revived",
+            "moving average alone",
+            "reconstruction",
+            tokenizer,
+        ),
+    }
+
+
+def scattered(read: Callable[[int], Any], seed: int) -> Callable[[int], Any]:
+    """The same batches with as many cells hidden in each picture, and as many of each weight, but
+    anywhere.
+    """
+
+    def moved(step: int) -> Any:
+        batch = read(step)
+        rng = np.random.default_rng((seed, 2, step))
+        order = rng.random(batch.masked.shape).argsort(axis=1)
+        return batch._replace(
+            masked=np.take_along_axis(batch.masked, order, 1),
+            weights=np.take_along_axis(batch.weights, order, 1),
+        )
+
+    return moved
+
+
+def run(name: str, ablation: Ablation, seeds: int, work: Path) -> dict[str, Any]:
+    """Train both sides with each seed: their held-out figures, one dictionary a seed."""
+    found: dict[str, Any] = {ablation.full: [], ablation.without: []}
+    for seed in range(seeds):
+        full, without, options = ablation.tasks(seed)
+        for side, task in ((ablation.full, full), (ablation.without, without)):
+            folder = work / f"{name}_{figures.slug(side)}_{seed}"
+            # One save, at the end: held-out figures are of then.
+            recipes.run(task, options, folder, log_every=10, save_every=options.num_steps, keep=1)
+            found[side].append(_summed(figures.held_out(folder)))
+    return found
+
+
+def _summed(figures: dict[str, float]) -> dict[str, float]:
+    """With the means over the two languages and over the strides, where there are any."""
+    both = [figures[name] for name in ("english", "chinese") if name in figures]
+    strides = [value for name, value in figures.items() if name.startswith("reconstruction_")]
+    for name, values in (("caption", both), ("reconstruction", strides)):
+        if values:
+            figures[name] = round(float(np.mean(values)), 4)
+    return figures
+
+
+def means(found: list[dict[str, float]], figure: str) -> tuple[float, float, float]:
+    """Mean, least and most of a figure over the seeds."""
+    values = [one[figure] for one in found]
+    return float(np.mean(values)), min(values), max(values)
