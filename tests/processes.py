@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -16,7 +17,9 @@ PATIENCE = 300.0  # seconds; far more than a busy machine needs
 
 
 class Started:
-    """A Python command that runs, with its two streams in `log`.out and `log`.err."""
+    """A Python command that runs, with its two streams in `log`.out and `log`.err. A file that it
+    writes can be no larger than `largest_file` bytes, as if a disk were full.
+    """
 
     def __init__(
         self,
@@ -25,7 +28,7 @@ class Started:
         cache: Path,
         *,
         devices: int = 1,
-        before: Callable[[], None] | None = None,
+        largest_file: int | None = None,
     ) -> None:
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -46,8 +49,9 @@ class Started:
                 stderr=stderr,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=before,
             )
+        if largest_file is not None:
+            resource.prlimit(self._popen.pid, resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
     def out(self) -> str:
         return self.log.with_suffix(".out").read_text()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -410,6 +412,7 @@ def _train(
     common.check_writable(out)
     common.use_compilation_cache()
     _keep_freed_memory()
+    _hush()
     sampling = chosen["sample_every"] and (prompts or network == "tokenizer")
     if sampling and jax.process_count() > 1:
         raise click.UsageError("--sample-every goes with one process only")
@@ -515,6 +518,8 @@ def _join(chosen: dict[str, Any]) -> None:
             num_processes=chosen["processes"],
             process_id=chosen["process"],
             heartbeat_timeout_seconds=chosen["peer_timeout"],
+            # One that ends with an error waits for the others, who wait for it in the next step.
+            shutdown_timeout_seconds=chosen["peer_timeout"],
         )
     except (RuntimeError, ValueError) as error:
         raise click.ClickException(f"the processes do not meet: {error}") from error
@@ -530,3 +535,18 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)
         mallopt(arena_max, 1)
+
+
+def _hush() -> None:
+    """A write that fails raises one error, which is told in one line. Orbax and tensorstore also
+    log it, from every thread that wrote, and stumble over what they were still writing.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = hook
