@@ -18,7 +18,7 @@ import pytest
 from tests.processes import Started, ending, free_port
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
-STEPS = 120
+STEPS = 120  # of one process; two take half as many
 PEER_TIMEOUT = 10
 
 
@@ -31,7 +31,8 @@ def start(tiny_folder, records, tmp_path_factory):
     def start(out, *options, processes=1, largest_file=None):
         command = ["-m", "cogview2_jax.cli", "train", "coglm", records, "--out", out]
         command += ["--bundle", tiny_folder, "--text-ratio", 0, "--patch-size", 2]
-        command += ["--batch-size", 8, "--log-every", 1, "--steps", STEPS, *options]
+        command += ["--batch-size", 8, "--log-every", 1, *options]
+        command += ["--steps", STEPS // processes]
         meet = ["--coordinator", f"localhost:{free_port()}", "--processes", processes]
         meet += ["--fsdp", 2, "--tensor", 2, "--peer-timeout", PEER_TIMEOUT]
         return [
@@ -40,7 +41,7 @@ def start(tiny_folder, records, tmp_path_factory):
                 place / str(next(numbers)),
                 place / "cache",
                 devices=1 if processes == 1 else 2,
-                largest_file=None if process else largest_file,
+                largest_file=largest_file,
             )
             for process in range(processes)
         ]
@@ -102,8 +103,9 @@ def assert_equal(out, other):
             )
             return jax.device_get(reader.restore(path, like))
 
+    step = str(committed(other))
     for part in ("params", "rest"):
-        found, expected = (saved(run / "checkpoints" / str(STEPS) / part) for run in (out, other))
+        found, expected = (saved(run / "checkpoints" / step / part) for run in (out, other))
         assert jax.tree.leaves(found)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
 
@@ -145,7 +147,7 @@ def test_sigterm_to_one_process_saves_in_all(start, whole, tmp_path):
             for process in running:
                 assert process.finish() == 0, process.err()
             assert went_on_from(running[0]) == step
-        assert step < committed(out) < STEPS
+        assert step < committed(out) < STEPS // 2
         step = committed(out)
         assert f"CogLM: stopped and saved at step {step}\n" in running[0].err()
     train_on(start, out, step, processes=2)
@@ -162,7 +164,7 @@ def test_sigkill_of_one_process_ends_the_other(start, whole, tmp_path):
             # It notices when the time is up, and needs some to write its last words.
             assert running[1 - victim].finish(PEER_TIMEOUT + 50) != 0
             assert went_on_from(running[0]) == step
-        assert step < committed(out) < STEPS
+        assert step < committed(out) < STEPS // 2
         step = committed(out)
     train_on(start, out, step, processes=2)
     assert_equal(out, whole(2))
@@ -188,7 +190,7 @@ def test_a_checkpoint_that_cannot_be_written(processes, start, whole, tmp_path):
         expected = f"cogview2: the last checkpoint in {out / 'checkpoints'} could not be written:"
         assert last_line(running[0]) == f"{expected} File too large"
         for process in running[1:]:
-            assert process.finish(PEER_TIMEOUT + 50) != 0
+            assert process.finish() != 0
     assert committed(out) == step
     train_on(start, out, step, processes=processes)
     assert_equal(out, whole(processes))
