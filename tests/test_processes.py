@@ -14,36 +14,45 @@ from tests.processes import ROOT, Started, ending, free_port
 from tests.training_runs import STEPS, Work
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
-FSDP, MIXED, TENSOR = (1, 8, 1), (2, 2, 2), (1, 1, 8)
+FSDP, MIXED = (1, 8, 1), (2, 2, 2)
 HALF = STEPS // 2
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    """Trains in a folder, in 1 process or 2 of 4 devices; gives each process's losses by step."""
+def start(tmp_path_factory):
+    """Starts a training in a folder, in 1 process or in 2 of 4 devices."""
     place = tmp_path_factory.mktemp("processes")
     numbers = itertools.count()
 
-    def train(folder, mesh=None, processes=1):
+    def start(folder, mesh=None, processes=1, save_every=HALF):
         devices = 1 if mesh is None else 8 // processes
-        told = Work(str(folder), devices, mesh, save_every=HALF)
+        told = Work(str(folder), devices, mesh, save_every=save_every)
         if processes > 1:
             told = told._replace(processes=processes, port=free_port())
         works = [told._replace(process=i) if processes > 1 else told for i in range(processes)]
         script = ROOT / "tests" / "training_runs.py"
         commands = [(script, "train", json.dumps(work._asdict())) for work in works]
-        logs = [place / str(next(numbers)) for _ in works]
-        cache = place / "cache"
-        with ending([Started(*both, cache) for both in zip(commands, logs, strict=True)]) as all_:
-            for process in all_:
+        return [Started(each, place / str(next(numbers)), place / "cache") for each in commands]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def train(start):
+    """The same, to the end; gives each process's losses by step."""
+
+    def train(*where, **options):
+        with ending(start(*where, **options)) as running:
+            for process in running:
                 assert process.finish() == 0, process.err()
-            return [losses_in(process.out()) for process in all_]
+            return [losses_in(process.out()) for process in running]
 
     return train
 
 
 def losses_in(out):
-    lines = [line.split() for line in out.splitlines() if line.startswith("loss ")]
+    whole = out[: out.rfind("\n") + 1]  # a kill may cut the last line short
+    lines = [line.split() for line in whole.splitlines() if line.startswith("loss ")]
     return {int(step): float(loss) for _, step, loss in lines}
 
 
@@ -83,7 +92,7 @@ def half_of(folder, to):
     return to
 
 
-@pytest.mark.parametrize(("mesh", "resumed_on"), [(FSDP, None), (MIXED, MIXED), (TENSOR, FSDP)])
+@pytest.mark.parametrize(("mesh", "resumed_on"), [(FSDP, None), (MIXED, FSDP)])
 def test_two_processes_follow_one_device(mesh, resumed_on, train, state_in, alone, tmp_path):
     """2 processes × 4 devices, each with its own rows; then one process, of 1 device or 8, goes on
     from the middle.
@@ -98,9 +107,27 @@ def test_two_processes_follow_one_device(mesh, resumed_on, train, state_in, alon
     assert_same(state_in(one), state_in(folder))
 
 
-@pytest.mark.parametrize("mesh", [FSDP, MIXED])
-def test_two_processes_go_on_from_one(mesh, train, state_in, alone, tmp_path):
+def test_two_processes_go_on_from_one(train, state_in, alone, tmp_path):
+    """And the devices along "tensor", of which two processes share each sample."""
     folder, expected = alone
-    for losses in train(half_of(folder, tmp_path), mesh, processes=2):
+    for losses in train(half_of(folder, tmp_path), (1, 1, 8), processes=2):
         assert_same(losses, {step: expected[step] for step in range(HALF + 1, STEPS + 1)})
+    assert_same(state_in(tmp_path), state_in(folder))
+
+
+def test_killed_on_one_mesh_it_goes_on_with_another(start, train, state_in, alone, tmp_path):
+    folder, expected = alone
+    losses, known = {}, 0
+    for mesh in (None, MIXED, None, MIXED):
+        with ending(start(tmp_path, mesh, save_every=1)) as (process,):
+            process.wait_until(lambda p=process: len(losses_in(p.out())) > 2)
+            process.kill()
+        found = losses_in(process.out())
+        assert min(found) == known + 1
+        losses |= found
+        names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+        known = max(int(name) for name in names if name.isdigit())
+    (last,) = train(tmp_path)
+    assert min(last) == known + 1
+    assert_same(losses | last, expected)
     assert_same(state_in(tmp_path), state_in(folder))
