@@ -170,6 +170,18 @@ def test_sigkill_of_one_process_ends_the_other(start, whole, tmp_path):
     assert_equal(out, whole(2))
 
 
+def test_an_error_of_one_process_ends_the_other(start, tmp_path):
+    """Only the first process writes figures, and here cannot."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "tensorboard").write_text("a file in the place of a folder")
+    with ending(start(out, "--save-every", 3, processes=2)) as running:
+        running[0].wait_until(lambda: "could not be written: File exists" in running[0].err())
+        for process in running:
+            assert process.finish(2 * PEER_TIMEOUT + 50) != 0
+        assert "Traceback" not in running[0].err()
+
+
 def last_line(process):
     assert process.finish() == 2, process.err()
     assert "Traceback" not in process.err()
