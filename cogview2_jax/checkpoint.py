@@ -24,9 +24,14 @@ Settings = dict[str, Any]
 _BEST = "validation_loss"
 
 
-def open_folder(folder: Path, keep: int = 2, *, best: bool = False) -> ocp.CheckpointManager:
+@contextlib.contextmanager
+def open_folder(
+    folder: Path, keep: int = 2, *, best: bool = False
+) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints in `folder`, made if missing: the newest `keep` stay, and with `best` the
-    one of the lowest validation loss. Raises OSError, in one line, where it cannot be.
+    one of the lowest validation loss.
+
+    Raises OSError, in one line, where it cannot be, and at the end as `finish` does.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: checkpoints need a folder")
@@ -38,7 +43,7 @@ def open_folder(folder: Path, keep: int = 2, *, best: bool = False) -> ocp.Check
         )
         options = {"best_fn": lambda metrics: metrics[_BEST], "best_mode": "min"}
     with _one_line(f"checkpoints in {folder}"):
-        return ocp.CheckpointManager(
+        manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), **options
@@ -49,6 +54,14 @@ def open_folder(folder: Path, keep: int = 2, *, best: bool = False) -> ocp.Check
                 "run": ocp.JsonCheckpointHandler(),
             },
         )
+    try:
+        yield manager
+    except BaseException:
+        with contextlib.suppress(Exception):  # what happened first is what is told
+            manager.close()
+        raise
+    finish(manager)
+    manager.close()
 
 
 def save(
@@ -71,6 +84,7 @@ def save(
         rest=ocp.args.StandardSave(state._replace(params=())._asdict()),
         run=ocp.args.JsonSave(run),
     )
+    finish(manager)
     with _one_line(f"checkpoint of step {step} in {manager.directory}"):
         manager.save(step, args=args, metrics={_BEST: validation_loss})
 

@@ -82,6 +82,8 @@ def fit(
         state, start = checkpoint.restore(manager, state, settings)
         if start >= num_steps:
             return state
+        if start and first:
+            print(f"{name}: goes on from step {start}", file=sys.stderr)
         log = stack.enter_context(metrics.Log(folder, start)) if first else None
         pool = stack.enter_context(ThreadPoolExecutor(1))
         stopping = stack.enter_context(_on_sigterm())

@@ -1,8 +1,9 @@
 """Figures and pictures of a training run: JSON lines, TensorBoard, and the rate to compare with."""
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,36 +27,57 @@ class Log:
     """`metrics.jsonl`, a line for each call, and TensorBoard event files in `folder`; pictures
     also as PNG in `folder/samples`.
 
-    After a restart the lines of steps past `start` are dropped: those steps are taken again.
+    After a restart the lines of steps past `start` are dropped: those steps are taken again. What
+    cannot be written, as on a full disk, is an OSError in one line.
     """
 
     def __init__(self, folder: Path, start: int = 0) -> None:
-        from tensorboardX import SummaryWriter
+        # The library's own writer has a thread. On a full disk that dies, and the next figures
+        # wait for it for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self._samples = folder / "samples"
+        self._event, self._folder = event_pb2.Event, folder
         file = folder / "metrics.jsonl"
-        if file.exists():
-            kept = [line for line in file.read_bytes().splitlines() if _step_of(line) <= start]
-            partial = file.with_suffix(".partial")
-            partial.write_bytes(b"".join(line + b"\n" for line in kept))
-            partial.replace(file)
-        self._file = file.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        with _writing(folder):
+            (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                kept = [line for line in file.read_bytes().splitlines() if _step_of(line) <= start]
+                partial = file.with_suffix(".partial")
+                partial.write_bytes(b"".join(line + b"\n" for line in kept))
+                partial.replace(file)
+            self._file = file.open("a")
+            self._board = EventsWriter(str(folder / "tensorboard" / "events"))
+            # TensorBoard drops what it has of these steps.
+            began = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._board.write_event(self._event(step=start + 1, session_log=began))
 
     def figures(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        from tensorboardX import summary
+
+        with _writing(self._folder / "metrics.jsonl"):
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
+        self._show(step, [summary.scalar(name, value) for name, value in values.items()])
 
     def picture(self, step: int, pixels: np.ndarray) -> Path:
         """`pixels` uint8 [y, x, 3]. Returns the file."""
-        self._samples.mkdir(exist_ok=True)
-        file = self._samples / f"step_{step:08d}.png"
-        Image.fromarray(pixels).save(file)
-        self._board.add_image("samples", pixels, step, dataformats="HWC")
+        from tensorboardX import summary
+
+        samples = self._folder / "samples"
+        file = samples / f"step_{step:08d}.png"
+        with _writing(file):
+            samples.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(file)
+        self._show(step, [summary.image("samples", pixels, dataformats="HWC")])
         return file
+
+    def _show(self, step: int, summaries: list[Any]) -> None:
+        with _writing(self._folder / "tensorboard"):
+            for one in summaries:
+                event = self._event(step=step, wall_time=time.time(), summary=one)
+                self._board.write_event(event)
+            self._board.flush()
 
     def __enter__(self) -> "Log":
         return self
@@ -66,8 +88,18 @@ class Log:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._board.close()
+        # Whatever was written has been flushed; what could not be has been said.
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+@contextlib.contextmanager
+def _writing(what: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{what} could not be written: {error.strerror or error}") from error
 
 
 def _step_of(line: bytes) -> float:

@@ -45,14 +45,14 @@ def test_without_a_sharding_nothing_happens():
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["coglm", "direct", "iterative", "logits"])
+@pytest.mark.parametrize("run", ["follow coglm", "follow direct", "follow iterative", "logits"])
 def test_a_mesh_follows_one_device(run):
     """20 steps on 8 virtual devices, cut in every way, and the kernels on a mesh: see
-    `mesh_runs.py`.
+    `training_runs.py`.
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "mesh_runs.py"), run],
+        [sys.executable, str(ROOT / "tests" / "training_runs.py"), *run.split()],
         env=environment,
         capture_output=True,
         text=True,

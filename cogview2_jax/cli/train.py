@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -447,6 +449,7 @@ def _train(
     common.check_writable(out)
     common.use_compilation_cache()
     fit.keep_freed_memory()
+    _hush()
     sampling = chosen["sample_every"] and (prompts or network == "tokenizer")
     if sampling and jax.process_count() > 1:
         raise click.UsageError("--sample-every goes with one process only")
@@ -555,7 +558,24 @@ def _join(chosen: dict[str, Any]) -> None:
             num_processes=chosen["processes"],
             process_id=chosen["process"],
             heartbeat_timeout_seconds=chosen["peer_timeout"],
+            # One that ends with an error waits for the others, who wait for it in the next step.
+            shutdown_timeout_seconds=chosen["peer_timeout"],
         )
     except (RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise click.ClickException(f"the processes do not meet: {reason}") from error
+
+
+def _hush() -> None:
+    """A write that fails raises one error, which is told in one line. Orbax and tensorstore also
+    log it, from every thread that wrote, and stumble over what they were still writing.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = hook

@@ -21,3 +21,15 @@ def run(capsys):
         return caught.value.code, out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def records(tiny_folder, tmp_path_factory):
+    """Pictures and captions as records for the tiny model: 11 of one size."""
+    folder = tmp_path_factory.mktemp("data") / "records"
+    arguments = ["data", "prepare", "scenes", "--count", "16", "--out", str(folder)]
+    options = ["--bundle", str(tiny_folder), "--allow-unknown", "--caption-field", "en"]
+    with pytest.raises(SystemExit) as done:
+        cli.main([*arguments, *options, "--text-slots", "22"])
+    assert done.value.code == 0
+    return folder

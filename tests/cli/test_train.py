@@ -8,19 +8,6 @@ import pytest
 from cogview2_jax import bundle as bundles
 
 
-@pytest.fixture(scope="module")
-def records(tiny_folder, tmp_path_factory):
-    from cogview2_jax import cli
-
-    folder = tmp_path_factory.mktemp("data") / "records"
-    arguments = ["data", "prepare", "scenes", "--count", "16", "--out", str(folder)]
-    options = ["--bundle", str(tiny_folder), "--allow-unknown", "--caption-field", "en"]
-    with pytest.raises(SystemExit) as done:
-        cli.main([*arguments, *options, "--text-slots", "22"])
-    assert done.value.code == 0
-    return folder
-
-
 def test_train_writes_a_model_and_goes_on(run, tiny, tiny_folder, records, tmp_path):
     out = tmp_path / "run"
     command = ("train", "coglm", records, "--bundle", tiny_folder, "--out", out, "--patch-size", 2)

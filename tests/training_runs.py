@@ -1,22 +1,32 @@
-"""Trains a tiny network 20 steps on one device and on meshes of 8 virtual ones, and compares.
+"""Trainings of tiny networks, to be run in processes of their own.
 
-python tests/mesh_runs.py coglm|direct|iterative
+python tests/training_runs.py follow coglm|direct|iterative  one device and meshes of 8, compared
+python tests/training_runs.py logits                         the kernels on a mesh
+python tests/training_runs.py train '{"folder": …}'          the real loop: see `Work`
 """
 
 import functools
+import json
 import sys
 import unittest.mock
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-jax.config.update("jax_num_cpu_devices", 8)
-
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-from cogview2_jax import attention, coglm, direct_sr, fit, iterative_sr, objectives, sequence, train  # noqa: E402
-from cogview2_jax.config import (  # noqa: E402
+from cogview2_jax import (
+    attention,
+    coglm,
+    direct_sr,
+    fit,
+    iterative_sr,
+    objectives,
+    sequence,
+    train,
+)
+from cogview2_jax.config import (
     CogLMConfig,
     DirectSRConfig,
     IterativeSRConfig,
@@ -24,8 +34,8 @@ from cogview2_jax.config import (  # noqa: E402
     TransformerConfig,
     Vocabulary,
 )
-from cogview2_jax.pretraining import TrainingSample  # noqa: E402
-from cogview2_jax.sharding import Sharding, make_mesh  # noqa: E402
+from cogview2_jax.pretraining import TrainingSample
+from cogview2_jax.sharding import Sharding, make_mesh
 
 STEPS, BATCH = 20, 16
 SIZES = TransformerConfig(num_layers=2, hidden_size=64, num_heads=8)
@@ -83,8 +93,9 @@ NETWORKS = {
 }
 
 
-def run(network: str, sharding: Sharding | None, accumulate: int) -> tuple[Any, list[float]]:
-    module, config, batch_of = NETWORKS[network]
+def begin(network: str, sharding: Sharding | None, accumulate: int = 1) -> tuple[Any, Any, Any]:
+    """A state at step 0, its step, and how its parameters should lie."""
+    module, config, _ = NETWORKS[network]
     # An epsilon well above rounding: Adam's first steps are signs of the gradient, and where that
     # is zero but for rounding, two runs would step apart by the whole rate.
     schedule = train.warmup_cosine(1e-3, STEPS, 4)
@@ -93,23 +104,31 @@ def run(network: str, sharding: Sharding | None, accumulate: int) -> tuple[Any, 
     axes = module.parameter_axes(config)
     params = train.init_params(init, jax.random.key(0), axes, sharding)
     state = train.init_state(params, optimizer, average=True, sharding=sharding)
+    expected = None
     if sharding is not None:
         expected = sharding.of_tree(params, axes)
         check_layout(state, expected, sharding)
-    layout = train.layout_of(state)
     step = train.make_step(
         loss_of(network, sharding),
         optimizer,
         accumulate=accumulate,
         average=0.9,
         sharding=sharding,
-        layout=layout,
+        layout=train.layout_of(state),
     )
+    return state, step, expected
+
+
+def batch(network: str, step: int) -> Any:
+    return NETWORKS[network][2](np.random.default_rng((3, step)))
+
+
+def run(network: str, sharding: Sharding | None, accumulate: int) -> tuple[Any, list[float]]:
+    state, step, expected = begin(network, sharding, accumulate)
     losses = []
     for number in range(STEPS):
-        batch = batch_of(np.random.default_rng((3, number)))
-        batch = batch if sharding is None else fit.lay_out(batch, sharding)
-        state, metrics = step(state, batch)
+        rows = batch(network, number)
+        state, metrics = step(state, rows if sharding is None else fit.lay_out(rows, sharding))
         losses.append(float(metrics["loss"]))
     if sharding is not None:
         check_layout(state, expected, sharding)
@@ -130,7 +149,7 @@ def _lies_so(leaf: Any, expected: Any) -> None:
     assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), (leaf.shape, leaf.sharding)
 
 
-def main(network: str) -> None:
+def follow(network: str) -> None:
     alone = {parts: run(network, None, parts) for parts in {parts for _, parts in MESHES}}
     for sizes, parts in MESHES:
         state, losses = run(network, Sharding(make_mesh(*sizes)), parts)
@@ -170,5 +189,60 @@ def gradient(network: str, params: Any, batch: Any, sharding: Sharding | None) -
     return jax.device_get(jax.jit(jax.value_and_grad(mean))(params, batch))
 
 
+class Work(NamedTuple):
+    """What one process of a training is told. `process` is None where it is the only one."""
+
+    folder: str
+    devices: int = 1
+    mesh: tuple[int, int, int] | None = None
+    process: int | None = None
+    processes: int = 1
+    port: int = 0
+    steps: int = STEPS
+    save_every: int = 10
+
+
+def work(told: Work) -> None:
+    """Train coglm in the loop that users have, with this process's rows alone, and print the
+    loss of every step.
+    """
+    if told.process is not None:
+        address = f"localhost:{told.port}"
+        jax.distributed.initialize(address, told.processes, told.process)
+    sharding = None if told.mesh is None else Sharding(make_mesh(*told.mesh))
+    state, step, expected = begin("coglm", sharding)
+    part, parts = fit.process_rows(sharding, BATCH)
+    rows = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
+
+    def read(number: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[rows], batch("coglm", number))
+
+    def printing(state: train.TrainState, batch: Any) -> Any:
+        state, metrics = step(state, batch)
+        print("loss", int(state.step), repr(float(metrics["loss"])), flush=True)
+        return state, metrics
+
+    state = fit.fit(
+        state,
+        printing,
+        read,
+        num_steps=told.steps,
+        folder=Path(told.folder),
+        name="tiny",
+        save_every=told.save_every,
+        sharding=sharding,
+    )
+    if sharding is not None:
+        check_layout(state, expected, sharding)
+
+
 if __name__ == "__main__":
-    logits() if sys.argv[1] == "logits" else main(sys.argv[1])
+    command, *rest = sys.argv[1:]
+    told = Work(**json.loads(rest[0])) if command == "train" else None
+    jax.config.update("jax_num_cpu_devices", told.devices if told else 8)
+    if told:
+        work(told)
+    elif command == "follow":
+        follow(*rest)
+    else:
+        logits()

@@ -1,0 +1,262 @@
+"""train, stopped, killed and out of disk at any moment: no step that was saved is lost, and going
+on gives bit for bit the run that nothing happened to.
+"""
+
+import contextlib
+import itertools
+import random
+import re
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.processes import Started, ending, free_port
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+STEPS = 120  # of one process; two take half as many
+PEER_TIMEOUT = 10
+
+
+@pytest.fixture(scope="module")
+def start(tiny_folder, records, tmp_path_factory):
+    """Starts `cogview2 train coglm` to go on in a folder: a list of its processes."""
+    place = tmp_path_factory.mktemp("kills")
+    numbers = itertools.count()
+
+    def start(out, *options, processes=1, largest_file=None):
+        command = ["-m", "cogview2_jax.cli", "train", "coglm", records, "--out", out]
+        command += ["--bundle", tiny_folder, "--text-ratio", 0, "--patch-size", 2]
+        command += ["--batch-size", 8, "--log-every", 1, *options]
+        command += ["--steps", STEPS // processes]
+        meet = ["--coordinator", f"localhost:{free_port()}", "--processes", processes]
+        meet += ["--fsdp", 2, "--tensor", 2, "--peer-timeout", PEER_TIMEOUT]
+        return [
+            Started(
+                command if processes == 1 else [*command, *meet, "--process", process],
+                place / str(next(numbers)),
+                place / "cache",
+                devices=1 if processes == 1 else 2,
+                largest_file=largest_file,
+            )
+            for process in range(processes)
+        ]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """Number of processes → the folder of a run that nothing happened to."""
+    made = {}
+
+    def whole(processes=1):
+        if processes not in made:
+            made[processes] = tmp_path_factory.mktemp("whole") / "run"
+            train_on(start, made[processes], 0, processes=processes)
+        return made[processes]
+
+    return whole
+
+
+def train_on(start, out, step, **options):
+    """To the end, from where it should go on."""
+    with ending(start(out, "--save-every", STEPS, **options)) as running:
+        for process in running:
+            assert process.finish() == 0, process.err()
+        assert went_on_from(running[0]) == step
+
+
+def went_on_from(process):
+    """The step that a process said it goes on from."""
+    said = re.search(r"CogLM: goes on from step (\d+)", process.err())
+    return int(said[1]) if said else 0
+
+
+def stepped(process):
+    return "loss=" in process.err()
+
+
+def committed(out):
+    """The newest checkpoint that is whole; 0 if there is none."""
+    names = [path.name for path in out.glob("checkpoints/*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def unfinished(out):
+    return list(out.glob("checkpoints/*tmp*"))
+
+
+def assert_equal(out, other):
+    """Parameters, optimiser and all, to the last bit."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def saved(path):
+        with ocp.StandardCheckpointer() as reader:
+            like = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+                reader.metadata(path).item_metadata.tree,
+            )
+            return jax.device_get(reader.restore(path, like))
+
+    step = str(committed(other))
+    for part in ("params", "rest"):
+        found, expected = (saved(run / "checkpoints" / step / part) for run in (out, other))
+        assert jax.tree.leaves(found)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_twenty_kills_lose_nothing(start, whole, tmp_path):
+    """Killed while it starts, in steps and in saves, at random moments."""
+    rng = random.Random(7)
+    out = tmp_path / "run"
+    known = cut_short = 0
+    for number in range(20):
+        with ending(start(out, "--save-every", 2)) as (process,):
+            if number % 3 == 0:
+                time.sleep(rng.uniform(0.0, 3.0))
+            elif number % 3 == 1:
+                process.wait_until(lambda p=process: stepped(p))
+                time.sleep(rng.uniform(0.0, 0.6))
+            else:
+                process.wait_until(lambda p=process, k=known: committed(out) > k)
+                process.wait_until(lambda: unfinished(out))
+            assert process.running(), process.err()
+            process.kill()
+        if stepped(process):
+            assert went_on_from(process) == known
+        assert committed(out) >= known
+        known = committed(out)
+        cut_short += bool(unfinished(out))
+    assert known and cut_short
+    train_on(start, out, known)
+    assert_equal(out, whole())
+
+
+def test_sigterm_to_one_process_saves_in_all(start, whole, tmp_path):
+    out = tmp_path / "run"
+    step = 0
+    for told in (1, 0):
+        with ending(start(out, "--save-every", STEPS, processes=2)) as running:
+            running[0].wait_until(lambda p=running[0]: stepped(p))
+            running[told].signal(signal.SIGTERM)
+            for process in running:
+                assert process.finish() == 0, process.err()
+            assert went_on_from(running[0]) == step
+        assert step < committed(out) < STEPS // 2
+        step = committed(out)
+        assert f"CogLM: stopped and saved at step {step}\n" in running[0].err()
+    train_on(start, out, step, processes=2)
+    assert_equal(out, whole(2))
+
+
+def test_sigkill_of_one_process_ends_the_other(start, whole, tmp_path):
+    out = tmp_path / "run"
+    step = 0
+    for victim in (1, 0):
+        with ending(start(out, "--save-every", 3, processes=2)) as running:
+            running[0].wait_until(lambda k=step: committed(out) > k)
+            running[victim].kill()
+            # It notices when the time is up, and needs some to write its last words.
+            assert running[1 - victim].finish(PEER_TIMEOUT + 50) != 0
+            assert went_on_from(running[0]) == step
+        assert step < committed(out) < STEPS // 2
+        step = committed(out)
+    train_on(start, out, step, processes=2)
+    assert_equal(out, whole(2))
+
+
+def test_an_error_of_one_process_ends_the_other(start, tmp_path):
+    """Only the first process writes figures, and here cannot."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "tensorboard").write_text("a file in the place of a folder")
+    with ending(start(out, "--save-every", 3, processes=2)) as running:
+        running[0].wait_until(lambda: "could not be written: File exists" in running[0].err())
+        for process in running:
+            assert process.finish(2 * PEER_TIMEOUT + 50) != 0
+        assert "Traceback" not in running[0].err()
+
+
+def last_line(process):
+    assert process.finish() == 2, process.err()
+    assert "Traceback" not in process.err()
+    return process.err().splitlines()[-1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_checkpoint_that_cannot_be_written(processes, start, whole, tmp_path):
+    """Its files may be at most 60,000 bytes, and are larger: the one before it stays."""
+    out = tmp_path / "run"
+    with ending(start(out, "--save-every", 4, processes=processes)) as running:
+        running[0].wait_until(lambda: committed(out))
+        for process in running:
+            process.kill()
+    step = committed(out)
+    options = {"processes": processes, "largest_file": 60_000}
+    with ending(start(out, "--save-every", 4, **options)) as running:
+        expected = f"cogview2: the last checkpoint in {out / 'checkpoints'} could not be written:"
+        assert last_line(running[0]) == f"{expected} File too large"
+        for process in running[1:]:
+            assert process.finish() != 0
+    assert committed(out) == step
+    train_on(start, out, step, processes=processes)
+    assert_equal(out, whole(processes))
+
+
+def test_a_model_that_cannot_be_written(start, tmp_path):
+    """Training is over and saved; there is just no room for the model."""
+    out = tmp_path / "run"
+    with ending(start(out, "--save-every", STEPS, largest_file=300_000)) as (process,):
+        expected = f"cogview2: bundle {out / 'model'} could not be written: "
+        assert last_line(process).startswith(expected) and "File too large" in process.err()
+    assert not (out / "model").exists()
+    train_on(start, out, 0)  # nothing is left to train, so nothing is said
+    assert (out / "model").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 900 kB, and what gives it more. Only root can have one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", place]
+    try:
+        made = subprocess.run(mount, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        made = False
+    if not made:
+        pytest.skip("needs the right to mount a file system")
+    larger = ["mount", "-o", "remount,size=9000k", place]
+    try:
+        yield place, lambda: subprocess.run(larger, check=True)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            subprocess.run(["umount", "-l", place], check=False)
+
+
+def test_a_full_disk(small_disk, start, whole):
+    disk, enlarge = small_disk
+    out = disk / "run"
+    no_space = rf"cogview2: (the last checkpoint in )?{out}\S* could not be written: No space.*"
+    with ending(start(out, "--save-every", 4)) as (process,):
+        assert re.fullmatch(no_space, last_line(process))
+    step = committed(out)
+    assert step
+    # There is no room for the figures either.
+    with (out / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    with ending(start(out, "--save-every", 4)) as (process,):
+        assert re.fullmatch(
+            rf"cogview2: {out}\S* could not be written: No space.*", last_line(process)
+        )
+    assert committed(out) == step
+    (out / "filler").unlink()
+    enlarge()
+    train_on(start, out, step)
+    assert_equal(out, whole())
