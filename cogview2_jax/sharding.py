@@ -27,6 +27,7 @@ Rules = tuple[tuple[str, tuple[str, ...]], ...]
 RULES: Rules = (
     # Of activations.
     ("batch", ("data", "fsdp")),
+    ("replica", ("data",)),  # samples of all devices that share one copy of the weights
     ("tokens", ("tensor",)),  # where logits are made of them
     ("heads", ("tensor",)),
     ("mlp", ("tensor",)),

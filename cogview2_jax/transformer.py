@@ -142,16 +142,18 @@ class Transformer(nn.Module):
         return self.final_layernorm(x), cache
 
     def _looked_up(self, tokens: Array) -> Array:
-        """Rows of the word table, [b, s, e]. On a mesh the table stays where it lies: every device
-        looks all tokens up in its part of the width, and the rows change places.
+        """Rows of the word table, [b, s, e]. On a mesh the table stays where it lies: all devices
+        that share it look the tokens of all of them up, each in its part of the width, and then
+        the rows change places.
         """
         if self.sharding is None:
             return self.word_embeddings[tokens]
-        tokens = constrain(self.sharding, tokens, None, None)
-        x = constrain(self.sharding, self.word_embeddings[tokens], None, None, "packed_embed")
+        tokens = constrain(self.sharding, tokens, "replica", None)
+        rows = self.word_embeddings[tokens]
+        rows = constrain(self.sharding, rows, "replica", None, "packed_embed")
         # One axis of the mesh after the other: both at once would replicate everything.
-        x = constrain(self.sharding, x, "batch", None, "mlp")
-        return constrain(self.sharding, x, "batch", None, None)
+        rows = constrain(self.sharding, rows, "batch", None, "mlp")
+        return constrain(self.sharding, rows, "batch", None, None)
 
     def logits(self, hidden: Array, start: int, stop: int) -> Array:
         """Hidden [..., e] → float32 logits [..., stop − start] of ids start…stop−1."""
