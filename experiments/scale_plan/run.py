@@ -56,7 +56,6 @@ MESHES = (
 PRECISION = Precision(compute=jnp.bfloat16)
 TRAINING = Training(remat="all")
 RECOMPUTED = 4 / 3  # a forward pass more than forward and backward
-MOST_DEVICES = max(math.prod(mesh) for mesh in MESHES)
 
 
 class Network(NamedTuple):
@@ -210,10 +209,10 @@ def row(network: Network, mesh: tuple[int, int, int], devices: Sequence[Any]) ->
     }
 
 
-def devices_without_hardware(compiler: str) -> list[Any]:
-    """`MOST_DEVICES` devices to compile for: H200, or virtual ones of a CPU."""
+def devices_without_hardware(compiler: str, number: int) -> list[Any]:
+    """`number` devices to compile for, a multiple of 8: H200, or virtual ones of a CPU."""
     if compiler == "cpu":
-        jax.config.update("jax_num_cpu_devices", MOST_DEVICES)
+        jax.config.update("jax_num_cpu_devices", number)
         jax.config.update("jax_platforms", "cpu")
         return jax.devices()
     from jax.experimental import topologies
@@ -222,7 +221,7 @@ def devices_without_hardware(compiler: str) -> list[Any]:
 
     jax.config.update("jax_platforms", "cpu")
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    hosts = MOST_DEVICES // estimate.HOST_DEVICES
+    hosts = number // estimate.HOST_DEVICES
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="h200",
@@ -351,8 +350,8 @@ def main(
                 importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)
             )
             compiler = "cuda" if there else "cpu"
-        devices = devices_without_hardware(compiler)
         meshes = MESHES[:2] if quick else MESHES
+        devices = devices_without_hardware(compiler, max(map(math.prod, meshes)))
         pairs = [(network, mesh) for network in NETWORKS for mesh in meshes]
         rows = []
         for network, mesh in tqdm(pairs, desc=f"compiled for {compiler}"):

@@ -78,10 +78,9 @@ import jax
 from experiments.scale_plan import run
 from cogview2_jax.config import CogLMConfig, DirectSRConfig, TransformerConfig
 
-run.MOST_DEVICES = 8
 sizes = TransformerConfig(num_layers=2, hidden_size=64, num_heads=8)
 base = CogLMConfig(sizes, grid=(4, 4), max_text=15)
-devices = run.devices_without_hardware("cpu")
+devices = run.devices_without_hardware("cpu", 8)
 for config, module in ((base, run.coglm), (DirectSRConfig(base, text_slots=16), run.direct_sr)):
     network = run.Network("small", config, module, 2)
     for mesh in ((1, 8, 1), (2, 2, 2), (8, 1, 1)):
