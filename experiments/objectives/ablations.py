@@ -36,7 +36,7 @@ class Size:
     codes: int
 
 
-FULL = Size(2000, 300, 1000, 0.1, 3, 128, 600, 120, 400, 300, channels=16, codes=512)
+FULL = Size(2000, 300, 1000, 0.1, 3, 128, 200, 120, 200, 200, channels=16, codes=512)
 QUICK = Size(64, 32, 32, 0.3, 2, 64, 20, 3, 10, 12, channels=16, codes=128)
 
 

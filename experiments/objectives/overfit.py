@@ -36,7 +36,7 @@ class Size:
     tokenizer_steps: int
 
 
-FULL = Size(32, 3, 128, steps=150, channels=32, codes=1024, tokenizer_steps=450)
+FULL = Size(32, 3, 128, steps=300, channels=32, codes=1024, tokenizer_steps=600)
 QUICK = Size(8, 2, 64, steps=60, channels=16, codes=256, tokenizer_steps=60)
 # Matrices; the rest, at a tenth of the rate, by AdamW.
 MUON = Options(optimizer="muon", learning_rate=0.02, weight_decay=0.0)

@@ -19,6 +19,7 @@ import jax
 
 from cogview2_jax import bundle as bundles
 from cogview2_jax import fit
+from cogview2_jax.cli import common
 from experiments.objectives import ablations, figures, overfit
 
 # Of the first loss, what may be left. Quick runs are too short for the same.
@@ -35,22 +36,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write results.json and plot.png here")
     arguments = parser.parse_args(argv)
 
-    fit.keep_freed_memory()  # as the command does
+    common.use_compilation_cache()  # both as the command does
+    fit.keep_freed_memory()
     bundle = bundles.load(None, ("tokenizer", "coglm"))
     work = arguments.work / ("quick" if arguments.quick else "full")
     file = arguments.out / "results.json" if arguments.out else None
     record: dict[str, Any] = {"device": device_name(), "jax": jax.__version__}
-    if file and file.exists():
-        record = json.loads(file.read_text()) | record  # the other part stays
     holds = True
     if arguments.part != "ablations":
         limit = QUICK_LIMIT if arguments.quick else LIMIT
         size = overfit.QUICK if arguments.quick else overfit.FULL
         runs = overfit.runs(bundle, size, work / "overfit")
         curves = {name: runs[name]() for name in chosen(runs, arguments.only)}
-        record["overfit"] = record.get("overfit", {}) | {
-            name: overfit_figures(curve, limit) for name, curve in curves.items()
-        }
+        record["overfit"] = {n: overfit_figures(curve, limit) for n, curve in curves.items()}
         print(f"\n{'objective':<32}{'first loss':>10}{'last loss':>11}{'left':>8}  < {limit:.0%}")
         for name, curve in curves.items():
             reached = curve.left < limit
@@ -70,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             name: ablations.run(name, planned[name], arguments.seeds, folder)
             for name in chosen(planned, arguments.only)
         }
-        record["ablations"] = record.get("ablations", {}) | found
+        record["ablations"] = found
         for name, sides in found.items():
             ablation = planned[name]
             print(f"\n{ablation.question} Held-out {ablation.figure} loss, mean and range of seeds")
@@ -82,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  expected {ablation.full}: {'holds' if full < without else 'DOES NOT HOLD'}")
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
+        before = json.loads(file.read_text()) if file.exists() else {}
+        for part in ("overfit", "ablations"):  # what was not run now stays
+            record[part] = before.get(part, {}) | record.get(part, {})
         file.write_text(json.dumps(record, indent=1) + "\n")
         print(f"wrote {file}")
     return int(not holds)
