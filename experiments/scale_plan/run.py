@@ -301,7 +301,7 @@ def line(row: dict[str, Any]) -> str:
         f"{row['flops'] / 1e12:.0f}",
         f"{received / GB:.1f}",
         f"{row['compute_seconds']:.2f} + {waiting:.2f}",
-        f"{days[0]:.1f} – {days[1]:.1f}",
+        f"{days[0]:.2f} – {days[1]:.2f}",
         f"{100 * used[0]:.0f} – {100 * used[1]:.0f} %",
     )
     return f"| {' | '.join(cells)} |"
