@@ -13,6 +13,7 @@ import numpy as np
 from cogview2_jax import objectives, recipes
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.data.batches import Mix
+from cogview2_jax.data.sources import Scenes
 from cogview2_jax.recipes import Options, Task
 from experiments.objectives import figures, overfit
 from experiments.scenes import prepared
@@ -64,7 +65,7 @@ def ablations(bundle: Bundle, size: Size, work: Path) -> dict[str, Ablation]:
         )
 
     def mix(seed: int) -> tuple[Task, Task, Options]:
-        records = prepared.tokens(work / "records", bundle, size.scenes, fine=False)
+        records = prepared.tokens(work / "records", bundle, Scenes(size.scenes), fine=False)
         chosen = options(seed, size.mix_steps, 32)
 
         def task(mix: Mix) -> Task:
@@ -76,7 +77,7 @@ def ablations(bundle: Bundle, size: Size, work: Path) -> dict[str, Ablation]:
         return full._replace(read_held_out=judged), without._replace(read_held_out=judged), chosen
 
     def direct(seed: int) -> tuple[Task, Task, Options]:
-        records = prepared.tokens(work / "fine_records", bundle, size.fine_scenes)
+        records = prepared.tokens(work / "fine_records", bundle, Scenes(size.fine_scenes))
         chosen = options(seed, size.direct_steps, 8)
 
         def task(start: str) -> Task:
@@ -86,13 +87,13 @@ def ablations(bundle: Bundle, size: Size, work: Path) -> dict[str, Ablation]:
 
     def iterative(seed: int) -> tuple[Task, Task, Options]:
         fresh = overfit.with_small_grid(small)
-        records = prepared.tokens(work / "small_records", fresh, size.small_scenes)
+        records = prepared.tokens(work / "small_records", fresh, Scenes(size.small_scenes))
         chosen = options(seed, size.iterative_steps, 16)
         full = recipes.iterative_sr_task(fresh, records, chosen, start="nothing")
         return full, full._replace(read=scattered(full.read, seed)), chosen
 
     def tokenizer(seed: int) -> tuple[Task, Task, Options]:
-        pictures = prepared.pictures(work / "pictures", size.scenes)
+        pictures = prepared.pictures(work / "pictures", Scenes(size.scenes))
         chosen = options(seed, size.tokenizer_steps, 16)
         config = overfit.small_tokenizer(bundle.tokenizer_config, size.channels, size.codes)
         fresh = bundle._replace(tokenizer_config=config)

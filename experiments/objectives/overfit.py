@@ -18,6 +18,7 @@ from cogview2_jax.config import (
     TransformerConfig,
 )
 from cogview2_jax.data.batches import Mix
+from cogview2_jax.data.sources import Scenes
 from cogview2_jax.recipes import Options, Task
 from experiments.objectives import figures
 from experiments.scenes import prepared
@@ -99,17 +100,17 @@ def runs(bundle: Bundle, size: Size, work: Path) -> dict[str, Callable[[], figur
     scenes = max(size.samples, 32)
 
     def coarse_records() -> Path:
-        return prepared.tokens(work / "records", coarse, scenes, fine=False)
+        return prepared.tokens(work / "records", coarse, Scenes(scenes), fine=False)
 
     def fine_records() -> Path:
-        return prepared.tokens(work / "fine_records", fine, scenes)
+        return prepared.tokens(work / "fine_records", fine, Scenes(scenes))
 
     def transformer(name: str, make: Callable[[], Task]) -> Callable[[], figures.Curve]:
         return lambda: figures.train(fixed(make()), options, work / figures.slug(name))
 
     def tokenizer() -> figures.Curve:
         longer = dataclasses.replace(options, num_steps=size.tokenizer_steps)
-        pictures = prepared.pictures(work / "pictures", scenes)
+        pictures = prepared.pictures(work / "pictures", Scenes(scenes))
         config = small_tokenizer(bundle.tokenizer_config, size.channels, size.codes)
         task = recipes.tokenizer_task(
             bundle._replace(tokenizer_config=config), pictures, longer, side=SIDE, start="nothing"

@@ -25,14 +25,13 @@ from tqdm import tqdm
 from cogview2_jax import bundle as bundles
 from cogview2_jax import fit, pipeline, recipes, sequence
 from cogview2_jax.bundle import Bundle
-from cogview2_jax.data import prepare, reading, scenes
+from cogview2_jax.data import reading, scenes
 from cogview2_jax.data.batches import FineSample, Mix
-from cogview2_jax.data.manifest import Layout
 from cogview2_jax.data.sources import Scenes, Source
 from cogview2_jax.recipes import Options, Task
 from cogview2_jax.tokenizer import text
 from cogview2_jax.tokenizer.clusters import cluster_codebook
-from experiments.scenes import inputs, perceptual, presets
+from experiments.scenes import inputs, perceptual, prepared, presets
 
 # Muon at these rates on matrices and convolutions, AdamW at a tenth of them on the rest.
 TOKENIZER = Options(
@@ -88,14 +87,11 @@ def train(work: Path, share: float = 1.0) -> Bundle:
         made = task(*given, fewer, **also)
         return recipes.run(made, fewer, work / name, save_every=100)
 
-    def records(source: Source, bundle: Bundle, name: str, *sizes: int) -> Path:
-        layout = Layout.of(bundle.coglm_config, presets.COARSE_STRIDE, *sizes)
-        return _prepared(source, work / name, layout, bundle)
+    def records(source: Source, bundle: Bundle, name: str, *, fine: bool = False) -> Path:
+        return prepared.tokens(work / name, bundle, source, fine=fine, workers=2)
 
     bundle = _untrained(work)
-    cuts = work / "cuts"
-    with tqdm(total=part(NUM_CUTS), desc="cuts") as bar:
-        prepare.prepare_pictures(inputs.Cuts(part(NUM_CUTS)), cuts, progress=bar.update)
+    cuts = prepared.pictures(work / "cuts", inputs.Cuts(part(NUM_CUTS)))
     tokenizer = functools.partial(
         run,
         recipes.tokenizer_task,
@@ -138,7 +134,7 @@ def train(work: Path, share: float = 1.0) -> Bundle:
     bundle = bundle._replace(coglm=coglm(bundle, both, options=BOTH_ORDERS, name="coglm"))
 
     number = part(NUM_FINE)
-    fine = records(Scenes(number), bundle, "records_fine", presets.FINE_PIXELS)
+    fine = records(Scenes(number), bundle, "records_fine", fine=True)
     repainted = _coarse(records(inputs.Repainted(number), bundle, "records_repainted"))
     weights = _cell_weights(work / "cell_weights.npy", number)
 
@@ -198,26 +194,6 @@ def _pixel_weights(images: jax.Array) -> jax.Array:
 
 
 # --- Records --------------------------------------------------------------------------------------
-
-
-def _prepared(source: Source, folder: Path, layout: Layout, bundle: Bundle) -> Path:
-    """Records of both languages apart: those of scene n are 2n and 2n + 1."""
-    with tqdm(total=len(source), desc=folder.name) as bar:
-        report = prepare.prepare_tokens(
-            source,
-            folder,
-            layout,
-            bundle.text_model,
-            bundle.tokenizer,
-            bundle.tokenizer_config,
-            batch_size=16 if len(layout.sizes) > 1 else 64,
-            apart=True,
-            workers=2,
-            progress=bar.update,
-        )
-    if report.records != len(scenes.LANGUAGES) * len(source):
-        raise ValueError(f"{folder} has {report.records} records of {len(source)} scenes")
-    return folder
 
 
 def _coarse(folder: Path) -> np.ndarray:

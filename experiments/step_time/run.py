@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from cogview2_jax import bundle as bundles
 from cogview2_jax import fit, metrics, recipes, train
+from cogview2_jax.data.sources import Scenes
 from cogview2_jax.recipes import Options, Task
 from experiments.scenes import prepared
 from experiments.step_time import bare
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         bundle = bundles.load(None, ("tokenizer",))
-        records = prepared.tokens(folder / "records", bundle, SCENES)
+        records = prepared.tokens(folder / "records", bundle, Scenes(SCENES))
         if arguments.part != "cold":
             record["matrix_rate_gflops"] = round(metrics.matrix_rate() / 1e9, 1)
             for batch in arguments.batches:
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(table(batch, found), flush=True)
                 verdicts += step_verdicts(batch, found)
         if arguments.part != "step":
-            pictures = prepared.pictures(folder / "pictures", SCENES)
+            pictures = prepared.pictures(folder / "pictures", Scenes(SCENES))
             record["cold"] = {}
             for network, given in cold_commands(pictures, records).items():
                 found = cold_start(network, given, folder / network)
