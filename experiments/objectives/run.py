@@ -9,8 +9,6 @@ not the better one. See README.md for what to expect.
 
 import argparse
 import json
-import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import jax
 from cogview2_jax import bundle as bundles
 from cogview2_jax import fit
 from cogview2_jax.cli import common
+from experiments.local_attention.report import device_name
 from experiments.objectives import ablations, figures, overfit
 
 # Of the first loss, what may be left. Quick runs are too short for the same.
@@ -105,13 +104,6 @@ def overfit_figures(curve: figures.Curve, limit: float) -> dict[str, float | int
         "steps": curve.steps[-1],
         "first_step_below": under[0] if under else None,
     }
-
-
-def device_name() -> str:
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return str(device.device_kind)
-    return f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
 
 
 if __name__ == "__main__":

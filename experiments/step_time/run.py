@@ -10,7 +10,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from cogview2_jax import bundle as bundles
 from cogview2_jax import fit, metrics, recipes, train
 from cogview2_jax.data.sources import Scenes
 from cogview2_jax.recipes import Options, Task
+from experiments.local_attention.report import device_name
 from experiments.scenes import prepared
 from experiments.step_time import bare
 
@@ -281,13 +281,6 @@ def cold_start(network: str, given: Path, out: Path) -> dict[str, float]:
     _, _, used = os.wait4(process.pid, 0)
     process.returncode = -9  # it has been waited for
     return {"wall_s": round(wall, 1), "cpu_s": round(used.ru_utime + used.ru_stime, 1)}
-
-
-def device_name() -> str:
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return str(device.device_kind)
-    return f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
 
 
 if __name__ == "__main__":
