@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cogview2_jax.bundle import Bundle
-    from cogview2_jax.pipeline import CogView
+    from cogview2_jax.pipeline.cogview import CogView
 
 __version__ = "0.1.0"
 __all__ = ["Bundle", "CogView", "__version__", "load"]
@@ -28,14 +28,14 @@ def load(path: str | os.PathLike[str] | None = None) -> CogView:
     Raises FileNotFoundError or ValueError, in one line, for a missing or damaged bundle.
     """
     from cogview2_jax import bundle
-    from cogview2_jax.pipeline import CogView
+    from cogview2_jax.pipeline.cogview import CogView
 
     return CogView(bundle.load(path))
 
 
 def __getattr__(name: str) -> Any:
     if name == "CogView":
-        from cogview2_jax.pipeline import CogView
+        from cogview2_jax.pipeline.cogview import CogView
 
         return CogView
     if name == "Bundle":

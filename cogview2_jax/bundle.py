@@ -292,7 +292,7 @@ def expected_shapes(
 ) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of every tensor of a bundle with this configuration."""
     # Imported here: the configuration and the text model are read without the networks.
-    from cogview2_jax import coglm, direct_sr, iterative_sr
+    from cogview2_jax.networks import coglm, direct_sr, iterative_sr
     from cogview2_jax.tokenizer import image
 
     def init(key: jax.Array) -> Params:

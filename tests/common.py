@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cogview2_jax import sequence
 from cogview2_jax.config import (
     CogLMConfig,
     HVQVAEConfig,
@@ -14,6 +13,7 @@ from cogview2_jax.config import (
     TransformerConfig,
     Vocabulary,
 )
+from cogview2_jax.networks import inputs
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -64,10 +64,10 @@ def random_params(init_params, config):
 def assert_rows_do_not_depend_on_their_batch(logits_of, layout):
     """`logits_of` is a function of a layout of two different rows."""
     together = logits_of(layout)
-    swapped = logits_of(sequence.Layout(*(part[::-1] for part in layout)))
+    swapped = logits_of(inputs.NetworkInput(*(part[::-1] for part in layout)))
     np.testing.assert_allclose(swapped[::-1], together, rtol=0, atol=TOLERANCE)
     for row in range(2):
-        twice = sequence.Layout(*(part[np.array([row, row])] for part in layout))
+        twice = inputs.NetworkInput(*(part[np.array([row, row])] for part in layout))
         np.testing.assert_allclose(logits_of(twice)[0], together[row], rtol=0, atol=TOLERANCE)
 
 

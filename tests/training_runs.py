@@ -16,16 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cogview2_jax import (
-    attention,
-    coglm,
-    direct_sr,
-    fit,
-    iterative_sr,
-    objectives,
-    sequence,
-    train,
-)
 from cogview2_jax.config import (
     CogLMConfig,
     DirectSRConfig,
@@ -34,8 +24,20 @@ from cogview2_jax.config import (
     TransformerConfig,
     Vocabulary,
 )
-from cogview2_jax.pretraining import TrainingSample
+from cogview2_jax.networks import attention, coglm, direct_sr, inputs, iterative_sr
 from cogview2_jax.sharding import Sharding, make_mesh
+from cogview2_jax.training.coglm_samples import TrainingSample
+from cogview2_jax.training.loop import fit, lay_out, process_rows
+from cogview2_jax.training.losses import coglm_loss, direct_sr_loss, iterative_sr_loss
+from cogview2_jax.training.step import (
+    TrainState,
+    adamw,
+    init_params,
+    init_state,
+    layout_of,
+    make_step,
+    warmup_cosine,
+)
 
 STEPS, BATCH = 20, 16
 SIZES = TransformerConfig(num_layers=2, hidden_size=64, num_heads=8)
@@ -59,7 +61,7 @@ def coglm_batch(rng: np.random.Generator) -> Any:
 
 def fine_batch(rng: np.random.Generator) -> Any:
     texts = [rng.integers(20, 22, size=rng.integers(1, 7)).tolist() for _ in range(BATCH)]
-    text, is_text = sequence.left_padded(texts, 6, VOCABULARY)
+    text, is_text = inputs.left_padded(texts, 6, VOCABULARY)
     fine = rng.integers(16, size=(BATCH, 144)).astype(np.int32)
     coarse = rng.integers(16, size=(BATCH, 16)).astype(np.int32)
     return text, is_text, coarse, fine, rng.random((BATCH, 144)) < 0.5
@@ -69,16 +71,16 @@ def loss_of(network: str, sharding: Sharding | None) -> Any:
     def loss(params: Any, batch: Any, key: Any) -> Any:
         options = {"training": TRAINING, "sharding": sharding, "dropout_key": key}
         if network == "coglm":
-            return *objectives.coglm_loss(params, batch, config=BASE, z_loss=1e-3, **options), ()
+            return *coglm_loss(params, batch, config=BASE, z_loss=1e-3, **options), ()
         text, is_text, coarse, fine, masked = batch
         ones = jnp.ones(fine.shape)
         if network == "direct":
-            layout = sequence.direct_super_resolution(text, is_text, coarse, DIRECT)
-            found = objectives.direct_sr_loss(params, layout, fine, ones, config=DIRECT, **options)
+            layout = inputs.direct_super_resolution(text, is_text, coarse, DIRECT)
+            found = direct_sr_loss(params, layout, fine, ones, config=DIRECT, **options)
         else:
             shown = jnp.where(masked, VOCABULARY.start_of_image, fine)
-            layout = sequence.iterative_super_resolution(text, is_text, shown, ITERATIVE)
-            found = objectives.iterative_sr_loss(
+            layout = inputs.iterative_super_resolution(text, is_text, shown, ITERATIVE)
+            found = iterative_sr_loss(
                 params, layout, fine, masked, ones, config=ITERATIVE, **options
             )
         return *found, ()
@@ -98,23 +100,23 @@ def begin(network: str, sharding: Sharding | None, accumulate: int = 1) -> tuple
     module, config, _ = NETWORKS[network]
     # An epsilon well above rounding: Adam's first steps are signs of the gradient, and where that
     # is zero but for rounding, two runs would step apart by the whole rate.
-    schedule = train.warmup_cosine(1e-3, STEPS, 4)
-    optimizer = train.adamw(schedule, eps=1e-4)
+    schedule = warmup_cosine(1e-3, STEPS, 4)
+    optimizer = adamw(schedule, eps=1e-4)
     init = functools.partial(module.init_params, config=config)
     axes = module.parameter_axes(config)
-    params = train.init_params(init, jax.random.key(0), axes, sharding)
-    state = train.init_state(params, optimizer, average=True, sharding=sharding)
+    params = init_params(init, jax.random.key(0), axes, sharding)
+    state = init_state(params, optimizer, average=True, sharding=sharding)
     expected = None
     if sharding is not None:
         expected = sharding.of_tree(params, axes)
         check_layout(state, expected, sharding)
-    step = train.make_step(
+    step = make_step(
         loss_of(network, sharding),
         optimizer,
         accumulate=accumulate,
         average=0.9,
         sharding=sharding,
-        layout=train.layout_of(state),
+        layout=layout_of(state),
     )
     return state, step, expected
 
@@ -128,7 +130,7 @@ def run(network: str, sharding: Sharding | None, accumulate: int) -> tuple[Any, 
     losses = []
     for number in range(STEPS):
         rows = batch(network, number)
-        state, metrics = step(state, rows if sharding is None else fit.lay_out(rows, sharding))
+        state, metrics = step(state, rows if sharding is None else lay_out(rows, sharding))
         losses.append(float(metrics["loss"]))
     if sharding is not None:
         check_layout(state, expected, sharding)
@@ -136,7 +138,7 @@ def run(network: str, sharding: Sharding | None, accumulate: int) -> tuple[Any, 
     return jax.device_get(state), losses
 
 
-def check_layout(state: train.TrainState, expected: Any, sharding: Sharding) -> None:
+def check_layout(state: TrainState, expected: Any, sharding: Sharding) -> None:
     moments = state.opt_state[1][0]
     for tree in (state.params, moments.mu, moments.nu, state.average):
         jax.tree.map(_lies_so, tree, expected)
@@ -175,7 +177,7 @@ def logits() -> None:
         sharding = Sharding(make_mesh(2, 2, 2))
         laid = jax.device_put(params, sharding.of_tree(params, module.parameter_axes(config)))
         with unittest.mock.patch.object(attention, "local_attention_2d_with_lse", interpreted):
-            found = gradient(network, laid, fit.lay_out(batch, sharding), sharding)
+            found = gradient(network, laid, lay_out(batch, sharding), sharding)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
         )
@@ -211,18 +213,18 @@ def work(told: Work) -> None:
         jax.distributed.initialize(address, told.processes, told.process)
     sharding = None if told.mesh is None else Sharding(make_mesh(*told.mesh))
     state, step, expected = begin("coglm", sharding)
-    part, parts = fit.process_rows(sharding, BATCH)
+    part, parts = process_rows(sharding, BATCH)
     rows = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
 
     def read(number: int) -> Any:
         return jax.tree.map(lambda leaf: leaf[rows], batch("coglm", number))
 
-    def printing(state: train.TrainState, batch: Any) -> Any:
+    def printing(state: TrainState, batch: Any) -> Any:
         state, metrics = step(state, batch)
         print("loss", int(state.step), repr(float(metrics["loss"])), flush=True)
         return state, metrics
 
-    state = fit.fit(
+    state = fit(
         state,
         printing,
         read,

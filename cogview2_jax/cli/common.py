@@ -18,7 +18,7 @@ import click
 from cogview2_jax import __version__
 
 if TYPE_CHECKING:
-    from cogview2_jax.pipeline import CogView
+    from cogview2_jax.pipeline.cogview import CogView
 
 VERSIONS = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors", "sentencepiece")
 
@@ -83,7 +83,7 @@ def load(folder: Path, networks: Collection[str]) -> tuple[CogView, Path | None]
     """The model with these of its networks, and where compiled programs are kept."""
     cache = use_compilation_cache()
     from cogview2_jax import bundle as bundles
-    from cogview2_jax.pipeline import CogView
+    from cogview2_jax.pipeline.cogview import CogView
 
     with refusing():
         return CogView(bundles.load(folder, networks)), cache

@@ -203,14 +203,14 @@ def prepare_command(
         )
     common.check_writable(out)
     if description is not None:
-        from cogview2_jax.data.manifest import Layout
+        from cogview2_jax.data.records import RecordLayout
 
         config = description.coglm_config
         with common.refusing():
             if stride not in description.tokenizer_config.strides:
                 known = ", ".join(map(str, description.tokenizer_config.strides))
                 raise ValueError(f"--stride must be one of {known}: got {stride}")
-            layout = Layout(
+            layout = RecordLayout(
                 text_slots or config.text_slots,
                 stride,
                 tuple(sizes) or (config.grid[0] * stride,),

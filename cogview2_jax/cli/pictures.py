@@ -243,7 +243,7 @@ def infill_command(
     folder = common.check_model(bundle, (prompt,))
     opened = _open_picture(picture)
     from cogview2_jax import bundle as bundles
-    from cogview2_jax.pipeline import coarse_mask
+    from cogview2_jax.pipeline.cogview import coarse_mask
 
     with common.refusing():
         coarse_mask(box, bundles.read_description(folder).coglm_config.grid)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cogview2_jax.bundle import Bundle
-    from cogview2_jax.recipes import Options, Task
     from cogview2_jax.sharding import Sharding
+    from cogview2_jax.training.recipes import Options, Task
 
 _SHARE = click.FloatRange(0, 1, max_open=True)
 _COUNT = click.IntRange(1)
@@ -261,7 +261,7 @@ def tokenizer(
     """Train the image tokenizer on PICTURES, prepared with --pictures."""
 
     def make(bundle: Bundle, options: Options, start: str, sharding: Sharding | None) -> Task:
-        from cogview2_jax import recipes
+        from cogview2_jax.training import recipes
 
         return recipes.tokenizer_task(
             bundle,
@@ -329,8 +329,8 @@ def coglm(
     """Train the base model on RECORDS: text to image, captioning, masked text."""
 
     def make(bundle: Bundle, options: Options, start: str, sharding: Sharding | None) -> Task:
-        from cogview2_jax import recipes
-        from cogview2_jax.data.batches import Mix
+        from cogview2_jax.training import recipes
+        from cogview2_jax.training.batches import Mix
 
         mix = Mix(caption_ratio, text_ratio, patch_size)
         return recipes.coglm_task(bundle, records, options, mix=mix, start=start, sharding=sharding)
@@ -364,7 +364,7 @@ def direct_sr(
     """Train direct super-resolution on RECORDS of two sizes."""
 
     def make(bundle: Bundle, options: Options, start: str, sharding: Sharding | None) -> Task:
-        from cogview2_jax import recipes
+        from cogview2_jax.training import recipes
 
         return recipes.direct_sr_task(
             bundle, records, options, start=start, freeze_base=freeze_base, sharding=sharding
@@ -391,7 +391,7 @@ def iterative_sr(records: Path, start: str | None, prompts: tuple[str, ...], **c
     """Train iterative super-resolution on RECORDS of two sizes."""
 
     def make(bundle: Bundle, options: Options, start: str, sharding: Sharding | None) -> Task:
-        from cogview2_jax import recipes
+        from cogview2_jax.training import recipes
 
         return recipes.iterative_sr_task(bundle, records, options, start=start, sharding=sharding)
 
@@ -427,9 +427,10 @@ def _train(
 
     folder = common.check_model(chosen["bundle"], prompts)
     from cogview2_jax import bundle as bundles
-    from cogview2_jax import fit, recipes
     from cogview2_jax.config import Training
     from cogview2_jax.sharding import Sharding, make_mesh
+    from cogview2_jax.training import recipes
+    from cogview2_jax.training.loop import keep_freed_memory
 
     out: Path = chosen["out"]
     options = {name: chosen[name] for name in chosen if name not in (*_LOOP, *_ELSEWHERE)}
@@ -449,7 +450,7 @@ def _train(
             raise ValueError(f"--start {start}: bundle {folder} has no {known[start]}")
     common.check_writable(out)
     common.use_compilation_cache()
-    fit.keep_freed_memory()
+    keep_freed_memory()
     _hush()
     sampling = chosen["sample_every"] and (prompts or network == "tokenizer")
     if sampling and jax.process_count() > 1:
@@ -488,7 +489,7 @@ def _sampler(
     import numpy as np
 
     from cogview2_jax import bundle as bundles
-    from cogview2_jax.pipeline import CogView
+    from cogview2_jax.pipeline.cogview import CogView
     from cogview2_jax.tokenizer import image
 
     if network == "tokenizer":

@@ -17,61 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogview2_jax.config import CogLMConfig, Vocabulary
+from cogview2_jax.config import Vocabulary
+from cogview2_jax.data.records import RecordLayout
 
 FORMAT = 1
 MANIFEST, REPORT, REFUSED = "records.json", "report.json", "refused.jsonl"
 TOKENS, PICTURES = "tokens", "pictures"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One row of int32 for each record: `text_slots` places of text, a pad, then the image tokens
-    of each of `sizes` in raster order.
-
-    The published record is `Layout()`: 111 + 1 + 20·20 = 512. `sizes` are sides in pixels of the
-    square picture, `stride` the pixels of a token's side. Raises ValueError for sizes that the
-    stride does not divide, that repeat or that descend.
-    """
-
-    text_slots: int = 111
-    stride: int = 8
-    sizes: tuple[int, ...] = (160,)
-    vocabulary: Vocabulary = Vocabulary()
-
-    def __post_init__(self) -> None:
-        if self.text_slots < 1:
-            raise ValueError(f"text_slots must be at least 1: got {self.text_slots}")
-        if not self.sizes or any(size < 1 or size % self.stride for size in self.sizes):
-            raise ValueError(
-                f"sizes must be multiples of stride {self.stride}: got {list(self.sizes)}"
-            )
-        if sorted(set(self.sizes)) != list(self.sizes):
-            raise ValueError(f"sizes must ascend, each once: got {list(self.sizes)}")
-
-    @classmethod
-    def of(cls, config: CogLMConfig, stride: int = 8, *more: int) -> Layout:
-        """The layout of `pretraining.record` for `config`, and of more sizes in pixels."""
-        if config.grid[0] != config.grid[1]:
-            raise ValueError(f"grid must be square: got {config.grid}")
-        sizes = (config.grid[0] * stride, *more)
-        return cls(config.text_slots, stride, sizes, config.vocabulary)
-
-    def cells(self, size: int) -> int:
-        """Image tokens of a picture of `size` pixels a side."""
-        return (size // self.stride) ** 2
-
-    @property
-    def length(self) -> int:
-        return self.text_slots + 1 + sum(map(self.cells, self.sizes))
-
-    def columns(self, size: int) -> slice:
-        """Where the image tokens of `size` lie in a record. Raises ValueError for another size."""
-        if size not in self.sizes:
-            raise ValueError(f"size must be one of {list(self.sizes)}: got {size}")
-        before = self.sizes[: self.sizes.index(size)]
-        start = self.text_slots + 1 + sum(map(self.cells, before))
-        return slice(start, start + self.cells(size))
 
 
 @dataclass(frozen=True)
@@ -85,7 +36,7 @@ class Manifest:
     kind: str
     num_inputs: int
     shard_size: int
-    layout: Layout | None
+    layout: RecordLayout | None
     settings: dict[str, Any]
 
     @property
@@ -119,7 +70,7 @@ def read(folder: Path) -> Manifest:
         if layout := content["layout"]:
             vocabulary = Vocabulary(**layout.pop("vocabulary"))
             layout["sizes"] = tuple(layout["sizes"])
-            content["layout"] = Layout(**layout, vocabulary=vocabulary)
+            content["layout"] = RecordLayout(**layout, vocabulary=vocabulary)
         return Manifest(**content)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())

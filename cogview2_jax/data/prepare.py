@@ -30,13 +30,14 @@ import numpy as np
 import sentencepiece as spm
 from PIL import Image
 
-from cogview2_jax import pretraining
 from cogview2_jax.config import HVQVAEConfig
 from cogview2_jax.data import manifest as manifests
-from cogview2_jax.data.manifest import Layout, Manifest
+from cogview2_jax.data.manifest import Manifest
+from cogview2_jax.data.records import RecordLayout, text_part
 from cogview2_jax.data.sources import Captions, Input, Refused, Source, open_picture
-from cogview2_jax.pipeline import fit_picture, to_tokens
 from cogview2_jax.tokenizer import text
+from cogview2_jax.tokenizer.image import to_tokens
+from cogview2_jax.tokenizer.pictures import fit_picture
 
 
 class Refusal(NamedTuple):
@@ -77,7 +78,7 @@ class _Recipe(NamedTuple):
 def prepare_tokens(
     source: Source,
     folder: Path,
-    layout: Layout,
+    layout: RecordLayout,
     text_model: spm.SentencePieceProcessor,
     tokenizer: Any,
     tokenizer_config: HVQVAEConfig,
@@ -221,7 +222,7 @@ def _require_memory(
 
 
 def _text_row(
-    captions: Captions, model: spm.SentencePieceProcessor, layout: Layout, allow_unknown: bool
+    captions: Captions, model: spm.SentencePieceProcessor, layout: RecordLayout, allow_unknown: bool
 ) -> np.ndarray:
     vocabulary = layout.vocabulary
     texts = []
@@ -244,7 +245,7 @@ def _text_row(
             "long caption", f"{' and '.join(captions)} need {needed} places of {layout.text_slots}"
         )
     try:
-        return pretraining.text_part(texts, layout.text_slots, vocabulary)
+        return text_part(texts, layout.text_slots, vocabulary)
     except ValueError as error:
         raise Refused("unfit caption", str(error)) from error
 

@@ -1,11 +1,12 @@
 """Pixels ↔ image tokens, as pure functions over the parameters of the hierarchical VQ-VAE."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from cogview2_jax.config import HVQVAEConfig, Precision
+from cogview2_jax.config import Grid, HVQVAEConfig, Precision
 from cogview2_jax.tokenizer.hvqvae import HVQVAE
 
 Array = jax.Array
@@ -91,3 +92,21 @@ def decode(
     vectors = params["codebook"][ids]
     model = HVQVAE(config, precision)
     return model.apply({"params": params}, vectors, stride, method="reconstruct")
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "stride", "config"))
+def to_pixels(
+    params: Params, ids: Array, *, grid: Grid, stride: int, config: HVQVAEConfig
+) -> Array:
+    """Image tokens int32 [b, cells] of a `grid` → pictures uint8 [b, stride·y, stride·x, 3]."""
+    ids = ids.reshape(-1, *grid)
+    pictures = decode(params, ids, stride, config=config)
+    return jnp.round(jnp.clip(pictures, 0, 1) * 255).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnames=("stride", "config"))
+def to_tokens(params: Params, pictures: Array, *, stride: int, config: HVQVAEConfig) -> Array:
+    """Pictures uint8 [b, y, x, 3] → image tokens int32 [b, cells], raster order."""
+    pixels = pictures.astype(jnp.float32) / 255
+    ids = encode(params, pixels, stride, config=config)
+    return ids.reshape(ids.shape[0], -1)

@@ -26,7 +26,7 @@ from PIL import Image
 
 import cogview2_jax
 from cogview2_jax.data import scenes
-from cogview2_jax.pipeline import CogView
+from cogview2_jax.pipeline.cogview import CogView
 
 ROOT = Path(__file__).parents[2]
 SIDE = 96  # pixels of 192 that a close-up shows

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cogview2_jax import objectives, recipes
 from cogview2_jax.bundle import Bundle
-from cogview2_jax.data.batches import Mix
 from cogview2_jax.data.sources import Scenes
-from cogview2_jax.recipes import Options, Task
+from cogview2_jax.training import recipes
+from cogview2_jax.training.batches import Mix
+from cogview2_jax.training.losses import codebook_revision
+from cogview2_jax.training.recipes import Options, Task
 from experiments.objectives import figures, overfit
 from experiments.scenes import prepared
 
@@ -103,7 +104,7 @@ def ablations(bundle: Bundle, size: Size, work: Path) -> dict[str, Ablation]:
                 fresh, pictures, chosen, side=overfit.SIDE, start="nothing", place_at=place_at
             )
 
-        alone = objectives.codebook_revision()
+        alone = codebook_revision()
         return task(0.1), task(0.0)._replace(before_step=None, revise=alone), chosen
 
     return {

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cogview2_jax import recipes
-from cogview2_jax.recipes import Options, Task
+from cogview2_jax.training import recipes
+from cogview2_jax.training.recipes import Options, Task
 
 
 class Curve(NamedTuple):

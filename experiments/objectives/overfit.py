@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogview2_jax import recipes
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.config import (
     CogLMConfig,
@@ -17,9 +16,10 @@ from cogview2_jax.config import (
     IterativeSRConfig,
     TransformerConfig,
 )
-from cogview2_jax.data.batches import Mix
 from cogview2_jax.data.sources import Scenes
-from cogview2_jax.recipes import Options, Task
+from cogview2_jax.training import recipes
+from cogview2_jax.training.batches import Mix
+from cogview2_jax.training.recipes import Options, Task
 from experiments.objectives import figures
 from experiments.scenes import prepared
 

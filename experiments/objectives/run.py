@@ -16,8 +16,8 @@ from typing import Any
 import jax
 
 from cogview2_jax import bundle as bundles
-from cogview2_jax import fit
 from cogview2_jax.cli import common
+from cogview2_jax.training.loop import keep_freed_memory
 from experiments.local_attention.report import device_name
 from experiments.objectives import ablations, figures, overfit
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     common.use_compilation_cache()  # both as the command does
-    fit.keep_freed_memory()
+    keep_freed_memory()
     bundle = bundles.load(None, ("tokenizer", "coglm"))
     work = arguments.work / ("quick" if arguments.quick else "full")
     file = arguments.out / "results.json" if arguments.out else None

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cogview2_jax import convert
 from cogview2_jax.config import (
     CogLMConfig,
     DirectSRConfig,
@@ -17,6 +16,7 @@ from cogview2_jax.config import (
     TransformerConfig,
     Vocabulary,
 )
+from cogview2_jax.published import names
 from experiments.parity.golden import Golden
 
 Tensors = Mapping[str, np.ndarray]
@@ -34,7 +34,7 @@ def transformer(golden: Golden, tensors: Tensors) -> tuple[TransformerConfig, Vo
     num_heads, size, num_image = (int(number) for number in golden["config"][2:5])
     # No id of the seeded models is a pad's or an unknown word's; what a pad holds is seen by none.
     vocabulary = Vocabulary(num_image, size, pad=num_image, unknown=num_image)
-    return convert.transformer_config(tensors, num_heads), vocabulary
+    return names.transformer_config(tensors, num_heads), vocabulary
 
 
 def coglm(golden: Golden, tensors: Tensors) -> CogLMConfig:
@@ -66,7 +66,7 @@ def coglm(golden: Golden, tensors: Tensors) -> CogLMConfig:
         grid=grid,
         # As many slots as a decoder has in use, so that the recorded text is padded in them.
         max_text=max([min(published.max_text, image_position - 1), *texts]),
-        num_positions=convert.table_sizes(tensors)[1],
+        num_positions=names.table_sizes(tensors)[1],
         image_position=image_position,
     )
 
@@ -92,7 +92,7 @@ def direct_sr(golden: Golden, tensors: Tensors) -> DirectSRConfig:
         vocabulary,
         grid=grid,
         max_text=min(slots, image_position - 1),
-        num_positions=convert.table_sizes(tensors)[1],
+        num_positions=names.table_sizes(tensors)[1],
         image_position=image_position,
     )
     ratio = square(length - prefix)[0] // grid[0]
@@ -108,7 +108,7 @@ def iterative_sr(golden: Golden, tensors: Tensors) -> IterativeSRConfig:
         vocabulary,
         grid=square(length - slots),
         text_slots=slots,
-        num_positions=convert.table_sizes(tensors)[1],
+        num_positions=names.table_sizes(tensors)[1],
         window=(rows, columns),
         order=tuple(tuple(row) for row in golden["lopar_order_6x6"].tolist()),
         rounds=len(golden["topk_per_step"]),

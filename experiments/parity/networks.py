@@ -13,20 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cogview2_jax import (
-    coglm,
-    convert,
-    direct_sr,
-    generate,
-    iterative_sr,
-    objectives,
-    sampling,
-    sequence,
-)
-from cogview2_jax.attention import KVCache
 from cogview2_jax.config import CogLMConfig, Sampling, TransformerConfig
+from cogview2_jax.decoding import loops, sampling
+from cogview2_jax.networks import coglm, direct_sr, inputs, iterative_sr
+from cogview2_jax.networks.attention import KVCache
+from cogview2_jax.published import names
 from cogview2_jax.tokenizer import image as image_tokenizer
 from cogview2_jax.tokenizer.hvqvae import HVQVAE
+from cogview2_jax.training.losses import hvqvae_loss
 from experiments.parity import configs
 from experiments.parity.golden import Golden, Outcome, close, equal, guarded, seeded_weights
 
@@ -41,7 +35,7 @@ def check_coglm(golden: Golden) -> Iterator[Outcome]:
     tensors = seeded_weights(golden)
     config = configs.coglm(golden, tensors)
     yield equal("config", _sizes(config.transformer), golden["config"][:3])
-    params = jax.device_put(convert.coglm(tensors, config))
+    params = jax.device_put(names.coglm(tensors, config))
     for name, needs, check in (
         ("text to image", _TEXT_TO_IMAGE, _text_to_image),
         ("cached decode", ("decode_tokens", "decode_step_logits"), _cached_decode),
@@ -69,12 +63,12 @@ def _sizes(config: TransformerConfig) -> list[int]:
 def _text_to_image(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[Outcome]:
     text, image = configs.split_text(golden["t2i_tokens"], config.vocabulary)
     words = jnp.ones(text.shape, bool)
-    layout = sequence.text_to_image(jnp.asarray(text), words, jnp.asarray(image), config)
+    layout = inputs.text_to_image(jnp.asarray(text), words, jnp.asarray(image), config)
     yield equal("text to image: tokens", layout.tokens, golden["t2i_tokens"])
     yield equal("text to image: positions", layout.positions, golden["t2i_position_ids"])
     yield equal("text to image: mask", layout.mask, golden["t2i_mask"])
     upweight = golden["t2i_attn_plus"].item()
-    bias = sequence.text_key_bias(layout.is_text, upweight)
+    bias = inputs.text_key_bias(layout.is_text, upweight)
     at_text = np.where(np.arange(bias.shape[-1]) < text.shape[1], np.float32(upweight), 0)
     yield equal("text to image: up-weighting", bias, at_text)
 
@@ -88,9 +82,9 @@ def _text_to_image(golden: Golden, params: Params, config: CogLMConfig) -> Itera
 def _cached_decode(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[Outcome]:
     text, image = configs.split_text(golden["decode_tokens"], config.vocabulary)
     slots = config.max_text
-    padded = sequence.right_padded(text.tolist(), slots, config.vocabulary)
+    padded = inputs.right_padded(text.tolist(), slots, config.vocabulary)
     words, is_text = (jnp.asarray(part) for part in padded)
-    layout = sequence.text_to_image(words, is_text, jnp.asarray(image), config)
+    layout = inputs.text_to_image(words, is_text, jnp.asarray(image), config)
     ours = _logits_by_cache(params, layout, slots + 1, _upweight(golden, "t2i_attn_plus"), config)
     recorded = golden["decode_step_logits"]
     steps = recorded.shape[1]
@@ -102,17 +96,17 @@ def _upweight(golden: Golden, name: str) -> float:
 
 
 def _logits_by_cache(
-    params: Params, layout: sequence.Layout, start: int, upweight: float, config: CogLMConfig
+    params: Params, layout: inputs.NetworkInput, start: int, upweight: float, config: CogLMConfig
 ) -> jax.Array:
     """Logits [b, s − start, num_image] before each token from slot `start` on, the tokens given: a
-    prefill of the slots before, then one cached step a token in `generate.decode`.
+    prefill of the slots before, then one cached step a token in `loops.decode`.
     """
     batch, length = layout.tokens.shape
     ids = (0, config.vocabulary.num_image)
-    bias = sequence.text_key_bias(layout.is_text, upweight)
+    bias = inputs.text_key_bias(layout.is_text, upweight)
 
     @jax.jit
-    def run(params: Params, layout: sequence.Layout, bias: jax.Array) -> jax.Array:
+    def run(params: Params, layout: inputs.NetworkInput, bias: jax.Array) -> jax.Array:
         def extend(
             cache: KVCache, first: jax.Array, tokens: jax.Array, mask: jax.Array
         ) -> tuple[jax.Array, KVCache]:
@@ -126,7 +120,7 @@ def _logits_by_cache(
         def step(carry: Any, tokens: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
             # `decode` returns tokens alone, so all logits so far are carried beside the cache.
             cache, seen = carry
-            visible = sequence.visible_keys(layout.is_text, config.max_text, start + i)
+            visible = inputs.visible_keys(layout.is_text, config.max_text, start + i)
             logits, cache = extend(cache, start + i, tokens[:, None], visible[:, None])
             return logits, (cache, seen.at[:, i + 1].set(logits))
 
@@ -139,7 +133,7 @@ def _logits_by_cache(
         )
         seen = jnp.zeros((batch, length - start, logits.shape[-1])).at[:, 0].set(logits)
         steps = length - start
-        _, (_, seen) = generate.decode(step, given, logits, (cache, seen), jax.random.key(0), steps)
+        _, (_, seen) = loops.decode(step, given, logits, (cache, seen), jax.random.key(0), steps)
         return seen
 
     return run(params, layout, bias)
@@ -150,7 +144,7 @@ def _captioning(golden: Golden, params: Params, config: CogLMConfig) -> Iterator
     text = tokens[:, cells + 1 :]
     english = tokens[:, cells] == config.vocabulary.start_of_english
     words = jnp.ones(text.shape, bool)
-    layout, loss_mask = sequence.captioning(tokens[:, :cells], text, words, english, config)
+    layout, loss_mask = inputs.captioning(tokens[:, :cells], text, words, english, config)
     yield equal("captioning: tokens", layout.tokens, tokens)
     yield equal("captioning: positions", layout.positions, golden["caption_position_ids"])
     yield equal("captioning: mask", layout.mask, golden["caption_mask"])
@@ -169,7 +163,7 @@ def _captioning(golden: Golden, params: Params, config: CogLMConfig) -> Iterator
 def _infilling(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[Outcome]:
     mask, text = golden["comp_mask20"], golden["comp_text"].reshape(-1).tolist()
     cells = golden["comp_image"].reshape(-1, config.num_image_tokens)[0]
-    exact = sequence.infill(mask, text, cells, config, slots=len(text))
+    exact = inputs.infill(mask, text, cells, config, slots=len(text))
     yield equal("infilling: sequence", exact.tokens, golden["comp_seq"])
     yield equal("infilling: positions", exact.positions, golden["comp_position_ids"])
     yield equal("infilling: mask", exact.mask, golden["comp_attention_mask"])
@@ -178,15 +172,15 @@ def _infilling(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[
     kept = exact.tokens >= 0
     kept_tokens = np.broadcast_to(exact.tokens[kept], filled[:, kept].shape)
     yield equal("infilling: kept tokens of the filled sequence", kept_tokens, filled[:, kept])
-    grid = sequence.infilled_grid(jnp.asarray(filled), jnp.asarray(exact.slot_of_cell))
+    grid = inputs.infilled_grid(jnp.asarray(filled), jnp.asarray(exact.slot_of_cell))
     yield equal("infilling: grid", grid, golden["comp_result"])
 
     # Through the cache with the text in as many slots as a decoder has.
     slots = config.max_text
-    made = sequence.infill(mask, text, cells, config, slots=slots)
+    made = inputs.infill(mask, text, cells, config, slots=slots)
     tokens = np.broadcast_to(made.tokens, (len(filled), len(made.tokens))).copy()
     tokens[:, slots + 1 :] = filled[:, len(text) + 1 :]
-    layout = sequence.Layout(
+    layout = inputs.NetworkInput(
         jnp.asarray(tokens),
         jnp.asarray(made.positions)[None],
         jnp.asarray(made.mask)[None],
@@ -207,13 +201,13 @@ def check_direct_sr(golden: Golden) -> Iterator[Outcome]:
     tensors = seeded_weights(golden)
     config = configs.direct_sr(golden, tensors)
     yield equal("config", _sizes(config.coglm.transformer), golden["config"][:3])
-    params = jax.device_put(convert.direct_sr(tensors, config))
+    params = jax.device_put(names.direct_sr(tensors, config))
 
     coarse = golden["low_res_tokens"]
     texts = _texts(golden["text"], len(coarse), config.text_slots)
-    padded = sequence.left_padded(texts, config.text_slots, config.coglm.vocabulary)
+    padded = inputs.left_padded(texts, config.text_slots, config.coglm.vocabulary)
     text, is_text = (jnp.asarray(part) for part in padded)
-    layout = sequence.direct_super_resolution(text, is_text, jnp.asarray(coarse), config)
+    layout = inputs.direct_super_resolution(text, is_text, jnp.asarray(coarse), config)
     yield equal("tokens", layout.tokens, golden["tokens"])
     yield equal("positions", layout.positions, golden["position_ids"])
     yield equal("mask", layout.mask, golden["attention_mask"])
@@ -238,28 +232,28 @@ def _texts(recorded: np.ndarray, batch: int, slots: int) -> list[list[int]]:
 
 
 def check_iterative_sr(golden: Golden) -> Iterator[Outcome]:
-    """Layout and order, logits of two rounds, tokens after every round of `generate.lopar`."""
+    """Layout and order, logits of two rounds, tokens after every round of `loops.lopar`."""
     tensors = seeded_weights(golden)
     config = configs.iterative_sr(golden, tensors)
     yield equal("config", _sizes(config.transformer), golden["config"][:3])
-    params = jax.device_put(convert.iterative_sr(tensors, config))
+    params = jax.device_put(names.iterative_sr(tensors, config))
 
     start, after = golden["start_tokens"], golden["step_tokens"]
     mask_token = config.vocabulary.start_of_image
     texts = _texts(golden["text"], len(start), config.text_slots)
-    padded = sequence.left_padded(texts, config.text_slots, config.vocabulary)
+    padded = inputs.left_padded(texts, config.text_slots, config.vocabulary)
     text, is_text = (jnp.asarray(part) for part in padded)
-    schedule = sequence.lopar_schedule(config)
+    schedule = inputs.lopar_schedule(config)
 
-    def layout(cells: jax.Array) -> sequence.Layout:
-        return sequence.iterative_super_resolution(text, is_text, cells, config)
+    def layout(cells: jax.Array) -> inputs.NetworkInput:
+        return inputs.iterative_super_resolution(text, is_text, cells, config)
 
     first = layout(jnp.where(schedule.reset[0], mask_token, start))
     yield equal("tokens of the first round", first.tokens, golden["first_input_tokens"])
     yield equal("positions", first.positions, golden["position_ids"])
     yield equal("mask", first.mask, golden["attention_mask"])
     order = golden["lopar_order_6x6"]
-    tiled = sequence.lopar_order(config)[: order.shape[0], : order.shape[1]]
+    tiled = inputs.lopar_order(config)[: order.shape[0], : order.shape[1]]
     yield equal("order", tiled, order)
 
     @jax.jit
@@ -289,7 +283,7 @@ def check_iterative_sr(golden: Golden) -> Iterator[Outcome]:
             return sampling.greedy(sampling.top_k_logits(logits, k, max_k=max_k))
 
         key = jax.random.key(0)
-        return generate.lopar(
+        return loops.lopar(
             partial(predict, params), most_probable, cells, reset, write, mask_token, key
         )
 
@@ -308,13 +302,13 @@ def check_iterative_sr(golden: Golden) -> Iterator[Outcome]:
 def check_hvqvae(golden: Golden) -> Iterator[Outcome]:
     """Features, and at every stride ids, commitment loss and pictures."""
     tensors = seeded_weights(golden)
-    config = convert.hvqvae_config(tensors)
+    config = names.hvqvae_config(tensors)
     sizes = [config.channels, config.z_channels, config.codebook_size, config.codebook_dim]
     yield equal("config", sizes, golden["config"])
     # The published file has these beside the weights; the converter is to pass over them.
     buffers = json.loads(str(golden["buffers"])) if "buffers" in golden else {}
     tensors |= {name: np.zeros(shape, np.float32) for name, shape in buffers.items()}
-    params = jax.device_put(convert.hvqvae(tensors, config))
+    params = jax.device_put(names.hvqvae(tensors, config))
     images = jnp.asarray(golden["images"].transpose(0, 2, 3, 1))
     recorded = {
         stride: jnp.asarray(golden[f"ids_rate{stride}"])
@@ -331,9 +325,7 @@ def check_hvqvae(golden: Golden) -> Iterator[Outcome]:
         everywhere = jnp.ones(images.shape[:3])
         features = HVQVAE(config).apply({"params": params}, images, method="features")
         made = {}
-        _, parts, _ = objectives.hvqvae_loss(
-            params, images, everywhere, tuple(recorded), config=config
-        )
+        _, parts, _ = hvqvae_loss(params, images, everywhere, tuple(recorded), config=config)
         for stride, ids in recorded.items():
             made[stride] = (
                 image_tokenizer.encode(params, images, stride, config=config),

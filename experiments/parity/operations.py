@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from cogview2_jax import pretraining, sampling
 from cogview2_jax.config import ClusterSampling, CogLMConfig
+from cogview2_jax.data.records import english_texts
+from cogview2_jax.decoding import sampling
+from cogview2_jax.training import coglm_samples
 from experiments.parity import configs
 from experiments.parity.golden import Check, Golden, Outcome, close, equal, guarded
 from pallas_kernels import local_attention_2d_with_lse
@@ -64,26 +66,26 @@ def _pretraining_sample(
 
 def _generation_sample(
     golden: Golden, prefix: str, record: np.ndarray, config: CogLMConfig
-) -> pretraining.TrainingSample:
-    return pretraining.generation_samples(record, [prefix.endswith("/second")], config)
+) -> coglm_samples.TrainingSample:
+    return coglm_samples.generation_samples(record, [prefix.endswith("/second")], config)
 
 
 def _captioning_sample(
     golden: Golden, prefix: str, record: np.ndarray, config: CogLMConfig
-) -> pretraining.TrainingSample:
-    english = pretraining.english_texts(record, config, FIRST_CHINESE)
+) -> coglm_samples.TrainingSample:
+    english = english_texts(record, config, FIRST_CHINESE)
     corners = golden[f"{prefix}/patch_corners"][None]
-    return pretraining.captioning_samples(record, english, corners, config)
+    return coglm_samples.captioning_samples(record, english, corners, config)
 
 
 def _span_sample(
     golden: Golden, prefix: str, record: np.ndarray, config: CogLMConfig
-) -> pretraining.TrainingSample:
+) -> coglm_samples.TrainingSample:
     lengths, gaps = golden[f"{prefix}/span_lengths"], golden[f"{prefix}/span_gaps_sorted"]
-    return pretraining.text_span_samples(record, lengths[None], gaps[None], config)
+    return coglm_samples.text_span_samples(record, lengths[None], gaps[None], config)
 
 
-_SAMPLES: Mapping[str, Callable[..., pretraining.TrainingSample]] = {
+_SAMPLES: Mapping[str, Callable[..., coglm_samples.TrainingSample]] = {
     "t2i": _generation_sample,
     "i2t": _captioning_sample,
     "text": _span_sample,

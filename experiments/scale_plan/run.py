@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from cogview2_jax import coglm, direct_sr, metrics, objectives, sequence, train
 from cogview2_jax.config import (
     CogLMConfig,
     DirectSRConfig,
@@ -35,8 +34,20 @@ from cogview2_jax.config import (
     Training,
     TransformerConfig,
 )
-from cogview2_jax.pretraining import TrainingSample
+from cogview2_jax.networks import coglm, direct_sr, inputs
 from cogview2_jax.sharding import Sharding, make_mesh
+from cogview2_jax.training import metrics
+from cogview2_jax.training.coglm_samples import TrainingSample
+from cogview2_jax.training.losses import direct_sr_loss
+from cogview2_jax.training.step import (
+    TrainState,
+    adamw,
+    init_params,
+    init_state,
+    make_step,
+    state_shardings,
+    warmup_cosine,
+)
 from experiments.scale_plan import estimate
 from experiments.scale_plan.estimate import GB, Machine
 
@@ -117,12 +128,12 @@ def loss_of(network: Network, sharding: Sharding | None) -> Any:
     }
 
     def coglm_loss(params: Any, batch: Any, key: Any) -> Any:
-        return *objectives.coglm_loss(params, batch, **how), ()
+        return *coglm_loss(params, batch, **how), ()
 
     def direct_loss(params: Any, batch: Any, key: Any) -> Any:
         text, is_text, coarse, fine, weights = batch
-        layout = sequence.direct_super_resolution(text, is_text, coarse, network.config)
-        return *objectives.direct_sr_loss(params, layout, fine, weights, **how), ()
+        layout = inputs.direct_super_resolution(text, is_text, coarse, network.config)
+        return *direct_sr_loss(params, layout, fine, weights, **how), ()
 
     return coglm_loss if isinstance(network.config, CogLMConfig) else direct_loss
 
@@ -132,20 +143,20 @@ def plan(network: Network, sharding: Sharding) -> Planned:
     module, config = network.module, network.config
     init = functools.partial(module.init_params, config=config)
     shapes, axes = jax.eval_shape(init, jax.random.key(0)), module.parameter_axes(config)
-    optimizer = train.adamw(train.warmup_cosine(4e-4, 100_000, 10_000))
+    optimizer = adamw(warmup_cosine(4e-4, 100_000, 10_000))
 
     def lying(shape: Any, place: Any) -> Any:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
 
-    def state_of(params: Any) -> train.TrainState:
-        return train.TrainState(params, optimizer.init(params), (), (), jnp.zeros((), jnp.int32))
+    def state_of(params: Any) -> TrainState:
+        return TrainState(params, optimizer.init(params), (), (), jnp.zeros((), jnp.int32))
 
     params = jax.tree.map(lying, shapes, sharding.of_tree(shapes, axes))
     state = jax.eval_shape(state_of, params)
-    layout = train.state_shardings(state, params, sharding)
+    layout = state_shardings(state, params, sharding)
     size = network.samples * sharding.parts("batch")
     batch = batch_of(network, size)
-    step = train.make_step(
+    step = make_step(
         loss_of(network, sharding),
         optimizer,
         precision=PRECISION,
@@ -243,10 +254,10 @@ def real(layers: int, hidden: int, batch_size: int, steps: int) -> dict[str, Any
     memory = planned.compiled.memory_analysis()
     init = functools.partial(coglm.init_params, config=network.config)
     axes = coglm.parameter_axes(network.config)
-    params = train.init_params(init, jax.random.key(0), axes, sharding)
+    params = init_params(init, jax.random.key(0), axes, sharding)
     number = sum(leaf.size for leaf in jax.tree.leaves(params))
-    optimizer = train.adamw(train.warmup_cosine(4e-4, 100_000, 10_000))
-    state = train.init_state(params, optimizer, sharding=sharding)
+    optimizer = adamw(warmup_cosine(4e-4, 100_000, 10_000))
+    state = init_state(params, optimizer, sharding=sharding)
     del params
     rows = sharding.named("batch")
     batch = jax.tree.map(

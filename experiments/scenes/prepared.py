@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.data import prepare, scenes
-from cogview2_jax.data.manifest import Layout
+from cogview2_jax.data.records import RecordLayout
 from cogview2_jax.data.sources import Source
 from experiments.scenes.presets import COARSE_STRIDE
 
@@ -22,7 +22,7 @@ def tokens(
         report = prepare.prepare_tokens(
             source,
             folder,
-            Layout.of(bundle.coglm_config, COARSE_STRIDE, *more),
+            RecordLayout.of(bundle.coglm_config, COARSE_STRIDE, *more),
             bundle.text_model,
             bundle.tokenizer,
             bundle.tokenizer_config,

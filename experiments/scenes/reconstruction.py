@@ -14,8 +14,10 @@ import click
 import numpy as np
 
 import cogview2_jax
-from cogview2_jax import pipeline
 from cogview2_jax.data import scenes
+from cogview2_jax.pipeline import cogview
+from cogview2_jax.tokenizer.image import to_pixels, to_tokens
+from cogview2_jax.tokenizer.pictures import fit_picture
 from experiments.caption_match import judge
 
 ATTRIBUTES = ("shape", "colour", "size", "fill")
@@ -24,10 +26,10 @@ BATCH = 8
 
 def through_tokenizer(bundle: cogview2_jax.Bundle, pictures: np.ndarray) -> np.ndarray:
     """Pictures uint8 [b, y, x, 3] → ids → pictures of the same shape."""
-    grid = (pictures.shape[1] // pipeline.STRIDE, pictures.shape[2] // pipeline.STRIDE)
+    grid = (pictures.shape[1] // cogview.STRIDE, pictures.shape[2] // cogview.STRIDE)
     config, params = bundle.tokenizer_config, bundle.tokenizer
-    ids = pipeline.to_tokens(params, pictures, stride=pipeline.STRIDE, config=config)
-    made = pipeline.to_pixels(params, ids, grid=grid, stride=pipeline.STRIDE, config=config)
+    ids = to_tokens(params, pictures, stride=cogview.STRIDE, config=config)
+    made = to_pixels(params, ids, grid=grid, stride=cogview.STRIDE, config=config)
     return np.asarray(made)
 
 
@@ -69,7 +71,7 @@ def main(num_scenes: int, folder: Path | None) -> None:
                 for each in examples[start : start + BATCH]
             ]
             made += list(through_tokenizer(bundle, np.stack(drawn)))
-        enlarged = [pipeline.fit_picture(picture, scenes.CANVAS, scenes.CANVAS) for picture in made]
+        enlarged = [fit_picture(picture, scenes.CANVAS, scenes.CANVAS) for picture in made]
         found = judge.read(judge_params, np.stack(enlarged))
         figures = score([each.scene for each in examples], found)
         shown = "  ".join(f"{name} {100 * a / n:.1f} %" for name, (a, n) in figures.items())

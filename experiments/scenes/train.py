@@ -23,15 +23,19 @@ from flax import serialization
 from tqdm import tqdm
 
 from cogview2_jax import bundle as bundles
-from cogview2_jax import fit, pipeline, recipes, sequence
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.data import reading, scenes
-from cogview2_jax.data.batches import FineSample, Mix
 from cogview2_jax.data.sources import Scenes, Source
-from cogview2_jax.recipes import Options, Task
+from cogview2_jax.networks import inputs
+from cogview2_jax.pipeline import cogview
 from cogview2_jax.tokenizer import text
 from cogview2_jax.tokenizer.clusters import cluster_codebook
-from experiments.scenes import inputs, perceptual, prepared, presets
+from cogview2_jax.training import recipes
+from cogview2_jax.training.batches import FineSample, Mix
+from cogview2_jax.training.loop import keep_freed_memory
+from cogview2_jax.training.recipes import Options, Task
+from experiments.scenes import inputs as scene_inputs
+from experiments.scenes import perceptual, prepared, presets
 
 # Muon at these rates on matrices and convolutions, AdamW at a tenth of them on the rest.
 TOKENIZER = Options(
@@ -69,7 +73,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     help="Of all steps and scenes, for a trial.",
 )
 def main(work: Path, out: Path, share: float) -> None:
-    fit.keep_freed_memory()
+    keep_freed_memory()
     bundles.save(out, train(work, share))
     click.echo(f"the bundle is at {out}")
 
@@ -91,7 +95,7 @@ def train(work: Path, share: float = 1.0) -> Bundle:
         return prepared.tokens(work / name, bundle, source, fine=fine, workers=2)
 
     bundle = _untrained(work)
-    cuts = prepared.pictures(work / "cuts", inputs.Cuts(part(NUM_CUTS)))
+    cuts = prepared.pictures(work / "cuts", scene_inputs.Cuts(part(NUM_CUTS)))
     tokenizer = functools.partial(
         run,
         recipes.tokenizer_task,
@@ -127,7 +131,7 @@ def train(work: Path, share: float = 1.0) -> Bundle:
     # neither the order nor the word tells anything by itself, and 3,000 steps taught nothing of the
     # two together. So at first the object further up or left is always named first.
     coglm = functools.partial(run, recipes.coglm_task, mix=Mix(patch_size=4, num_patches=3))
-    in_order = records(inputs.InOrder(part(NUM_SCENES)), bundle, "records_in_order")
+    in_order = records(scene_inputs.InOrder(part(NUM_SCENES)), bundle, "records_in_order")
     params = coglm(bundle, in_order, options=IN_ORDER, name="coglm_in_order", start="nothing")
     bundle = bundle._replace(coglm=params)
     both = records(Scenes(part(NUM_SCENES)), bundle, "records_both")
@@ -135,7 +139,7 @@ def train(work: Path, share: float = 1.0) -> Bundle:
 
     number = part(NUM_FINE)
     fine = records(Scenes(number), bundle, "records_fine", fine=True)
-    repainted = _coarse(records(inputs.Repainted(number), bundle, "records_repainted"))
+    repainted = _coarse(records(scene_inputs.Repainted(number), bundle, "records_repainted"))
     weights = _cell_weights(work / "cell_weights.npy", number)
 
     def direct_task(*given: Any, **also: Any) -> Task:
@@ -190,7 +194,7 @@ def _percept(work: Path, num_steps: int) -> Any:
 
 
 def _pixel_weights(images: jax.Array) -> jax.Array:
-    return jnp.where(inputs.on_object(255 * images), OBJECT_PIXELS, 1.0)
+    return jnp.where(scene_inputs.on_object(255 * images), OBJECT_PIXELS, 1.0)
 
 
 # --- Records --------------------------------------------------------------------------------------
@@ -210,7 +214,7 @@ def _cell_weights(file: Path, number: int) -> np.ndarray:
     """How much each fine cell of each scene counts, float32 [scenes, cells]."""
     if not file.exists():
         every = tqdm(range(number), desc=file.stem)
-        cells = np.stack([inputs.object_cells(index) for index in every])
+        cells = np.stack([scene_inputs.object_cells(index) for index in every])
         _save(file, np.where(cells, OBJECT_CELLS, 1.0).astype(np.float32))
     return np.load(file)
 
@@ -241,7 +245,7 @@ def _drafts(
     """
     if not file.exists():
         config = bundle.direct_config
-        anchors = sequence.lopar_order(bundle.iterative_config).reshape(-1) < 1
+        anchors = inputs.lopar_order(bundle.iterative_config).reshape(-1) < 1
         options = Options(1, batch_size)
         task = recipes.direct_sr_task(bundle, fine, options)
         number = len(reading.Records(fine))
@@ -250,7 +254,7 @@ def _drafts(
         for step in tqdm(range(-(-number // batch_size)), desc=file.stem):
             numbers, sample = np.array(task.ids_of(step)), task.read(step)
             swapped = rng.random((batch_size, 1)) < REPAINTED_SHARE
-            drawn = pipeline.super_resolve_direct(
+            drawn = cogview.super_resolve_direct(
                 bundle.direct,
                 sample.text,
                 sample.is_text,

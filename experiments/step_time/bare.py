@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from cogview2_jax.config import CogLMConfig
-from cogview2_jax.pretraining import TrainingSample
+from cogview2_jax.training.coglm_samples import TrainingSample
 
 Array = jax.Array
 Params = dict[str, Any]

@@ -25,9 +25,18 @@ import numpy as np
 from tqdm import tqdm
 
 from cogview2_jax import bundle as bundles
-from cogview2_jax import fit, metrics, recipes, train
 from cogview2_jax.data.sources import Scenes
-from cogview2_jax.recipes import Options, Task
+from cogview2_jax.training import metrics, recipes
+from cogview2_jax.training.loop import keep_freed_memory
+from cogview2_jax.training.recipes import Options, Task
+from cogview2_jax.training.step import (
+    TrainState,
+    adamw,
+    init_params,
+    init_state,
+    make_step,
+    warmup_cosine,
+)
 from experiments.local_attention.report import device_name
 from experiments.scenes import prepared
 from experiments.step_time import bare
@@ -78,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write results.json here")
     arguments = parser.parse_args(argv)
 
-    fit.keep_freed_memory()  # as the command does, and for both
+    keep_freed_memory()  # as the command does, and for both
     record: dict[str, Any] = {"device": device_name(), "jax": jax.__version__}
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -134,12 +143,12 @@ def compare(bundle: bundles.Bundle, records: Path, batch_size: int, repeats: int
     """The recipe's CogLM step and the bare one, on the same batches, in turn."""
     options = Options(num_steps=1000, batch_size=batch_size)
     task = recipes.coglm_task(bundle, records, options, start="nothing")
-    schedule = train.warmup_cosine(options.learning_rate, options.num_steps, 100)
+    schedule = warmup_cosine(options.learning_rate, options.num_steps, 100)
 
-    optimizer = train.adamw(schedule, weight_decay=options.weight_decay, clip=options.clip)
-    ours = train.make_step(task.loss, optimizer, precision=options.precision)
-    params = train.init_params(task.init, jax.random.key(0), task.axes)
-    state = train.init_state(params, optimizer)
+    optimizer = adamw(schedule, weight_decay=options.weight_decay, clip=options.clip)
+    ours = make_step(task.loss, optimizer, precision=options.precision)
+    params = init_params(task.init, jax.random.key(0), task.axes)
+    state = init_state(params, optimizer)
     sizes = {"ours": count(params)}
 
     config = bundle.coglm_config
@@ -195,7 +204,7 @@ def compiled_in_the_loop(task: Task, options: Options, steps: int = 6) -> int:
     compilations = Compilations()
     numbers: list[int] = []
 
-    def before_step(step: int, state: train.TrainState) -> train.TrainState:
+    def before_step(step: int, state: TrainState) -> TrainState:
         numbers.append(compilations.number)
         return state
 

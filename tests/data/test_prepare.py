@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview2_jax import pretraining
 from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data import prepare, reading, sources
-from cogview2_jax.data.manifest import Layout
-from cogview2_jax.pipeline import fit_picture, to_tokens
+from cogview2_jax.data.records import RecordLayout, english_texts, text_part
 from cogview2_jax.tokenizer import text
+from cogview2_jax.tokenizer.image import to_tokens
+from cogview2_jax.tokenizer.pictures import fit_picture
 
 from .conftest import CHINESE, DAMAGE, SENTENCE, picture, write_inputs
 
@@ -31,7 +31,7 @@ def make(tiny):
     """Prepare token records with the tiny model."""
 
     def call(source, folder, layout=None, **options):
-        layout = layout or Layout.of(tiny.coglm_config)
+        layout = layout or RecordLayout.of(tiny.coglm_config)
         options = {"batch_size": 8, "shard_size": 16} | options
         parts = (tiny.text_model, tiny.tokenizer, tiny.tokenizer_config)
         return prepare.prepare_tokens(source, folder, layout, *parts, **options)
@@ -57,7 +57,7 @@ def refusals(folder: Path) -> list[dict]:
 def expected_row(tiny, number, caption, layout):
     vocabulary = layout.vocabulary
     ids = text.encode(tiny.text_model, caption, vocabulary.num_image)
-    parts = [pretraining.text_part([ids], layout.text_slots, vocabulary)]
+    parts = [text_part([ids], layout.text_slots, vocabulary)]
     opened = sources.open_picture(picture(number))
     for size in layout.sizes:
         pixels = fit_picture(opened, size, size)[None]
@@ -69,7 +69,7 @@ def expected_row(tiny, number, caption, layout):
 
 
 def test_the_published_record_is_the_default_layout():
-    layout = Layout()
+    layout = RecordLayout()
     assert layout.length == 512
     assert layout.columns(160) == slice(112, 512)
 
@@ -93,14 +93,14 @@ def test_every_input_is_a_record_or_listed(made, damaged, captions_file):
 
 def test_records_are_what_the_model_is_trained_on(made, tiny, damaged):
     folder, _ = made
-    layout = Layout.of(tiny.coglm_config)
+    layout = RecordLayout.of(tiny.coglm_config)
     kept = [i for i in range(70) if i not in damaged]
     rows = [np.frombuffer(each, "<i4") for each in contents(folder)]
     for number, row in list(zip(kept, rows, strict=True))[::7]:
         caption = (SENTENCE, CHINESE)[number % 2]
         np.testing.assert_array_equal(row, expected_row(tiny, number, caption, layout))
     first_chinese = manifests.read(folder).settings["first_chinese"]
-    english = pretraining.english_texts(np.stack(rows), tiny.coglm_config, first_chinese)
+    english = english_texts(np.stack(rows), tiny.coglm_config, first_chinese)
     assert english[:, 0].tolist() == [number % 2 == 0 for number in kept]
 
 
@@ -108,7 +108,7 @@ def test_two_sizes_and_two_languages(make, tiny, tmp_path):
     (tmp_path / "0.jpg").write_bytes(picture(0))
     file = tmp_path / "pairs.tsv"
     file.write_text(f"zh\timage\ten\n{CHINESE}\t0.jpg\ta small green star\n\t0.jpg\ta red circle\n")
-    layout = Layout(30, 8, SIZES, tiny.coglm_config.vocabulary)
+    layout = RecordLayout(30, 8, SIZES, tiny.coglm_config.vocabulary)
     source = sources.CaptionsFile(file, fields=("en", "zh"))
     assert make(source, tmp_path / "together", layout).records == 2
     rows = [np.frombuffer(each, "<i4") for each in contents(tmp_path / "together")]
@@ -184,7 +184,7 @@ def test_other_settings_are_refused(made, make, captions_file, tmp_path):
     with pytest.raises(ValueError, match="begun with settings.apart False, now it is True"):
         make(source, made[0], apart=True)
     with pytest.raises(ValueError, match="begun with layout.sizes"):
-        make(source, made[0], Layout(13, 8, SIZES, manifests.read(made[0]).layout.vocabulary))
+        make(source, made[0], RecordLayout(13, 8, SIZES, manifests.read(made[0]).layout.vocabulary))
     other = write_inputs(tmp_path / "other", 70, {})
     with pytest.raises(ValueError, match="begun with settings.source.sha256"):
         make(sources.CaptionsFile(other), made[0])

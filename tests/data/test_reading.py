@@ -8,7 +8,7 @@ from PIL import Image
 
 from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data import prepare, reading, sources
-from cogview2_jax.data.manifest import Layout, Manifest
+from cogview2_jax.data.records import Manifest, RecordLayout
 
 from .conftest import picture
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     from array_record.python.array_record_module import ArrayRecordWriter
 
     folder = tmp_path_factory.mktemp("records")
-    layout = Layout(3, 8, (16,))
+    layout = RecordLayout(3, 8, (16,))
     manifest = Manifest(manifests.TOKENS, 80, 20, layout, {})
     manifests.begin(folder, manifest)
     number = 0
@@ -110,7 +110,7 @@ def test_records_of_one_picture_are_not_split(tmp_path):
     """Ten pictures with three captions each, as `--apart` and lists of captions make them."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    layout = Layout(3, 8, (16,))
+    layout = RecordLayout(3, 8, (16,))
     manifest = Manifest(manifests.TOKENS, 10, 10, layout, {})
     manifests.begin(tmp_path, manifest)
     writer = ArrayRecordWriter(str(manifest.shard_file(tmp_path, 0)), "group_size:1")
@@ -248,4 +248,4 @@ def test_a_damaged_manifest_is_named(folder, tmp_path):
 )
 def test_unfit_layouts_are_refused(options):
     with pytest.raises(ValueError):
-        Layout(**options)
+        RecordLayout(**options)

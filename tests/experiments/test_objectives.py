@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cogview2_jax import bundle as bundles
-from cogview2_jax.data.batches import FineSample
+from cogview2_jax.training.batches import FineSample
 from experiments.objectives import ablations, figures, overfit, run
 
 

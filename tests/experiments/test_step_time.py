@@ -3,14 +3,17 @@
 import jax
 import numpy as np
 
-from cogview2_jax import coglm, pretraining, train
+from cogview2_jax.data.records import make_record
+from cogview2_jax.networks import coglm
+from cogview2_jax.training import coglm_samples
+from cogview2_jax.training.step import adamw
 from experiments.step_time import bare, run
 from tests.common import IMAGE, SMALL, TEXT, parameter_count
 
 
 def sample():
-    records = np.stack([pretraining.record([TEXT], IMAGE, SMALL)] * 2)
-    return pretraining.generation_samples(records, np.zeros(2, bool), SMALL)
+    records = np.stack([make_record([TEXT], IMAGE, SMALL)] * 2)
+    return coglm_samples.generation_samples(records, np.zeros(2, bool), SMALL)
 
 
 def test_the_bare_transformer_lacks_only_the_sandwich():
@@ -22,7 +25,7 @@ def test_the_bare_transformer_lacks_only_the_sandwich():
 
 def test_the_bare_step_learns():
     params = bare.init_params(jax.random.key(0), SMALL)
-    optimizer = train.adamw(lambda step: 1e-2)
+    optimizer = adamw(lambda step: 1e-2)
     step, opt_state, losses = bare.make_step(SMALL, optimizer), optimizer.init(params), []
     for _ in range(20):
         params, opt_state, loss = step(params, opt_state, sample())

@@ -1,0 +1,1 @@
+"""Logits to tokens, and loops over them that know no model."""

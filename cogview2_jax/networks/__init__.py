@@ -1,0 +1,1 @@
+"""The three transformers and what they are given."""

@@ -1,0 +1,111 @@
+"""Direct super-resolution: all fine tokens from the coarse grid in one pass (section 3.3)."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cogview2_jax.config import DirectSRConfig, Precision, Training
+from cogview2_jax.networks.attention import DirectSRAttention, SuperResolutionContext
+from cogview2_jax.networks.transformer import Transformer
+from cogview2_jax.sharding import Sharding, logical_axes
+
+Array = jax.Array
+Params = dict
+
+
+def network(
+    config: DirectSRConfig,
+    precision: Precision = Precision(),
+    training: Training = Training(),
+    sharding: Sharding | None = None,
+) -> Transformer:
+    return Transformer(
+        config.coglm.transformer,
+        functools.partial(DirectSRAttention, geometry=config),
+        config.coglm.vocabulary.size,
+        (config.coglm.num_positions, config.num_image_tokens),
+        precision,
+        training,
+        sharding,
+    )
+
+
+def init_params(key: Array, config: DirectSRConfig, precision: Precision = Precision()) -> Params:
+    """Fresh parameters; `from_coglm` gives better ones."""
+    return nn.meta.unbox(_declare(key, config, precision))
+
+
+def parameter_axes(config: DirectSRConfig) -> Any:
+    """Names of the axes of every parameter, for `sharding`: a tree of tuples."""
+    return logical_axes(lambda: _declare(jax.random.key(0), config, Precision()))
+
+
+def _declare(key: Array, config: DirectSRConfig, precision: Precision) -> Any:
+    length = config.num_prefix + config.num_image_tokens
+    tokens = jnp.zeros((1, length), jnp.int32)
+    context = SuperResolutionContext(jnp.ones((1, config.num_prefix, config.num_prefix), bool))
+    return network(config, precision).init(key, tokens, tokens, context, None)["params"]
+
+
+def from_coglm(coglm_params: Params, config: DirectSRConfig) -> Params:
+    """Start from a trained base model: coarse positions tiled over the fine grid, attention copied.
+
+    The positions are tiled (the whole coarse grid repeats), not up-sampled, as in the published
+    code.
+    """
+    rows, columns = config.coglm.grid
+    first = config.coglm.image_position
+    table = coglm_params["position_embeddings"]
+    coarse = table[first : first + rows * columns].reshape(rows, columns, -1)
+    fine = jnp.tile(coarse, (config.ratio, config.ratio, 1))
+    attention = coglm_params["layers"]["attention"]
+    plus = {"qkv_plus": attention["qkv"], "dense_plus": attention["dense"]}
+    layers = coglm_params["layers"] | {"attention": attention | plus}
+    extra = {"extra_position_embeddings": fine.reshape(-1, table.shape[-1])}
+    # Copies, so that a donated tree never holds one buffer twice.
+    return jax.tree.map(jnp.array, coglm_params | {"layers": layers} | extra)
+
+
+def added_parameters(params: Params) -> Params:
+    """Which parameters a base model has not: a tree of bool, shaped as `params` (of any leaves)."""
+    new = ("qkv_plus", "dense_plus", "extra_position_embeddings")
+
+    def one(path: Any, leaf: Any) -> bool:
+        return any(key.key in new for key in path)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: type(leaf) is tuple)
+
+
+def apply(
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    mask: Array,
+    *,
+    config: DirectSRConfig,
+    precision: Precision = Precision(),
+    training: Training = Training(),
+    sharding: Sharding | None = None,
+    dropout_key: Array | None = None,
+) -> Array:
+    """Logits of every fine cell.
+
+    Args:
+        tokens: int [b, text slots + coarse cells + fine cells]; the fine cells hold
+        `<start_of_image>`.
+        positions: int [b or 1, s]; fine cells count from `num_positions`.
+        mask: bool [b or 1, p, p] among the p text slots and coarse cells.
+
+    Returns:
+        float32 [b, fine cells, num_image].
+    """
+    model = network(config, precision, training, sharding)
+    context = SuperResolutionContext(mask)
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    hidden, _ = model.apply({"params": params}, tokens, positions, context, None, rngs=rngs)
+    fine = hidden[:, config.num_prefix :]
+    stop = config.coglm.vocabulary.num_image
+    return model.apply({"params": params}, fine, 0, stop, method="logits")

@@ -1,0 +1,387 @@
+"""Layouts, positions and masks of every task, as pure functions whose geometry comes from the
+config.
+
+Two kinds of function live here:
+
+- What a network is fed at inference and in super-resolution training (`text_to_image`,
+  `captioning`, `direct_super_resolution`, `iterative_super_resolution`) is jax.numpy over any
+  leading dimensions: it traces under jit, and its shapes depend on the config alone. Text comes in
+  a fixed number of slots with a mask `is_text`, so one compilation serves every prompt;
+  `right_padded` and `left_padded` make the slots.
+- What depends on a picture's mask (`infill`) or on the config alone (`lopar_schedule`) is NumPy
+  on the host.
+
+Text of the base model is padded on the RIGHT: slot i then holds position i, as in a training
+record, so the slots of a training sample and of the decoder mean the same. The published
+super-resolution models pad on the LEFT, with id 0. A pad is a key for nobody but the pads of
+direct super-resolution.
+
+A mask is bool, True where the query (row) sees the key (column). Ids and positions are int32.
+Facts: the released code (`cogview2_text2image.py`, `comp_pipeline/base_completion.py`,
+`pretrain_coglm.py`, `sr_pipeline/*_sampling.py`); numbers to match: `tests/golden/`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cogview2_jax.config import CogLMConfig, DirectSRConfig, IterativeSRConfig, Vocabulary
+
+_Array = TypeVar("_Array", jax.Array, np.ndarray)
+
+
+class NetworkInput(NamedTuple):
+    """What one network is fed. `mask` covers what is attended densely."""
+
+    tokens: jax.Array  # [..., s] int32
+    positions: jax.Array  # [..., s] int32
+    mask: jax.Array  # [..., s, s] bool; of the super-resolution networks less: see there
+    is_text: jax.Array  # [..., s] bool: keys that hold a text token (no pad, no start token)
+
+
+# --- Text slots -----------------------------------------------------------------------------------
+
+
+def right_padded(
+    texts: Sequence[Sequence[int]], slots: int, vocabulary: Vocabulary
+) -> tuple[np.ndarray, np.ndarray]:
+    """Texts at the start of `slots` places, `<pad>` after them: tokens [b, slots] int32, is_text
+    [b, slots].
+
+    Raises ValueError for an empty text, one longer than `slots`, and an id that is no text id.
+    """
+    tokens = np.full((len(texts), slots), vocabulary.pad, np.int32)
+    is_text = np.zeros(tokens.shape, bool)
+    for row, text in enumerate(texts):
+        ids = text_ids(f"texts[{row}]", text, slots, vocabulary)
+        tokens[row, : len(ids)] = ids
+        is_text[row, : len(ids)] = True
+    return tokens, is_text
+
+
+def left_padded(
+    texts: Sequence[Sequence[int]], slots: int, vocabulary: Vocabulary
+) -> tuple[np.ndarray, np.ndarray]:
+    """Texts at the end of `slots` places, id 0 before them, as the published super-resolution
+    models have it.
+
+    Returns tokens [b, slots] int32 and is_text [b, slots]. Raises like `right_padded`. Iterative
+    SR reads the first 16 tokens of a longer text: cut it before you call.
+    """
+    tokens = np.zeros((len(texts), slots), np.int32)
+    is_text = np.zeros(tokens.shape, bool)
+    for row, text in enumerate(texts):
+        ids = text_ids(f"texts[{row}]", text, slots, vocabulary)
+        tokens[row, slots - len(ids) :] = ids
+        is_text[row, slots - len(ids) :] = True
+    return tokens, is_text
+
+
+def text_key_bias(is_text: jax.Array, upweight: float) -> jax.Array:
+    """The term added to every score by its key, [..., t] float32: `upweight` (published 1.4) at
+    text tokens.
+
+    Neither pads nor `<start_of_image>` carry it.
+    """
+    return jnp.where(is_text, jnp.float32(upweight), jnp.float32(0))
+
+
+# --- Text → image ---------------------------------------------------------------------------------
+
+
+def text_to_image(
+    text: jax.Array, is_text: jax.Array, image: jax.Array, config: CogLMConfig
+) -> NetworkInput:
+    """`text <start_of_image> image`: text sees text, everything after is causal and sees all text.
+
+    `text`, `is_text` [..., slots]; `image` [..., n] with n up to the grid's cells (0 for the
+    prefix that a decoder starts from). s = slots + 1 + n. Pads may be on either side; their rows
+    see the text.
+    """
+    _require_text(text, is_text)
+    if image.shape[-1] > config.num_image_tokens:
+        raise ValueError(
+            f"image must have at most {config.num_image_tokens} tokens: got {image.shape[-1]}"
+        )
+    length = image.shape[-1] + 1
+    tokens = _join(text, [config.vocabulary.start_of_image], image)
+    positions = _join(_text_positions(is_text), config.image_position - 1 + np.arange(length))
+    keys = _join(is_text, np.zeros(length, bool))
+    return NetworkInput(tokens, positions, text_then_causal(keys, text.shape[-1]), keys)
+
+
+def visible_keys(is_text: jax.Array, slots: int, query: int | jax.Array) -> jax.Array:
+    """The keys that a decoder's query at slot `query` (after the text) sees: [..., s] bool, one
+    row of the mask.
+
+    `is_text` [..., s] is that of the layout, `slots` its text slots, `query` may be traced. Holds
+    for `text_to_image`, and for `infill` from its `start` on.
+    """
+    slot = jnp.arange(is_text.shape[-1])
+    return is_text | ((slot >= slots) & (slot <= query))
+
+
+# --- Image → text ---------------------------------------------------------------------------------
+
+
+def captioning(
+    image: jax.Array,
+    text: jax.Array,
+    is_text: jax.Array,
+    english: jax.Array | bool,
+    config: CogLMConfig,
+) -> tuple[NetworkInput, jax.Array]:
+    """`image <start_of_english|chinese> text`: image sees image, text is causal and sees the
+    image.
+
+    `image` [..., cells]; `text`, `is_text` [..., slots], padded on the right; `english` bool
+    [...]. s = cells + 1 + slots. Also returns the loss mask [..., s]: the text tokens, each
+    predicted by the slot before it. The caption's score is their mean log-likelihood.
+    """
+    _require_text(text, is_text)
+    _require_cells("image", image, config)
+    cells, vocabulary = config.num_image_tokens, config.vocabulary
+    english = jnp.asarray(english)
+    start = jnp.where(english, vocabulary.start_of_english, vocabulary.start_of_chinese)
+    tokens = _join(image, start[..., None], text)
+    positions = _join(
+        config.image_position + np.arange(cells),
+        # The start token has position 0, so the text begins at 1; pads keep 0.
+        [0],
+        jnp.where(is_text, _text_positions(is_text) + 1, 0),
+    )
+    slot = np.arange(tokens.shape[-1])
+    keys = _join(np.zeros(cells + 1, bool), is_text)
+    exists = keys | (slot <= cells)
+    mask = exists[..., None, :] & ((slot < cells) | (slot <= slot[:, None]))
+    return NetworkInput(tokens, positions, mask, keys), keys
+
+
+# --- Infilling ------------------------------------------------------------------------------------
+
+
+class Infill(NamedTuple):
+    """An infilling sequence `text <start_of_image> context rest`; all its shapes come from the
+    config.
+
+    `rest` starts at slot `start`. Run the slots before it at once under `mask`, then one slot at a
+    time with `visible_keys(is_text, slots, slot)`; a slot's logits predict the next slot, to be
+    written where that holds −1.
+    """
+
+    tokens: np.ndarray  # [s] int32, −1 where a token is to be sampled
+    positions: np.ndarray  # [s] int32
+    mask: np.ndarray  # [s, s] bool
+    is_text: np.ndarray  # [s] bool
+    start: int  # first slot of `rest`
+    cells: np.ndarray  # [cells] int32: the raster cell that each image slot holds
+    slot_of_cell: np.ndarray  # [cells] int32: its inverse, counted in slots of the whole sequence
+
+
+def infill(
+    mask: ArrayLike,
+    text: Sequence[int],
+    image: ArrayLike,
+    config: CogLMConfig,
+    *,
+    slots: int | None = None,
+) -> Infill:
+    """The infilling sequence for the cells where `mask` [y, x] is true; other cells keep `image`
+    [y, x] or [y·x].
+
+    `rest` is, in raster order, the masked cells and each kept cell whose right neighbour in its
+    row is masked (a run that begins in the first column brings none); `context` is every other
+    kept cell. Context sees itself in both directions, `rest` is causal, all see the text. Each
+    token keeps the position of its cell. The text is padded on the right to `slots` (default
+    `config.max_text`). Raises ValueError for a wrong grid, a mask of nothing, kept ids that are no
+    image ids, and as `right_padded` does.
+    """
+    slots = config.max_text if slots is None else slots
+    masked, grid_ids = np.asarray(mask) != 0, np.asarray(image)
+    if masked.shape != config.grid:
+        raise ValueError(f"mask must have the grid's shape {config.grid}: got {masked.shape}")
+    if not masked.any():
+        raise ValueError("mask must have a true cell to fill: got 0")
+    if grid_ids.shape not in (config.grid, (config.num_image_tokens,)):
+        raise ValueError(f"image must have the grid's shape {config.grid}: got {grid_ids.shape}")
+    require_range("image", grid_ids.reshape(config.grid)[~masked], 0, config.vocabulary.num_image)
+    text_tokens, text_is_text = right_padded([text], slots, config.vocabulary)
+
+    in_rest = masked.copy()
+    in_rest[:, :-1] |= masked[:, 1:]
+    # A stable sort by "in rest" keeps the raster order inside both parts.
+    cells = np.argsort(in_rest.reshape(-1), kind="stable").astype(np.int32)
+    ids = np.where(masked, -1, grid_ids.reshape(config.grid)).reshape(-1)[cells]
+    tokens = np.concatenate([text_tokens[0], [config.vocabulary.start_of_image], ids])
+    positions = np.concatenate(
+        [
+            np.where(text_is_text[0], np.arange(slots), 0),
+            [config.image_position - 1],
+            config.image_position + cells,
+        ]
+    )
+    keys = np.pad(text_is_text[0], (0, 1 + len(cells)))
+    start = int(slots + 1 + len(cells) - in_rest.sum())
+    slot = np.arange(len(tokens))
+    context = (slot > slots) & (slot < start)
+    # `<start_of_image>` itself sees no image, as in every other task.
+    see = text_then_causal(keys, slots) | (context & (slot > slots)[:, None])
+    return Infill(
+        tokens.astype(np.int32),
+        positions.astype(np.int32),
+        see,
+        keys,
+        start,
+        cells,
+        (slots + 1 + np.argsort(cells)).astype(np.int32),
+    )
+
+
+def infilled_grid(filled: jax.Array, slot_of_cell: jax.Array) -> jax.Array:
+    """The image cells [..., cells] in raster order out of a filled sequence [..., s]."""
+    return jnp.take(filled, slot_of_cell, axis=-1)
+
+
+# --- Super-resolution -----------------------------------------------------------------------------
+
+
+def direct_super_resolution(
+    text: jax.Array, is_text: jax.Array, coarse: jax.Array, config: DirectSRConfig
+) -> NetworkInput:
+    """`pads text coarse queries`, every query holding `<start_of_image>`.
+
+    `text`, `is_text` [..., text_slots] from `left_padded`; `coarse` [..., coarse cells]. s =
+    prefix + fine cells; positions: pads 0, text 0…, coarse as in the base model, queries
+    `num_positions`… (their own table). The mask [..., prefix, prefix] is that of text and coarse
+    tokens: text slots see text slots, coarse tokens see text and each other, and pads are keys for
+    pads alone. Queries see windows: not here.
+    """
+    _require_text(text, is_text, config.text_slots)
+    _require_cells("coarse", coarse, config.coglm)
+    base, fine = config.coglm, config.num_image_tokens
+    tokens = _join(text, coarse, np.full(fine, base.vocabulary.start_of_image))
+    positions = _join(
+        _text_positions(is_text),
+        base.image_position + np.arange(base.num_image_tokens),
+        base.num_positions + np.arange(fine),
+    )
+    is_image = np.arange(config.num_prefix) >= config.text_slots
+    is_pad = _join(jnp.logical_not(is_text), np.zeros(base.num_image_tokens, bool))
+    mask = (is_pad[..., :, None] | ~is_pad[..., None, :]) & (is_image[:, None] | ~is_image)
+    keys = _join(is_text, np.zeros(base.num_image_tokens + fine, bool))
+    return NetworkInput(tokens, positions, mask, keys)
+
+
+def iterative_super_resolution(
+    text: jax.Array, is_text: jax.Array, fine: jax.Array, config: IterativeSRConfig
+) -> NetworkInput:
+    """`pads text image`. `text`, `is_text` [..., text_slots] from `left_padded`; `fine` [...,
+    cells], with `<start_of_image>` where a token is to be predicted.
+
+    Position i predicts token i. Positions: pads 0, text 0…, image `num_positions`… (their own
+    table). The mask [..., text_slots] says which text slots are keys, for text and image alike;
+    windows are not here.
+    """
+    _require_text(text, is_text, config.text_slots)
+    if fine.shape[-1] != config.num_image_tokens:
+        raise ValueError(
+            f"fine must have the {config.num_image_tokens} tokens of grid {config.grid}:"
+            f" got {fine.shape[-1]}"
+        )
+    cells = np.arange(config.num_image_tokens)
+    positions = _join(_text_positions(is_text), config.num_positions + cells)
+    keys = _join(is_text, np.zeros(len(cells), bool))
+    return NetworkInput(_join(text, fine), positions, jnp.asarray(is_text), keys)
+
+
+class LoparSchedule(NamedTuple):
+    """Which cells (raster order) each round of iterative super-resolution hides, and which it
+    writes.
+    """
+
+    reset: np.ndarray  # [rounds, cells] bool
+    write: np.ndarray  # [rounds, cells] bool; published: the same
+
+
+def lopar_order(config: IterativeSRConfig) -> np.ndarray:
+    """The order's tile repeated over the grid from its top left corner, cut at the far borders:
+    [y, x] int32.
+    """
+    tile = np.asarray(config.order, np.int32)
+    if tile.ndim != 2 or not tile.size:
+        raise ValueError(f"order must be a rectangle of rows: got shape {tile.shape}")
+    repeats = [-(-side // step) for side, step in zip(config.grid, tile.shape, strict=True)]
+    return np.tile(tile, repeats)[: config.grid[0], : config.grid[1]]
+
+
+def lopar_schedule(config: IterativeSRConfig) -> LoparSchedule:
+    """Round r = 1 … rounds resets the cells whose order is at least r, and writes those alone.
+
+    The count starts at 1, so cells of order 0 are kept like the negative ones (so do the recorded
+    rounds).
+    """
+    order = lopar_order(config).reshape(-1)
+    reset = order >= np.arange(1, config.rounds + 1)[:, None]
+    return LoparSchedule(reset, reset.copy())
+
+
+# --- Shared parts ---------------------------------------------------------------------------------
+
+
+def text_then_causal(is_text: _Array, slots: int) -> _Array:
+    """[..., s, s]: every row sees the text keys, and what follows the `slots` is causal. NumPy or
+    jax, as given.
+    """
+    slot = np.arange(is_text.shape[-1])
+    return is_text[..., None, :] | ((slot >= slots) & (slot <= slot[:, None]))
+
+
+def _text_positions(is_text: jax.Array) -> jax.Array:
+    """0, 1, … along the text, 0 at pads, on whichever side they are."""
+    is_text = jnp.asarray(is_text)
+    return jnp.where(is_text, jnp.cumsum(is_text, axis=-1) - 1, 0)
+
+
+def _join(*parts: ArrayLike) -> jax.Array:
+    """Concatenate along the last axis, after broadcasting the leading ones. bool or int32."""
+    arrays = [jnp.asarray(part) for part in parts]
+    lead = np.broadcast_shapes(*(array.shape[:-1] for array in arrays))
+    joined = jnp.concatenate(
+        [jnp.broadcast_to(array, (*lead, array.shape[-1])) for array in arrays], axis=-1
+    )
+    return joined if joined.dtype == bool else joined.astype(jnp.int32)
+
+
+def text_ids(name: str, text: Sequence[int], room: int, vocabulary: Vocabulary) -> np.ndarray:
+    ids = np.asarray(text)
+    if ids.ndim != 1 or not 0 < ids.size <= room:
+        raise ValueError(f"{name} must have 1 to {room} tokens: got {ids.size}")
+    require_range(name, ids, vocabulary.num_image, vocabulary.start_of_image)
+    return ids
+
+
+def require_range(name: str, ids: np.ndarray, low: int, high: int) -> None:
+    wrong = ids[(ids < low) | (ids >= high)]
+    if wrong.size:
+        raise ValueError(f"{name} must hold ids from {low} to {high - 1}: got {wrong[0]}")
+
+
+def _require_text(text: jax.Array, is_text: jax.Array, slots: int | None = None) -> None:
+    if text.shape != is_text.shape:
+        raise ValueError(
+            f"text and is_text must have one shape: got {text.shape} and {is_text.shape}"
+        )
+    if slots is not None and text.shape[-1] != slots:
+        raise ValueError(f"text must have {slots} slots: got {text.shape[-1]}")
+
+
+def _require_cells(name: str, image: jax.Array, config: CogLMConfig) -> None:
+    if image.shape[-1] != config.num_image_tokens:
+        raise ValueError(
+            f"{name} must have the {config.num_image_tokens} tokens of grid {config.grid}:"
+            f" got {image.shape[-1]}"
+        )

@@ -1,0 +1,119 @@
+"""Iterative super-resolution: re-predict masked fine tokens from their neighbours and the text
+(paper section 3.3).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cogview2_jax.config import CogLMConfig, IterativeSRConfig, Precision, Training
+from cogview2_jax.networks.attention import IterativeSRAttention, SuperResolutionContext
+from cogview2_jax.networks.transformer import Transformer
+from cogview2_jax.sharding import Sharding, logical_axes
+
+Array = jax.Array
+Params = dict
+
+
+def network(
+    config: IterativeSRConfig,
+    precision: Precision = Precision(),
+    training: Training = Training(),
+    sharding: Sharding | None = None,
+) -> Transformer:
+    return Transformer(
+        config.transformer,
+        functools.partial(IterativeSRAttention, geometry=config),
+        config.vocabulary.size,
+        (config.num_positions, config.num_image_tokens),
+        precision,
+        training,
+        sharding,
+    )
+
+
+def init_params(
+    key: Array, config: IterativeSRConfig, precision: Precision = Precision()
+) -> Params:
+    return nn.meta.unbox(_declare(key, config, precision))
+
+
+def parameter_axes(config: IterativeSRConfig) -> Any:
+    """Names of the axes of every parameter, for `sharding`: a tree of tuples."""
+    return logical_axes(lambda: _declare(jax.random.key(0), config, Precision()))
+
+
+def _declare(key: Array, config: IterativeSRConfig, precision: Precision) -> Any:
+    tokens = jnp.zeros((1, config.text_slots + config.num_image_tokens), jnp.int32)
+    context = SuperResolutionContext(jnp.ones((1, config.text_slots), bool))
+    return network(config, precision).init(key, tokens, tokens, context, None)["params"]
+
+
+def from_coglm(coglm_params: Params, coglm: CogLMConfig, config: IterativeSRConfig) -> Params:
+    """Start from a trained base model: its first layers, and its cells' positions up-sampled.
+
+    The released code has no training of this network; its weights have the base model's names and
+    sizes, which suggests such a start. Up-sampled, and not tiled as for direct super-resolution,
+    because words such as "left" point to places in the picture.
+
+    Raises ValueError if this network has more layers or positions than that one, or other widths,
+    or if its grid is not a whole multiple.
+    """
+    ours, theirs = config.transformer, coglm.transformer
+    layers = ours.num_layers
+    if layers > theirs.num_layers or ours != dataclasses.replace(
+        theirs, num_layers=layers, unroll=ours.unroll
+    ):
+        raise ValueError(f"transformer must be the first layers of {theirs}: got {ours}")
+    if config.num_positions > coglm.num_positions:
+        raise ValueError(
+            f"num_positions must be at most {coglm.num_positions}: got {config.num_positions}"
+        )
+    table = coglm_params["position_embeddings"]
+    (rows, columns), (fine_rows, fine_columns) = coglm.grid, config.grid
+    if fine_rows % rows or fine_columns % columns:
+        raise ValueError(f"grid must be a multiple of {coglm.grid}: got {config.grid}")
+    begin = coglm.image_position
+    cells = table[begin : begin + rows * columns].reshape(rows, columns, -1)
+    cells = cells.repeat(fine_rows // rows, axis=0).repeat(fine_columns // columns, axis=1)
+    made = coglm_params | {
+        "layers": jax.tree.map(lambda leaf: leaf[:layers], coglm_params["layers"]),
+        "position_embeddings": table[: config.num_positions],
+        "extra_position_embeddings": cells.reshape(-1, table.shape[-1]),
+    }
+    # Copies, so that a donated tree never holds one buffer twice.
+    return jax.tree.map(jnp.array, made)
+
+
+def apply(
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    mask: Array,
+    *,
+    config: IterativeSRConfig,
+    precision: Precision = Precision(),
+    training: Training = Training(),
+    sharding: Sharding | None = None,
+    dropout_key: Array | None = None,
+) -> Array:
+    """Logits of every cell; position i predicts cell i.
+
+    Args:
+        tokens: int [b, text slots + cells]; cells to predict hold `<start_of_image>`.
+        positions: int [b or 1, s]; cells count from `num_positions`.
+        mask: bool [b or 1, text slots], which slots are words.
+
+    Returns:
+        float32 [b, cells, num_image].
+    """
+    model = network(config, precision, training, sharding)
+    context = SuperResolutionContext(mask)
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    hidden, _ = model.apply({"params": params}, tokens, positions, context, None, rngs=rngs)
+    cells = hidden[:, config.text_slots :]
+    return model.apply({"params": params}, cells, 0, config.vocabulary.num_image, method="logits")

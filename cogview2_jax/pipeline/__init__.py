@@ -1,0 +1,1 @@
+"""Text to pictures: the networks, loops and samplers put together."""

@@ -1,0 +1,1 @@
+"""The published code and its files: names, checkpoints."""

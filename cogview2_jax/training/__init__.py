@@ -1,0 +1,1 @@
+"""Training: options, one builder for each network, one loop."""

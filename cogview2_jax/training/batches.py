@@ -1,0 +1,206 @@
+"""Rows of records → what each network is trained on: the random choices of a batch, on the host.
+
+All that is random comes from one generator for the whole batch, drawn alike in every process, of
+which each process uses its own rows. So a batch does not depend on how many processes make it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from cogview2_jax.config import CogLMConfig, DirectSRConfig, IterativeSRConfig
+from cogview2_jax.data.reading import Records
+from cogview2_jax.data.records import RecordLayout, english_texts, text_spans
+from cogview2_jax.networks import inputs
+from cogview2_jax.training import coglm_samples
+from cogview2_jax.training.coglm_samples import Choices, TrainingSample
+
+
+@dataclass(frozen=True)
+class Mix:
+    """CogLM's three tasks. Of all samples, `text_ratio` are masked spans of pure text; of the
+    others, `caption_ratio` are captioning with masked patches (published: 0.3), the rest generate.
+
+    `to_border` lets patches reach the last row and column, and `predict_end` teaches where a
+    caption ends; the published code does neither. `num_patches` None: as many as cover 0.8 of the
+    grid.
+    """
+
+    caption_ratio: float = 0.3
+    text_ratio: float = 0.05
+    patch_size: int = 4
+    num_patches: int | None = None
+    to_border: bool = True
+    predict_end: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("caption_ratio", "text_ratio"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1: got {value}")
+
+
+class Rows(NamedTuple):
+    """This process's part of a batch: rows `start` to `start + len(records)` of `batch_size`."""
+
+    records: np.ndarray  # int32 [b, length]
+    start: int
+    batch_size: int
+
+    def of(self, drawn: np.ndarray) -> np.ndarray:
+        """The rows of what was drawn for the whole batch."""
+        return drawn[self.start : self.start + len(self.records)]
+
+
+class FineSample(NamedTuple):
+    """What super-resolution is trained on. `seen` are the tokens that a network starts from: for
+    direct SR the coarse ones, and `masked` is all True; for iterative SR the fine ones, of which it
+    sees those that are not masked.
+    """
+
+    text: np.ndarray  # int32 [b, slots], left-padded
+    is_text: np.ndarray  # bool [b, slots]
+    seen: np.ndarray  # int32 [b, coarse or fine cells]
+    fine: np.ndarray  # int32 [b, cells], the labels
+    masked: np.ndarray  # bool [b, cells], cells to predict
+    weights: np.ndarray  # float32 [b, cells], how much each counts
+
+
+def require_layout(layout: RecordLayout, config: CogLMConfig, fine_cells: int = 0) -> None:
+    """Raises ValueError, saying what to prepare instead, for records that do not fit a network:
+    the base model's grid first, and for super-resolution a finer one.
+    """
+    if layout.vocabulary != config.vocabulary:
+        raise ValueError(
+            f"the records have {layout.vocabulary} and the model {config.vocabulary}:"
+            " prepare them with --bundle of this model"
+        )
+    found = layout.cells(layout.sizes[0])
+    if found != config.num_image_tokens:
+        raise ValueError(
+            f"the records' first size has {found} tokens and the base model {config.grid}:"
+            f" prepare them with --size {config.grid[0] * layout.stride}"
+        )
+    if fine_cells and fine_cells not in (layout.cells(size) for size in layout.sizes[1:]):
+        coarse = config.grid[0] * layout.stride
+        fine = round(fine_cells**0.5) * layout.stride
+        raise ValueError(
+            f"the records have no picture of {fine_cells} tokens: prepare them with"
+            f" --size {coarse} --size {fine}"
+        )
+
+
+def coglm(
+    rng: np.random.Generator,
+    rows: Rows,
+    records: Records,
+    num_records: int,
+    config: CogLMConfig,
+    first_chinese: int,
+    mix: Mix,
+) -> TrainingSample:
+    """A batch of the three tasks. Pure text is made of the captions of the first `num_records` of
+    `records`, one after another.
+    """
+    layout = records.manifest.layout
+    assert layout is not None  # `reading.tokens` has refused pictures
+    length = layout.text_slots + 1 + config.num_image_tokens
+    own = rows.records[:, :length]
+    is_prose = rng.random(rows.batch_size) < mix.text_ratio
+    seeds = rng.integers(2**63, size=rows.batch_size)
+    choices = coglm_samples.draw_choices(
+        rng,
+        rows.batch_size,
+        config,
+        caption_ratio=mix.caption_ratio,
+        patch_size=mix.patch_size,
+        num_patches=mix.num_patches,
+        to_border=mix.to_border,
+    )
+    made = coglm_samples.mixed_samples(
+        own,
+        english_texts(own, config, first_chinese),
+        Choices(*map(rows.of, choices)),
+        config,
+        patch_size=mix.patch_size,
+        predict_end=mix.predict_end,
+    )
+    for row in np.flatnonzero(rows.of(is_prose)):
+        row_rng = np.random.default_rng(rows.of(seeds)[row])
+        text = _prose(row_rng, records, num_records, length, config)
+        spans = coglm_samples.text_span_samples(
+            text[None], *coglm_samples.draw_spans(row_rng, 1, length), config
+        )
+        for whole, part in zip(made, spans, strict=True):
+            whole[row] = part[0]
+    return made
+
+
+def direct_sr(
+    rng: np.random.Generator, rows: Rows, layout: RecordLayout, config: DirectSRConfig
+) -> FineSample:
+    """Coarse and fine tokens of each picture, with one of its texts."""
+    text, is_text = _texts(rng, rows, layout, config.coglm, config.text_slots)
+    fine = _cells(rows, layout, config.num_image_tokens)
+    coarse = rows.records[:, layout.columns(layout.sizes[0])]
+    every = np.ones(fine.shape, bool)
+    return FineSample(text, is_text, coarse, fine, every, every.astype(np.float32))
+
+
+def iterative_sr(
+    rng: np.random.Generator,
+    rows: Rows,
+    layout: RecordLayout,
+    coglm_config: CogLMConfig,
+    config: IterativeSRConfig,
+    *,
+    kept_weight: float = 2.0,
+) -> FineSample:
+    """Fine tokens, hidden as one round of the schedule hides them, a round drawn for each picture.
+
+    Of what a round predicts, only the cells of its own order stay as they come out: they count
+    `kept_weight`, the others 1.
+    """
+    text, is_text = _texts(rng, rows, layout, coglm_config, config.text_slots)
+    fine = _cells(rows, layout, config.num_image_tokens)
+    reset = inputs.lopar_schedule(config).reset
+    order = inputs.lopar_order(config).reshape(-1)
+    rounds = rows.of(rng.integers(len(reset), size=rows.batch_size))
+    stays = order == rounds[:, None] + 1
+    weights = np.where(stays, kept_weight, 1.0).astype(np.float32)
+    return FineSample(text, is_text, fine, fine, reset[rounds], weights)
+
+
+def _texts(
+    rng: np.random.Generator, rows: Rows, layout: RecordLayout, config: CogLMConfig, slots: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One text of each record, left-padded; of a longer one, the first `slots` tokens."""
+    second = rows.of(rng.random(rows.batch_size) < 0.5)
+    part = rows.records[:, : layout.text_slots + 1 + config.num_image_tokens]
+    spans = text_spans(part, config)
+    chosen = second & (spans[:, 1, 1] > spans[:, 1, 0])
+    texts: list[Sequence[int]] = []
+    for record, (begin, end) in zip(
+        part, spans[np.arange(len(part)), chosen.astype(int)], strict=True
+    ):
+        texts.append(record[begin : min(end, begin + slots)])
+    return inputs.left_padded(texts, slots, config.vocabulary)
+
+
+def _cells(rows: Rows, layout: RecordLayout, cells: int) -> np.ndarray:
+    size = next(size for size in layout.sizes[1:] if layout.cells(size) == cells)
+    return rows.records[:, layout.columns(size)]
+
+
+def _prose(
+    rng: np.random.Generator, records: Records, num_records: int, length: int, config: CogLMConfig
+) -> np.ndarray:
+    """Captions drawn from the records, one after another, `length` tokens in all."""
+    stream: list[int] = []
+    while len(stream) < length:
+        row = np.frombuffer(records[int(rng.integers(num_records))], "<i4")[None, :length]
+        for begin, end in text_spans(row, config)[0]:
+            stream += row[0, begin:end].tolist()
+    return np.array(stream[:length], np.int32)
