@@ -165,7 +165,7 @@ def iterative_sr(
     """
     text, is_text = _texts(rng, rows, layout, coglm_config, config.text_slots)
     fine = _cells(rows, layout, config.num_image_tokens)
-    reset = inputs.lopar_schedule(config).reset
+    reset = inputs.lopar_schedule(config)
     order = inputs.lopar_order(config).reshape(-1)
     rounds = rows.of(rng.integers(len(reset), size=rows.batch_size))
     stays = order == rounds[:, None] + 1

@@ -22,7 +22,6 @@ from cogview2_jax.bundle import Bundle
 from cogview2_jax.config import (
     CogLMConfig,
     DirectSRConfig,
-    HVQVAEConfig,
     IterativeSRConfig,
     Precision,
     Training,
@@ -31,22 +30,19 @@ from cogview2_jax.config import (
 from cogview2_jax.data import manifest, reading
 from cogview2_jax.data.records import RecordLayout
 from cogview2_jax.networks import coglm, direct_sr, inputs, iterative_sr
-from cogview2_jax.sharding import Sharding
+from cogview2_jax.sharding import Execution, Sharding
 from cogview2_jax.tokenizer import image as image_tokenizer
-from cogview2_jax.tokenizer.hvqvae import HVQVAE
 from cogview2_jax.training import batches, checkpoint, metrics
 from cogview2_jax.training.batches import Mix, Rows
-from cogview2_jax.training.loop import fit, lay_out, process_rows
+from cogview2_jax.training.codebook import codebook_revision, init_statistics, place_codebook
+from cogview2_jax.training.loop import fit, process_rows, shard_batch
 from cogview2_jax.training.losses import (
     Mean,
     Metrics,
-    codebook_revision,
     coglm_loss,
     direct_sr_loss,
     hvqvae_loss,
-    init_statistics,
     iterative_sr_loss,
-    kmeans_plus_plus,
 )
 from cogview2_jax.training.step import (
     TrainState,
@@ -55,9 +51,9 @@ from cogview2_jax.training.step import (
     freeze,
     init_params,
     init_state,
-    layout_of,
     make_step,
     muon_with_adamw,
+    shardings_of,
     warmup_cosine,
 )
 
@@ -375,7 +371,7 @@ def tokenizer_task(
             pixel_weights(images) if pixel_weights else jnp.ones(images.shape[:-1]),
             strides,
             config=config,
-            precision=options.precision,
+            execution=Execution(options.precision),
             quantize=jnp.all(quantize),
             commitment=commitment,
             perceptual=perceptual,
@@ -387,7 +383,7 @@ def tokenizer_task(
             return state
         # All processes place it on the same crops.
         fresh = crops_of(seed=options.seed + 1, flip=flip)
-        return _place_codebook(state, fresh, strides, config, options.seed)
+        return place_codebook(state, fresh, strides, config, options.seed)
 
     def held_out() -> Any:
         return crops_of(seed=options.seed, validation=True, epochs=1, flip=False, **own)
@@ -488,7 +484,7 @@ def run(
         revise=task.revise,
         trained=task.trained,
         sharding=sharding,
-        layout=layout_of(state),
+        shardings=shardings_of(state),
     )
 
     @jax.jit
@@ -503,7 +499,7 @@ def run(
         sums: Metrics | None = None
         for number in range(task.held_out_batches):
             batch = task.read_held_out(number)
-            batch = batch if sharding is None else lay_out(batch, sharding)
+            batch = batch if sharding is None else shard_batch(batch, sharding)
             found = losses(of(state), batch)
             sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
         return {name: float(mean.value) for name, mean in (sums or {}).items()}
@@ -649,9 +645,7 @@ def _start(
 def _how(options: Options, sharding: Sharding | None, key: Array | None) -> dict[str, Any]:
     """What a transformer's loss is to be computed with; without a key, as validation wants it."""
     return {
-        "precision": options.precision,
-        "training": options.training,
-        "sharding": sharding,
+        "execution": Execution(options.precision, options.training, sharding),
         "dropout_key": key,
         "z_loss": 0.0 if key is None else options.z_loss,
     }
@@ -661,44 +655,3 @@ def _unrolled(sizes: TransformerConfig) -> TransformerConfig:
     """On a CPU the scan over layers costs a third of a step: unrolled, where that compiles soon."""
     few = sizes.num_layers <= 8 and jax.default_backend() == "cpu"
     return dataclasses.replace(sizes, unroll=sizes.num_layers) if few else sizes
-
-
-def _place_codebook(
-    state: TrainState,
-    crops: Any,
-    strides: Sequence[int],
-    config: HVQVAEConfig,
-    seed: int,
-    per_code: int = 20,
-) -> TrainState:
-    """Codes placed on the vectors of fresh crops at `strides`: by k-means++ up to 4,096 codes, for
-    which it is quick, else at random.
-    """
-
-    @jax.jit
-    def vectors_of(params: Params, pixels: Array) -> tuple[Array, ...]:
-        images = pixels.astype(jnp.float32) / 255
-        made = HVQVAE(config).apply({"params": params}, images, method="vectors")
-        levels = [made[config.strides.index(stride)] for stride in strides]
-        return tuple(level.reshape(-1, config.codebook_dim) for level in levels)
-
-    found: list[np.ndarray] = []
-    for number in range(64):
-        found += map(np.asarray, vectors_of(state.params, crops[number]))
-        if sum(map(len, found)) >= per_code * config.codebook_size:
-            break
-    vectors = np.concatenate(found)
-    rng = np.random.default_rng(seed)
-    if config.codebook_size <= 4096:
-        chosen = kmeans_plus_plus(rng, vectors, config.codebook_size)
-    else:
-        many = len(vectors) < config.codebook_size
-        chosen = vectors[rng.choice(len(vectors), config.codebook_size, replace=many)]
-
-    def in_place_of(old: Array, new: Array) -> Array:
-        # One that is committed to its device where the others are not would compile the step anew.
-        return jax.device_put(new, old.sharding) if old.committed else new
-
-    codebook = in_place_of(state.params["codebook"], jnp.asarray(chosen, jnp.float32))
-    statistics = jax.tree.map(in_place_of, state.extra, init_statistics(codebook))
-    return state._replace(params=state.params | {"codebook": codebook}, extra=statistics)

@@ -14,7 +14,7 @@ from cogview2_jax.bundle import Bundle
 from cogview2_jax.data.sources import Scenes
 from cogview2_jax.training import recipes
 from cogview2_jax.training.batches import Mix
-from cogview2_jax.training.losses import codebook_revision
+from cogview2_jax.training.codebook import codebook_revision
 from cogview2_jax.training.recipes import Options, Task
 from experiments.objectives import figures, overfit
 from experiments.scenes import prepared

@@ -161,7 +161,7 @@ def plan(network: Network, sharding: Sharding) -> Planned:
         optimizer,
         precision=PRECISION,
         sharding=sharding,
-        layout=layout,
+        shardings=layout,
     )
     rows = sharding.named("batch")
     # Local attention asks the default device which kernels to take.

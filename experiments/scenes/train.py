@@ -27,7 +27,7 @@ from cogview2_jax.bundle import Bundle
 from cogview2_jax.data import reading, scenes
 from cogview2_jax.data.sources import Scenes, Source
 from cogview2_jax.networks import inputs
-from cogview2_jax.pipeline import cogview
+from cogview2_jax.pipeline import stages
 from cogview2_jax.tokenizer import text
 from cogview2_jax.tokenizer.clusters import cluster_codebook
 from cogview2_jax.training import recipes
@@ -254,7 +254,7 @@ def _drafts(
         for step in tqdm(range(-(-number // batch_size)), desc=file.stem):
             numbers, sample = np.array(task.ids_of(step)), task.read(step)
             swapped = rng.random((batch_size, 1)) < REPAINTED_SHARE
-            drawn = cogview.super_resolve_direct(
+            drawn = stages.super_resolve_direct(
                 bundle.direct,
                 sample.text,
                 sample.is_text,
