@@ -73,15 +73,20 @@ def hvqvae_loss(
     perceptual: Callable[[Array, Array], Array] | None = None,
     perceptual_weight: float = 1.0,
 ) -> tuple[Mean, Metrics, Assigned]:
-    """Reconstruction and commitment loss, a mean over pictures and `strides`. The pictures are
+    """Reconstruction and commitment loss, a mean over pixels and `strides`. The pictures are
     encoded once.
+
+    Every picture counts by the sum of its pixels' `weights`, in all parts of the loss, so that the
+    losses of a batch's parts add up to the loss of the whole. With weights of 1 all are the plain
+    means of the published loss.
 
     Args:
         images: float32 [b, y, x, 3] in [0, 1].
         weights: float32 [b, y, x], how much each pixel counts.
         quantize: False lets the vectors pass unquantised, as while the encoder settles; it may be
         traced.
-        perceptual: (reconstruction, images) → scalar, added with `perceptual_weight`.
+        perceptual: (reconstruction, images) → scalar, added with `perceptual_weight`. Called for
+        each picture, as [1, y, x, 3].
 
     Returns:
         The loss, its parts "reconstruction_8", "commitment_8" and, where there is one,
@@ -90,7 +95,8 @@ def hvqvae_loss(
     model = HVQVAE(config, execution.precision)
     levels = model.apply({"params": params}, images, method="vectors")
     codebook = params["codebook"]
-    count = jnp.float32(len(images))
+    counted = jnp.mean(weights, axis=(1, 2))  # [b]
+    weight = jnp.sum(counted)
     total = jnp.zeros(())
     metrics: Metrics = {}
     assigned = []
@@ -103,18 +109,21 @@ def hvqvae_loss(
         out = model.apply({"params": params}, passed, stride, method="reconstruct")
         difference = jnp.abs(out - images)
         squares = weights[..., None] * (difference + difference**2)
-        reconstruction = jnp.mean(squares) / jnp.mean(weights)
-        commit = jnp.mean((vectors - jax.lax.stop_gradient(codes)) ** 2) * quantize
-        parts = {"reconstruction": reconstruction, "commitment": commit}
-        total += reconstruction + commitment * commit
+        errors = (vectors - jax.lax.stop_gradient(codes)) ** 2
+        parts = {
+            "reconstruction": jnp.sum(jnp.mean(squares, axis=(1, 2, 3))),
+            "commitment": jnp.sum(counted * jnp.mean(errors, axis=(1, 2, 3))) * quantize,
+        }
+        total += parts["reconstruction"] + commitment * parts["commitment"]
         if perceptual:
-            parts["perceptual"] = perceptual(out, images)
+            distances = jax.vmap(perceptual)(out[:, None], images[:, None])
+            parts["perceptual"] = jnp.sum(counted * distances)
             total += perceptual_weight * parts["perceptual"]
-        metrics |= {f"{name}_{stride}": Mean(part * count, count) for name, part in parts.items()}
+        metrics |= {f"{name}_{stride}": Mean(part, weight) for name, part in parts.items()}
         flat = jax.lax.stop_gradient(vectors).reshape(-1, config.codebook_dim)
         assigned.append(Assigned(flat, ids.reshape(-1)))
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *assigned)
-    return Mean(total / len(strides) * count, count), metrics, joined
+    return Mean(total / len(strides), weight), metrics, joined
 
 
 # --- The transformers -----------------------------------------------------------------------------

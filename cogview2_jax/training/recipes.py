@@ -34,8 +34,13 @@ from cogview2_jax.sharding import Execution, Sharding
 from cogview2_jax.tokenizer import image as image_tokenizer
 from cogview2_jax.training import batches, checkpoint, metrics
 from cogview2_jax.training.batches import Mix, Rows
-from cogview2_jax.training.codebook import codebook_revision, init_statistics, place_codebook
-from cogview2_jax.training.loop import fit, process_rows, shard_batch
+from cogview2_jax.training.codebook import (
+    codebook_revision,
+    init_statistics,
+    place_codebook,
+    watch_usage,
+)
+from cogview2_jax.training.loop import Every, Hooks, fit, process_rows, shard_batch
 from cogview2_jax.training.losses import (
     Mean,
     Metrics,
@@ -142,6 +147,7 @@ class Task(NamedTuple):
     extra: Callable[[Params], Any] = lambda params: ()
     revise: Any = None  # as in `make_step`
     before_step: Callable[[int, TrainState], TrainState] | None = None
+    watch: Any = None  # as in `Hooks`
 
 
 # --- The four networks ----------------------------------------------------------------------------
@@ -416,9 +422,8 @@ def tokenizer_task(
         extra=lambda params: init_statistics(params["codebook"]),
         revise=None
         if keep_others
-        else codebook_revision(
-            decay=decay, begin=begin, revive_every=10, last_revival=int(0.8 * options.num_steps)
-        ),
+        else codebook_revision(decay=decay, begin=begin, revive_every=10),
+        watch=None if keep_others else watch_usage(),
         before_step=before_step,
     )
 
@@ -521,18 +526,20 @@ def run(
             "options": described,
             **task.settings,
         },
-        save_every=save_every,
-        log_every=log_every,
-        keep=keep,
-        validate=validate if task.held_out_batches else None,
-        sample=None if sample is None else lambda state: sample(of(state)),
-        sample_every=sample_every,
+        every=Every(save_every, log_every, sample_every, keep),
+        hooks=Hooks(
+            validate=validate if task.held_out_batches else None,
+            sample=None if sample is None else lambda state: sample(of(state)),
+            before_step=task.before_step,
+            watch=task.watch,
+            ids_of=task.ids_of,
+        ),
+        costs=metrics.Costs(
+            options.batch_size * task.tokens_per_sample,
+            flops,
+            metrics.MatrixRate(dtype) if flops else None,
+        ),
         schedule=schedule,
-        tokens_per_step=options.batch_size * task.tokens_per_sample,
-        flops_per_step=flops,
-        peak_flops=jax.device_count() * metrics.matrix_rate(dtype) if flops else 0.0,
-        ids_of=task.ids_of,
-        before_step=task.before_step,
         skip_non_finite=skip_non_finite,
         sharding=sharding,
     )

@@ -213,8 +213,9 @@ def make_step(
         trained: a tree of bool, which parameters get a gradient; see `freeze`.
         shardings: `shardings_of(state)`, where there is a `sharding`.
 
-    The metrics are float32 scalars: "loss", what `loss_fn` gives, "gradient_norm", and "finite", 1
-    or 0. A step whose loss or gradient is not finite changes nothing but the number of the step.
+    The metrics are float32 scalars: "loss", what `loss_fn` gives, "gradient_norm",
+    "parameter_norm" after the step, and "finite", 1 or 0: a step of which one of these three is not
+    finite changes nothing but the number of the step.
     """
 
     def part(params: Params, batch: Any, key: Array) -> Any:
@@ -252,9 +253,6 @@ def make_step(
         grads = jax.tree.map(lambda leaf: leaf / weight, grads)
         metrics = {name: mean.value for name, mean in means.items()}
         metrics["gradient_norm"] = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        metrics["finite"] = finite.astype(jnp.float32)
-
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params, extra = optax.apply_updates(state.params, updates), state.extra
         if revise is not None:
@@ -264,6 +262,11 @@ def make_step(
             number = state.step.astype(jnp.float32)
             decay = jnp.minimum(average, (1 + number) / (10 + number))
             following = optax.incremental_update(params, state.average, 1 - decay)
+        # A finite gradient can still make a parameter too large, and a save would keep it so.
+        metrics["parameter_norm"] = optax.tree.norm(params)
+        norms = ("loss", "gradient_norm", "parameter_norm")
+        finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in norms])))
+        metrics["finite"] = finite.astype(jnp.float32)
         made = TrainState(params, opt_state, extra, following, state.step)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, state)
         return kept._replace(step=state.step + 1), metrics
