@@ -182,9 +182,10 @@ class Speed:
         """Seconds a step, and with `Costs` tokens per second and utilisation; nothing where no
         step was counted. The steps must be finished, not only dispatched.
         """
-        if not self._counted:
+        passed = time.monotonic() - self._since
+        if not self._counted or passed <= 0:
             return {}
-        seconds = (time.monotonic() - self._since) / self._counted
+        seconds = passed / self._counted
         figures = {"step_seconds": seconds}
         if self._costs.tokens:
             figures["tokens_per_second"] = self._costs.tokens / seconds
