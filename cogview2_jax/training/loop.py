@@ -34,7 +34,7 @@ Batches = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Every:
-    """How many steps lie between two saves, logs and sample pictures (0: no pictures), and how many
+    """Steps between saves, between logs and between sample pictures (0: no pictures), and how many
     of the newest checkpoints are kept.
     """
 

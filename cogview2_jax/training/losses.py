@@ -1,7 +1,8 @@
 """Losses of the networks, as pure functions of parameters and batch.
 
 Every loss and metric is a `Mean`: a sum and the weight that it is to be divided by. Sums and
-weights add up over parts of a batch, so that a batch in parts has the very loss of the whole.
+weights add up over parts of a batch, so a batch in parts has exactly the loss of the
+whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -180,7 +181,7 @@ def direct_sr_loss(
     z_loss: float = 0.0,
 ) -> tuple[Mean, Metrics]:
     """−log p of the fine tokens int [b, cells], each cell counted by `weights` float32 [b,
-    cells]; "image" and "accuracy" count all cells alike.
+    cells]; "image" and "accuracy" count every cell once.
     """
     logits = direct_sr.apply(
         params,
@@ -205,7 +206,7 @@ def iterative_sr_loss(
     z_loss: float = 0.0,
 ) -> tuple[Mean, Metrics]:
     """−log p of the masked cells (bool [b, cells]), weighted; fine tokens int [b, cells] are
-    the labels. "image" and "accuracy" count all masked cells alike.
+    the labels. "image" and "accuracy" count every masked cell once.
     """
     logits = iterative_sr.apply(
         params,

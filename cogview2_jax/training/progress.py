@@ -7,20 +7,22 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-# Figures that are shown, and how.
-_SHOWN = {"loss": "{:.4g}", "tokens_per_second": "{:.4g}", "utilisation": "{:.2f}"}
+# Figures that the bar shows, and how.
+_SHOWN = {"loss": "{:.4g}", "tokens_per_second": "{:,.0f}", "utilisation": "{:.2f}"}
 
 
 class Progress:
     """Progress of `num_steps` steps from step `start`; silent unless `shown`.
 
     In a terminal it is one bar, redrawn in place. Elsewhere, as in a log file, each call of
-    `figures` is a line of its own and nothing is redrawn.
+    `figures` is a line of its own and nothing is redrawn. Seconds a step there are the mean since
+    the first step, saves and validation included.
     """
 
     def __init__(self, name: str, start: int, num_steps: int, *, shown: bool = True) -> None:
         self._name, self._num_steps, self._shown = name, num_steps, shown
         self._bar = None
+        self._first = start + 1  # the step that includes compiling
         self._begun = 0.0
         if shown and sys.stderr.isatty():
             self._bar = tqdm(initial=start, total=num_steps, desc=name, file=sys.stderr)
@@ -45,8 +47,10 @@ class Progress:
     def compiled(self) -> None:
         if self._bar is not None:
             self._bar.set_description(self._name)
+            self._bar.unpause()  # its speed is of the steps that follow
         else:
             self.say(f"compiled, first step done in {_duration(time.monotonic() - self._begun)}")
+        self._begun = time.monotonic()
 
     def advance(self) -> None:
         """One more step is done."""
@@ -54,16 +58,20 @@ class Progress:
             self._bar.update()
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
-        known = {name: form for name, form in _SHOWN.items() if name in figures}
-        shown = {name: form.format(figures[name]) for name, form in known.items()}
+        """Of a step that was logged."""
         if self._bar is not None:
-            self._bar.set_postfix(shown)
+            known = {name: form for name, form in _SHOWN.items() if name in figures}
+            self._bar.set_postfix(
+                {name: form.format(figures[name]) for name, form in known.items()}
+            )
             return
         parts = [f"step {step}/{self._num_steps}"]
-        parts += [f"{name.replace('_', ' ')} {value}" for name, value in shown.items()]
-        if "step_seconds" in figures:
-            seconds = figures["step_seconds"]
-            parts.append(f"{seconds:.0f} s a step" if seconds >= 10 else f"{seconds:.2g} s a step")
+        if "loss" in figures:
+            parts.append(f"loss {figures['loss']:.4g}")
+        if step > self._first:
+            seconds = (time.monotonic() - self._begun) / (step - self._first)
+            digits = 0 if seconds >= 10 else 1 if seconds >= 1 else 3
+            parts.append(f"{seconds:.{digits}f} s a step")
             if step < self._num_steps:
                 parts.append(f"{_duration(seconds * (self._num_steps - step))} left")
         self.say(", ".join(parts))
