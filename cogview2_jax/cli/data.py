@@ -93,7 +93,8 @@ Examples:
 @click.option(
     "--allow-unknown",
     is_flag=True,
-    help="Keep captions with words that the text model cannot spell.",
+    help="Keep captions with words that the text model cannot spell, whatever the model's"
+    " configuration says.",
 )
 @click.option(
     "--size",
@@ -241,7 +242,7 @@ def prepare_command(
                 model.tokenizer,
                 model.tokenizer_config,
                 batch_size=batch_size,
-                allow_unknown=allow_unknown,
+                allow_unknown=allow_unknown or None,
                 apart=apart,
                 shard_size=shard_size,
                 workers=workers,

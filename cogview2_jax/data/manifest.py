@@ -55,6 +55,9 @@ class Manifest:
 def to_json(manifest: Manifest) -> dict[str, Any]:
     # Through JSON and back, so that what was read compares equal to what is about to be written.
     content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(manifest)))
+    if layout := content["layout"]:
+        # How text was read is said in `settings`.
+        del layout["vocabulary"]["first_chinese"], layout["vocabulary"]["as_published"]
     return {"format": FORMAT} | content
 
 
@@ -68,7 +71,12 @@ def read(folder: Path) -> Manifest:
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
         if layout := content["layout"]:
-            vocabulary = Vocabulary(**layout.pop("vocabulary"))
+            settings = content["settings"]
+            vocabulary = Vocabulary(
+                **layout.pop("vocabulary"),
+                first_chinese=settings.get("first_chinese", Vocabulary.first_chinese),
+                as_published=settings.get("as_published", False),
+            )
             layout["sizes"] = tuple(layout["sizes"])
             content["layout"] = RecordLayout(**layout, vocabulary=vocabulary)
         return Manifest(**content)

@@ -36,6 +36,7 @@ from cogview2_jax.data.manifest import Manifest
 from cogview2_jax.data.records import RecordLayout, text_part
 from cogview2_jax.data.sources import Captions, Input, Refused, Source, open_picture
 from cogview2_jax.tokenizer import text
+from cogview2_jax.tokenizer.cleaning import TextError
 from cogview2_jax.tokenizer.image import to_tokens
 from cogview2_jax.tokenizer.pictures import fit_picture
 
@@ -84,7 +85,7 @@ def prepare_tokens(
     tokenizer_config: HVQVAEConfig,
     *,
     batch_size: int = 64,
-    allow_unknown: bool = False,
+    allow_unknown: bool | None = None,
     apart: bool = False,
     shard_size: int = 4096,
     workers: int = 1,
@@ -94,24 +95,29 @@ def prepare_tokens(
 
     `tokenizer` is the parameter tree of the image tokenizer. Texts of a set share a record, as
     published; with `apart`, each has a record of its own. A caption without a word, one that does
-    not fit, and, unless `allow_unknown`, one with words that the text model cannot spell is
-    refused, with the texts that share its record. Shards are of `shard_size` inputs each.
+    not fit, one that is not Unicode and, unless `allow_unknown`, one with words that the text model
+    cannot spell is refused, with the texts that share its record. `allow_unknown` None does as
+    the layout's vocabulary says. Shards are of `shard_size` inputs each.
 
     `workers` threads read and decode; `progress` is called with numbers of inputs as they are done,
     first with those done before. Raises ValueError when the folder was begun with other settings
     and, before it is begun, when a batch does not fit the memory, OSError (one line) when something
     cannot be written; the same call then goes on where this one stopped.
     """
+    if allow_unknown is None:
+        allow_unknown = layout.vocabulary.as_published
     settings = {
         "source": source.fingerprint,
         "text_model": hashlib.sha256(text_model.serialized_model_proto()).hexdigest(),
-        "first_chinese": text.first_chinese(text_model, layout.vocabulary.num_image),
+        "first_chinese": layout.vocabulary.first_chinese,
         "tokenizer": fingerprint(tokenizer),
         "tokenizer_config": dataclasses.asdict(tokenizer_config),
         "batch_size": batch_size,
         "allow_unknown": allow_unknown,
         "apart": apart,
     }
+    if layout.vocabulary.as_published:  # no key else, as in folders of version 0.1
+        settings["as_published"] = True
     manifest = Manifest(manifests.TOKENS, len(source), shard_size, layout, settings)
     for size in layout.sizes:
         _require_memory(tokenizer, tokenizer_config, batch_size, size, layout.stride)
@@ -221,24 +227,26 @@ def _require_memory(
         )
 
 
+# The kinds of `TextError`, as the report counts them.
+_TEXT_KINDS = {
+    "malformed": "malformed line",
+    "empty": "empty caption",
+    "long": "long caption",
+    "unknown": "unknown words",
+}
+
+
 def _text_row(
     captions: Captions, model: spm.SentencePieceProcessor, layout: RecordLayout, allow_unknown: bool
 ) -> np.ndarray:
     vocabulary = layout.vocabulary
     texts = []
     for field, words in captions.items():
-        if not words.strip():
-            raise Refused("empty caption", f"{field!r} has no words")
         try:
-            ids = text.encode(model, words, vocabulary.num_image, allow_unknown=True)
-        except UnicodeEncodeError as error:
-            raise Refused("malformed line", f"{field!r} is not Unicode text") from error
-        except ValueError as error:
-            raise Refused("empty caption", f"{field!r} has no words") from error
-        if not allow_unknown and vocabulary.unknown in ids:
-            unknown = ", ".join(text.unknown_words(model, words)[:5])
-            raise Refused("unknown words", f"{field!r} has words outside the text model: {unknown}")
-        texts.append(ids)
+            texts.append(text.encode(model, words, vocabulary, allow_unknown=allow_unknown))
+        except TextError as error:
+            reason = str(error).removeprefix("text ")
+            raise Refused(_TEXT_KINDS[error.kind], f"{field!r} {reason}") from error
     needed = sum(map(len, texts)) + len(texts) - 1
     if needed > layout.text_slots:
         raise Refused(

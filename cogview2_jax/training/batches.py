@@ -48,7 +48,7 @@ def require_layout(layout: RecordLayout, config: CogLMConfig, fine_cells: int = 
     """Raises ValueError, saying what to prepare instead, for records that do not fit a network:
     the base model's grid first, and for super-resolution a finer one.
     """
-    if layout.vocabulary != config.vocabulary:
+    if layout.vocabulary.id_space != config.vocabulary.id_space:
         raise ValueError(
             f"the records have {layout.vocabulary} and the model {config.vocabulary}:"
             " prepare them with --bundle of this model"

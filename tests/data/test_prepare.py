@@ -56,7 +56,7 @@ def refusals(folder: Path) -> list[dict]:
 
 def expected_row(tiny, number, caption, layout):
     vocabulary = layout.vocabulary
-    ids = text.encode(tiny.text_model, caption, vocabulary.num_image)
+    ids = text.encode(tiny.text_model, caption, vocabulary)
     parts = [text_part([ids], layout.text_slots, vocabulary)]
     opened = sources.open_picture(picture(number))
     for size in layout.sizes:
@@ -116,8 +116,8 @@ def test_two_sizes_and_two_languages(make, tiny, tmp_path):
     apart = expected_row(tiny, 0, "a red circle", layout)
     np.testing.assert_array_equal(rows[1], apart)
     np.testing.assert_array_equal(rows[0][layout.columns(96)], apart[layout.columns(96)])
-    english = text.encode(tiny.text_model, "a small green star", 64)
-    chinese = text.encode(tiny.text_model, CHINESE, 64)
+    english = text.encode(tiny.text_model, "a small green star", layout.vocabulary)
+    chinese = text.encode(tiny.text_model, CHINESE, layout.vocabulary)
     pad = layout.vocabulary.pad
     assert rows[0][: len(english) + len(chinese) + 2].tolist() == [*english, pad, *chinese, pad]
 
