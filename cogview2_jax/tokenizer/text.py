@@ -395,7 +395,8 @@ def _cleaned(sentences: Iterable[str]) -> Iterator[str]:
         try:
             yield clean(sentence)
         except TextError as error:
-            raise TextError(f"sentence {number}: {error}", error.kind) from error
+            where = f"sentence {number} {_short(sentence)!r}"
+            raise TextError(f"{where}: {error}", error.kind) from error
 
 
 def _model_proto() -> Any:

@@ -1,5 +1,6 @@
 """Preparing: what is kept, what is refused, and that nothing else decides what the records are."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -134,6 +135,26 @@ def test_each_of_a_list_of_captions_is_refused_alone(make, tmp_path):
     report = make(sources.CaptionsFile(file), tmp_path / "records")
     assert report.records == 2
     assert [row["caption"] for row in refusals(tmp_path / "records")] == ["", "a zebra"]
+
+
+def test_a_folder_of_version_0_1_goes_on(make, tiny, captions_file, tmp_path):
+    """Its settings say where Chinese begins; its vocabulary has the four fields of then."""
+    make(sources.CaptionsFile(captions_file), tmp_path)
+    content = (tmp_path / manifests.MANIFEST).read_text()
+    vocabulary = tiny.coglm_config.vocabulary
+    stored = json.loads(content)
+    assert stored["layout"]["vocabulary"].keys() == {"num_image", "size", "pad", "unknown"}
+    assert stored["settings"]["first_chinese"] == vocabulary.first_chinese
+    assert "as_published" not in stored["settings"]
+    assert manifests.read(tmp_path).layout.vocabulary == vocabulary
+    # With another way to read text, a folder is refused.
+    other = dataclasses.replace(vocabulary, as_published=True)
+    layout = dataclasses.replace(RecordLayout.of(tiny.coglm_config), vocabulary=other)
+    with pytest.raises(ValueError, match="begun with settings.allow_unknown False, now it is True"):
+        make(sources.CaptionsFile(captions_file), tmp_path, layout)
+    with pytest.raises(ValueError, match="begun with settings.as_published None, now it is True"):
+        make(sources.CaptionsFile(captions_file), tmp_path, layout, allow_unknown=False)
+    assert (tmp_path / manifests.MANIFEST).read_text() == content
 
 
 def test_workers_do_not_matter(made, make, captions_file, tmp_path):

@@ -332,7 +332,9 @@ def test_half_of_a_surrogate_pair_is_refused(model, typed, as_published):
         with pytest.raises(ValueError, match=message):
             call()
     for train in (text.train_text_model, lambda made: text.train_subword_model(made, 60)):
-        with pytest.raises(ValueError, match="^sentence 2: text is not valid Unicode"):
+        with pytest.raises(
+            ValueError, match="^sentence 2 'a red circle .*': text is not valid Unicode"
+        ):
             train(["a red circle", typed])
 
 
