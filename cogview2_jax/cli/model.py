@@ -60,7 +60,8 @@ Examples:
     "--text-model",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A SentencePiece model; default: that of the model that ships.",
+    help="A SentencePiece model; default: that of the model that ships. With the published preset"
+    " it reads text as the released tokenizer does: unknown words become <unk>.",
 )
 @click.option(
     "--captions",

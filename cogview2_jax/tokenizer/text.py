@@ -234,7 +234,8 @@ def language_ids(
     English: all pieces before Chinese begins. Chinese: all later ones, but none with letters of
     another script, and the earlier ones without letters (spaces, punctuation, digits). The pad and
     the end piece are in both, since a caption must be able to end. Unknown, control and single-byte
-    pieces are in neither. Raises ValueError for another language.
+    pieces are in neither. The array is read-only, and kept for the next call. Raises ValueError for
+    another language.
     """
     return _of_language(model, vocabulary, language)[0]
 
@@ -250,6 +251,7 @@ def word_ids(
     return _of_language(model, vocabulary, language)[1]
 
 
+@functools.lru_cache(maxsize=4)
 def _of_language(
     model: spm.SentencePieceProcessor, vocabulary: Vocabulary, language: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -273,6 +275,7 @@ def _of_language(
     allowed[vocabulary.pad - vocabulary.num_image] = True
     if model.eos_id() >= 0:
         allowed[model.eos_id()] = True
+    allowed.flags.writeable = words.flags.writeable = False
     return allowed, words
 
 
