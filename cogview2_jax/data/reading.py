@@ -22,7 +22,7 @@ from PIL import Image
 
 from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data.manifest import Manifest
-from cogview2_jax.data.sources import open_picture
+from cogview2_jax.tokenizer.pictures import open_picture
 
 
 class Records:
@@ -179,7 +179,7 @@ def random_crop(
     left, top = (int(rng.integers(length - edge + 1)) for length in picture.size)
     way = Image.Resampling.BOX if edge > side else Image.Resampling.BICUBIC
     box = (left, top, left + edge, top + edge)
-    made = np.asarray(picture.convert("RGB").resize((side, side), way, box))
+    made = np.asarray(picture.resize((side, side), way, box))
     return np.ascontiguousarray(made[:, ::-1]) if flip and rng.random() < 0.5 else made
 
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data import prepare, reading, sources
-from cogview2_jax.data.records import Manifest, RecordLayout
+from cogview2_jax.data.manifest import Manifest
+from cogview2_jax.data.records import RecordLayout
 
 from .conftest import picture
 
