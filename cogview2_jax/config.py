@@ -14,6 +14,10 @@ import jax.numpy as jnp
 
 Grid = tuple[int, int]  # (rows, columns)
 
+# Pixels per token that all networks are trained and drawn with: the middle one of the tokenizer's
+# three strides, as published.
+TOKEN_STRIDE = 8
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:

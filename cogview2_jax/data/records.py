@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cogview2_jax.config import CogLMConfig, Vocabulary
+from cogview2_jax.config import TOKEN_STRIDE, CogLMConfig, Vocabulary
 from cogview2_jax.networks.inputs import require_range, text_ids
 
 
@@ -27,7 +27,7 @@ class RecordLayout:
     """
 
     text_slots: int = 111
-    stride: int = 8
+    stride: int = TOKEN_STRIDE
     sizes: tuple[int, ...] = (160,)
     vocabulary: Vocabulary = Vocabulary()
 
@@ -42,7 +42,7 @@ class RecordLayout:
             raise ValueError(f"sizes must ascend, each once: got {list(self.sizes)}")
 
     @classmethod
-    def of(cls, config: CogLMConfig, stride: int = 8, *more: int) -> RecordLayout:
+    def of(cls, config: CogLMConfig, stride: int = TOKEN_STRIDE, *more: int) -> RecordLayout:
         """The layout of `make_record` for `config`, and of more sizes in pixels."""
         if config.grid[0] != config.grid[1]:
             raise ValueError(f"grid must be square: got {config.grid}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cogview2_jax.config import CogLMConfig, DirectSRConfig, IterativeSRConfig
+from cogview2_jax.config import TOKEN_STRIDE, CogLMConfig, DirectSRConfig, IterativeSRConfig
 from cogview2_jax.data.reading import Records
 from cogview2_jax.data.records import RecordLayout, english_texts, text_spans
 from cogview2_jax.networks import inputs
@@ -76,6 +76,11 @@ def require_layout(layout: RecordLayout, config: CogLMConfig, fine_cells: int = 
         raise ValueError(
             f"the records have {layout.vocabulary} and the model {config.vocabulary}:"
             " prepare them with --bundle of this model"
+        )
+    if layout.stride != TOKEN_STRIDE:
+        raise ValueError(
+            f"the records have a token for {layout.stride} pixels and the model draws one as"
+            f" {TOKEN_STRIDE}: prepare them with --stride {TOKEN_STRIDE}"
         )
     found = layout.cells(layout.sizes[0])
     if found != config.num_image_tokens:

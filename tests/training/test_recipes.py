@@ -179,6 +179,9 @@ def test_unfit_records_are_refused_with_what_to_prepare(tiny, records, pictures)
     coarse = dataclasses.replace(reading.Records(records).manifest.layout, sizes=(32,))
     with pytest.raises(ValueError, match="no picture of 144 tokens: .* --size 32 --size 96"):
         batches.require_layout(coarse, tiny.coglm_config, 144)
+    strided = RecordLayout.of(tiny.coglm_config, 16, 96)  # a grid of 4 × 4, of other tokens
+    with pytest.raises(ValueError, match="a token for 16 pixels .* draws one as 8: .* --stride 8"):
+        batches.require_layout(strided, tiny.coglm_config)
     with pytest.raises(ValueError, match="holds pictures, not tokens"):
         recipes.coglm_task(tiny, pictures, FEW)
     with pytest.raises(ValueError, match="text_ratio must be 0 for records of 97 tokens"):
