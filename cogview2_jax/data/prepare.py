@@ -28,7 +28,7 @@ from cogview2_jax.data.shards import Recipe, Report, write_shards
 from cogview2_jax.data.sources import Captions, Input, Refused, Source
 from cogview2_jax.tokenizer import text
 from cogview2_jax.tokenizer.image import to_tokens
-from cogview2_jax.tokenizer.pictures import fit_picture, open_picture
+from cogview2_jax.tokenizer.pictures import fit_picture, open_picture, read_picture
 
 
 def prepare_tokens(
@@ -69,6 +69,7 @@ def prepare_tokens(
         "apart": apart,
     }
     manifest = Manifest(manifests.TOKENS, len(source), shard_size, layout, settings)
+    manifests.require_same(folder, manifest)  # before anything is compiled
     for size in layout.sizes:
         _require_memory(tokenizer, tokenizer_config, batch_size, size, layout.stride)
 
@@ -112,9 +113,12 @@ def prepare_pictures(
     manifest = Manifest(manifests.PICTURES, len(source), shard_size, None, settings)
 
     def read(item: Input) -> tuple[Any, list[tuple[str, Refused]]]:
-        opened = open_picture(item.picture)
-        if isinstance(item.picture, bytes):
-            return item.picture, []
+        picture = item.picture
+        if isinstance(picture, (str, os.PathLike)):
+            picture = read_picture(picture)
+        opened = open_picture(picture)
+        if isinstance(picture, bytes):
+            return picture, []
         content = io.BytesIO()
         opened.save(content, "PNG")
         return content.getvalue(), []
@@ -166,7 +170,7 @@ def _require_memory(
     tokenizer: Any, config: HVQVAEConfig, batch_size: int, size: int, stride: int
 ) -> None:
     """Raises ValueError when tokens of `batch_size` pictures of `size` pixels take more memory than
-    there is. Compiles the program, which is then at hand.
+    there is. Compiles the program, which the next call then reuses.
     """
     pictures = jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8)
     batch = f"a batch of {batch_size} pictures of {size} pixels"
@@ -177,15 +181,15 @@ def _require_memory(
             raise
         raise ValueError(f"{batch} does not fit the memory: make batches smaller") from error
     parts = program.memory_analysis()
-    if parts is None:  # a device that does not say
+    if parts is None:  # not every device reports it
         return
     needed = parts.temp_size_in_bytes + parts.argument_size_in_bytes + parts.output_size_in_bytes
-    # On a CPU the device has no memory of its own, and says nothing.
+    # A CPU device reports no limit: it shares the memory of the machine.
     of_device = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     there = of_device or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise ValueError(
-            f"{batch} needs {needed / 1e9:.0f} GB of memory, and there are {there / 1e9:.0f}:"
+            f"{batch} needs {needed / 1e9:.0f} GB of memory of {there / 1e9:.0f} GB:"
             " make batches smaller"
         )
 

@@ -86,7 +86,7 @@ def write_shards(
     done = [shard for shard in range(manifest.num_shards) if _is_done(folder, manifest, shard)]
     progress(sum(len(manifest.inputs(shard)) for shard in done))
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        # Pillow warns of oddities that do no harm; its limits are not those of `pictures`.
+        # Pillow warns of harmless oddities, and of sizes that `pictures` has its own limit for.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             for shard in range(manifest.num_shards):
@@ -297,7 +297,7 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
         # array_record says "write() failed: No space left on device; writing …; …"
         reason = reason or str(error).split(";")[0].removeprefix("write() failed: ")
         raise OSError(
-            f"cannot write to {folder}: {reason} (the same command goes on from here)"
+            f"cannot write to {folder}: {reason} (the same command continues from here)"
         ) from error
 
 

@@ -28,7 +28,7 @@ from cogview2_jax.config import (
     Training,
     TransformerConfig,
 )
-from cogview2_jax.data import manifest, reading
+from cogview2_jax.data import reading
 from cogview2_jax.data.records import RecordLayout
 from cogview2_jax.networks import coglm, direct_sr, inputs, iterative_sr
 from cogview2_jax.sharding import Sharding
@@ -178,7 +178,9 @@ def coglm_task(
         )
 
     def sample(rng: np.random.Generator, rows: Rows) -> Any:
-        return batches.coglm(rng, rows, data.records, data.num_training, config, first_chinese, mix)
+        return batches.coglm(
+            rng, rows, data.records, data.training_numbers, config, first_chinese, mix
+        )
 
     def loss(params: Params, batch: Any, key: Array | None) -> Any:
         found = coglm_loss(
@@ -344,8 +346,9 @@ def tokenizer_task(
     strides = tuple(sorted(set(strides))) or config.strides
     if not set(strides) <= set(config.strides):
         raise ValueError(f"strides must be of {config.strides}: got {strides}")
+    records = reading.Records(pictures)
     crops_of = functools.partial(
-        reading.pictures, pictures, options.batch_size, side, held_out=options.held_out
+        reading.pictures, records, options.batch_size, side, validation_share=options.held_out
     )
     part, parts = process_rows(sharding, options.batch_size)
     own: dict[str, Any] = {"process_index": part, "process_count": parts}
@@ -404,11 +407,12 @@ def tokenizer_task(
         read=lambda step: marked(crops[step], step),
         read_held_out=lambda step: marked(unseen[step], begin),
         held_out_batches=len(unseen),
-        ids_of=functools.partial(_ids, pictures, options),
+        ids_of=functools.partial(_ids, records, options),
         tokens_per_sample=sum((side // stride) ** 2 for stride in strides),
         flops_per_sample=metrics.tokenizer_flops_per_sample(config, side, strides),
         settings={
-            "records": checkpoint.describe(manifest.read(pictures)),
+            "records": checkpoint.describe(records.manifest),
+            **reading.split_settings(options.held_out),
             "start": start,
             "side": side,
             "flip": flip,
@@ -551,21 +555,21 @@ class _Data:
 
     def __init__(self, folder: Path, options: Options, sharding: Sharding | None) -> None:
         part, parts = process_rows(sharding, options.batch_size)
+        self.records = reading.Records(folder)
         tokens = functools.partial(
             reading.tokens,
-            folder,
+            self.records,
             options.batch_size,
             seed=options.seed,
             process_index=part,
             process_count=parts,
-            held_out=options.held_out,
+            validation_share=options.held_out,
         )
         self._rows = tokens()
         self._unseen = _held_out(lambda: tokens(validation=True, epochs=1), options)
         self._first_row = part * (options.batch_size // parts)
-        self._options, self._folder = options, folder
-        self.records = reading.Records(folder)
-        self.num_training = reading.num_training(self.records, options.held_out)
+        self._options = options
+        self.training_numbers = reading.training_numbers(self.records, options.held_out)
         layout = self.records.manifest.layout
         assert layout is not None  # `reading.tokens` has refused pictures
         self.layout: RecordLayout = layout
@@ -607,10 +611,14 @@ class _Data:
             read=read,
             read_held_out=read_held_out,
             held_out_batches=len(self._unseen),
-            ids_of=functools.partial(_ids, self._folder, self._options),
+            ids_of=functools.partial(_ids, self.records, self._options),
             tokens_per_sample=tokens,
             flops_per_sample=metrics.flops_per_sample(network),
-            settings={"records": checkpoint.describe(self.records.manifest), **settings},
+            settings={
+                "records": checkpoint.describe(self.records.manifest),
+                **reading.split_settings(self._options.held_out),
+                **settings,
+            },
         )
 
 
@@ -622,9 +630,9 @@ def _held_out(made: Callable[[], Any], options: Options, most: int = 16) -> Any:
     return batches_[: min(len(batches_), most)]
 
 
-def _ids(folder: Path, options: Options, step: int) -> list[int]:
+def _ids(records: reading.Records, options: Options, step: int) -> list[int]:
     numbers = reading.record_numbers(
-        folder, options.batch_size, step, seed=options.seed, held_out=options.held_out
+        records, options.batch_size, step, seed=options.seed, validation_share=options.held_out
     )
     return [int(number) for number in numbers]
 

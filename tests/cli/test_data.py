@@ -49,7 +49,8 @@ def test_numbers_beyond_reason_are_refused(option, number, run, tiny_folder, tmp
 
 def test_data_prepare_says_when_nothing_is_left(run, tiny_folder, tmp_path):
     out = tmp_path / "records"
-    code, _, err = run(*SCENES, out, "--bundle", tiny_folder, "--caption-field", "en")
+    options = ("--bundle", tiny_folder, "--batch-size", 4, "--caption-field", "en")
+    code, _, err = run(*SCENES, out, *options)
     assert code == 2
     assert err.splitlines()[-1].startswith("cogview2: no input became a record: see ")
 
@@ -67,7 +68,7 @@ def test_bad_lines_are_listed_and_the_others_prepared(run, tiny_folder, tmp_path
     (photos / "captions.jsonl").write_text("\n".join(lines))
     code, said, _ = run(
         *("data", "prepare", photos / "captions.jsonl", "--out", out),
-        *("--bundle", tiny_folder, "--batch-size", 2),
+        *("--bundle", tiny_folder, "--batch-size", 4),
     )
     assert code == 0
     assert said.startswith(f"{out}: 3 records of 5 inputs, 2 refused\n")

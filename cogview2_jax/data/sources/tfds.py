@@ -13,7 +13,7 @@ from cogview2_jax.data.sources.inputs import Input, Refused, caption_sets
 
 
 class Tfds:
-    """A split of a data set that tfds has prepared as array_record, read without TensorFlow.
+    """A split of a data set that tfds has prepared as array_record.
 
     `fields` are paths to texts, such as `captions/text`; by default the only one there is. With
     `download`, a set that is not there is downloaded and prepared first; some sets need TensorFlow
@@ -72,7 +72,7 @@ class Tfds:
             example = self._source[index]
         except (OSError, MemoryError):
             raise
-        except Exception as error:  # whatever tfds or its file format finds wrong with this one
+        except Exception as error:  # tfds and its file formats raise anything
             reason = f"{type(error).__name__}: {_first_line(error)}"
             raise Refused("unreadable example", reason, name) from error
         try:
@@ -89,7 +89,7 @@ def _tfds_builder(name: str, data_dir: Path | None, download: bool) -> Any:
 
     place = None if data_dir is None else str(data_dir)
     try:
-        # From the files alone: the code that made them often needs TensorFlow.
+        # Only from the files: the code that made them often needs TensorFlow.
         return read_only_builder.builder_from_files(name, data_dir=place)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         if not download:
@@ -99,7 +99,7 @@ def _tfds_builder(name: str, data_dir: Path | None, download: bool) -> Any:
                 " --download to have tfds prepare it"
             ) from error
     try:
-        # What a set without TensorFlow prints is said below, in one line.
+        # Without TensorFlow, tfds prints much that the errors below say in one line.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             builder = tfds.builder(name, data_dir=place, file_format="array_record")
         builder.download_and_prepare()
@@ -108,7 +108,7 @@ def _tfds_builder(name: str, data_dir: Path | None, download: bool) -> Any:
             f"tfds needs {error.name or 'TensorFlow'} to prepare {name}: install it, or prepare the"
             " set elsewhere with file_format='array_record'; to read it takes neither"
         ) from error
-    except Exception as error:  # a builder is code of others, and so are its mistakes
+    except Exception as error:  # builders raise anything
         raise ValueError(f"tfds could not prepare {name}: {_first_line(error)}") from error
     return builder
 
@@ -129,7 +129,7 @@ def _is(feature: Any, name: str) -> bool:
 
 
 def _texts(example: Any, path: str) -> Any:
-    """What lies at `path`: a text, or a list of texts. A name may have slashes of its own."""
+    """The text or the list of texts at `path`. Names may have slashes too."""
     if isinstance(example, bytes):
         try:
             return example.decode()
