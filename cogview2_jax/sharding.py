@@ -5,7 +5,7 @@ a part of every large weight, which is gathered where it is used; along "tensor"
 heads and the MLP of each sample. Any of them may be 1.
 
     sharding = Sharding(make_mesh(fsdp=4, tensor=2))
-    logits = coglm.apply(params, tokens, positions, mask, config=config, sharding=sharding)
+    logits = coglm.apply(params, inputs, config=config, execution=Execution(sharding=sharding))
 
 Nothing is ambient: what is to be sharded takes a `Sharding`, and without one nothing happens.
 """
@@ -18,6 +18,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cogview2_jax.config import Precision, Training
 
 Array = jax.Array
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -108,6 +110,23 @@ class Sharding:
                     f"{what} of shape {tuple(shape)}: axis {axis!r} of {size} must be a multiple"
                     f" of the {self.parts(axis)} parts that the mesh cuts it into"
                 )
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a network is computed: one argument of every `apply` and every loss.
+
+    It changes no parameter's shape and, but for rounding and dropout, no result. Hashable, so it
+    can be a static argument of `jax.jit`.
+    """
+
+    precision: Precision = Precision()
+    training: Training = Training()
+    sharding: Sharding | None = None
+
+    def constrain(self, x: Array, *axes: str | None) -> Array:
+        """`sharding.constrain`, or `x` itself where there is no sharding."""
+        return constrain(self.sharding, x, *axes)
 
 
 def make_mesh(

@@ -27,15 +27,15 @@ from cogview2_jax.config import (
 from cogview2_jax.networks import attention, coglm, direct_sr, inputs, iterative_sr
 from cogview2_jax.sharding import Sharding, make_mesh
 from cogview2_jax.training.coglm_samples import TrainingSample
-from cogview2_jax.training.loop import fit, lay_out, process_rows
+from cogview2_jax.training.loop import fit, process_rows, shard_batch
 from cogview2_jax.training.losses import coglm_loss, direct_sr_loss, iterative_sr_loss
 from cogview2_jax.training.step import (
     TrainState,
     adamw,
     init_params,
     init_state,
-    layout_of,
     make_step,
+    shardings_of,
     warmup_cosine,
 )
 
@@ -116,7 +116,7 @@ def begin(network: str, sharding: Sharding | None, accumulate: int = 1) -> tuple
         accumulate=accumulate,
         average=0.9,
         sharding=sharding,
-        layout=layout_of(state),
+        shardings=shardings_of(state),
     )
     return state, step, expected
 
@@ -130,7 +130,7 @@ def run(network: str, sharding: Sharding | None, accumulate: int) -> tuple[Any, 
     losses = []
     for number in range(STEPS):
         rows = batch(network, number)
-        state, metrics = step(state, rows if sharding is None else lay_out(rows, sharding))
+        state, metrics = step(state, rows if sharding is None else shard_batch(rows, sharding))
         losses.append(float(metrics["loss"]))
     if sharding is not None:
         check_layout(state, expected, sharding)
@@ -177,7 +177,7 @@ def logits() -> None:
         sharding = Sharding(make_mesh(2, 2, 2))
         laid = jax.device_put(params, sharding.of_tree(params, module.parameter_axes(config)))
         with unittest.mock.patch.object(attention, "local_attention_2d_with_lse", interpreted):
-            found = gradient(network, laid, lay_out(batch, sharding), sharding)
+            found = gradient(network, laid, shard_batch(batch, sharding), sharding)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
         )

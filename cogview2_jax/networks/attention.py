@@ -21,7 +21,7 @@ from cogview2_jax.config import (
     Precision,
     TransformerConfig,
 )
-from cogview2_jax.sharding import Sharding, constrain
+from cogview2_jax.sharding import Execution, Sharding
 from pallas_kernels import local_attention_2d_with_lse, merge_attention
 
 Array = jax.Array
@@ -66,36 +66,35 @@ class PackedDense(nn.Module):
     """
 
     config: TransformerConfig
-    precision: Precision
-    sharding: Sharding | None = None
+    execution: Execution
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         e, heads = self.config.hidden_size, self.config.num_heads
+        precision = self.execution.precision
         init = nn.with_logical_partitioning(_init, ("packed_embed", None))
-        kernel = self.param("kernel", init, (e, 3 * e), self.precision.params)
-        bias = self.param("bias", nn.initializers.zeros, (3 * e,), self.precision.params)
+        kernel = self.param("kernel", init, (e, 3 * e), precision.params)
+        bias = self.param("bias", nn.initializers.zeros, (3 * e,), precision.params)
         kernel, bias = (
-            weight.astype(self.precision.compute).reshape(*weight.shape[:-1], 3, heads, -1)
+            weight.astype(precision.compute).reshape(*weight.shape[:-1], 3, heads, -1)
             for weight in (kernel, bias)
         )
         # In two steps, each of which is one collective: exchange, then gather.
-        kernel = constrain(self.sharding, kernel, "embed", None, "heads", None)
-        kernel = constrain(self.sharding, kernel, None, None, "heads", None)
-        out = jnp.einsum("bse,ethd->bsthd", x.astype(self.precision.compute), kernel) + bias
-        return constrain(self.sharding, out, "batch", None, None, "heads", None)
+        kernel = self.execution.constrain(kernel, "embed", None, "heads", None)
+        kernel = self.execution.constrain(kernel, None, None, "heads", None)
+        out = jnp.einsum("bse,ethd->bsthd", x.astype(precision.compute), kernel) + bias
+        return self.execution.constrain(out, "batch", None, None, "heads", None)
 
 
 class QKV(nn.Module):
     """Three of [b, s, h, d]."""
 
     config: TransformerConfig
-    precision: Precision
-    sharding: Sharding | None = None
+    execution: Execution
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array, Array]:
-        packed = PackedDense(self.config, self.precision, self.sharding, name="query_key_value")
+        packed = PackedDense(self.config, self.execution, name="query_key_value")
         q, k, v = jnp.moveaxis(packed(x), 2, 0)
         return q, k, v
 
@@ -160,14 +159,13 @@ class DenseAttention(nn.Module):
     """
 
     config: TransformerConfig
-    precision: Precision
-    sharding: Sharding | None = None
+    execution: Execution
 
     @nn.compact
     def __call__(
         self, x: Array, context: DenseContext, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
-        q, k, v = QKV(self.config, self.precision, self.sharding, name="qkv")(x)
+        q, k, v = QKV(self.config, self.execution, name="qkv")(x)
         if cache is not None:
             corner = (0, context.start, 0, 0)
             k = jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), corner)
@@ -175,7 +173,7 @@ class DenseAttention(nn.Module):
             cache = KVCache(k, v)
         out = dense_attention(q, k, v, context.mask, context.bias)
         out = rearrange(out, "b s h d -> b s (h d)")
-        return output_projection(self.config, self.precision, "dense")(out), cache
+        return output_projection(self.config, self.execution.precision, "dense")(out), cache
 
 
 class DirectSRAttention(nn.Module):
@@ -187,9 +185,8 @@ class DirectSRAttention(nn.Module):
     """
 
     config: TransformerConfig
-    precision: Precision
+    execution: Execution
     geometry: DirectSRConfig
-    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(
@@ -197,8 +194,8 @@ class DirectSRAttention(nn.Module):
     ) -> tuple[Array, None]:
         geometry = self.geometry
         prefix, fine = jnp.split(x, [geometry.num_prefix], axis=1)
-        q0, k0, v0 = QKV(self.config, self.precision, self.sharding, name="qkv")(prefix)
-        q1, k1, v1 = QKV(self.config, self.precision, self.sharding, name="qkv_plus")(fine)
+        q0, k0, v0 = QKV(self.config, self.execution, name="qkv")(prefix)
+        q1, k1, v1 = QKV(self.config, self.execution, name="qkv_plus")(fine)
         dense = dense_attention(q0, k0, v0, context.mask)
 
         rows, columns = geometry.coglm.grid
@@ -209,15 +206,15 @@ class DirectSRAttention(nn.Module):
         q1, k1, v1 = (
             rearrange(t, "b (y x) h d -> b y x h d", y=geometry.grid[0]) for t in (q1, k1, v1)
         )
-        attend = functools.partial(local_attention_with_lse, q1, sharding=self.sharding)
+        attend = functools.partial(local_attention_with_lse, q1, sharding=self.execution.sharding)
         local = merge_attention(
             attend(k1, v1, window=geometry.window), attend(k0, v0, window=geometry.cross_window)
         )
         dense = rearrange(dense, "b s h d -> b s (h d)")
         local = rearrange(local, "b y x h d -> b (y x) (h d)")
         out = [
-            output_projection(self.config, self.precision, "dense")(dense),
-            output_projection(self.config, self.precision, "dense_plus")(local),
+            output_projection(self.config, self.execution.precision, "dense")(dense),
+            output_projection(self.config, self.execution.precision, "dense_plus")(local),
         ]
         return jnp.concatenate(out, axis=1), None
 
@@ -228,16 +225,15 @@ class IterativeSRAttention(nn.Module):
     """
 
     config: TransformerConfig
-    precision: Precision
+    execution: Execution
     geometry: IterativeSRConfig
-    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(
         self, x: Array, context: SuperResolutionContext, cache: None
     ) -> tuple[Array, None]:
         slots = self.geometry.text_slots
-        q, k, v = QKV(self.config, self.precision, self.sharding, name="qkv")(x)
+        q, k, v = QKV(self.config, self.execution, name="qkv")(x)
         text_k, text_v = k[:, :slots], v[:, :slots]
         text = dense_attention(q[:, :slots], text_k, text_v, context.mask[:, None])
         out, lse = dense_attention_with_lse(q[:, slots:], text_k, text_v, context.mask)
@@ -246,7 +242,9 @@ class IterativeSRAttention(nn.Module):
             rearrange(t[:, slots:], "b (y x) h d -> b y x h d", y=rows) for t in (q, k, v)
         )
         image = merge_attention(
-            local_attention_with_lse(*cells, window=self.geometry.window, sharding=self.sharding),
+            local_attention_with_lse(
+                *cells, window=self.geometry.window, sharding=self.execution.sharding
+            ),
             (
                 rearrange(out, "b (y x) h d -> b y x h d", y=rows),
                 rearrange(lse, "b h (y x) -> b h y x", y=rows),
@@ -255,4 +253,4 @@ class IterativeSRAttention(nn.Module):
         text = rearrange(text, "b s h d -> b s (h d)")
         image = rearrange(image, "b y x h d -> b (y x) (h d)")
         out = jnp.concatenate([text, image], axis=1)
-        return output_projection(self.config, self.precision, "dense")(out), None
+        return output_projection(self.config, self.execution.precision, "dense")(out), None

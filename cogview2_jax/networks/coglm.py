@@ -6,10 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cogview2_jax.config import CogLMConfig, Precision, Training
+from cogview2_jax.config import CogLMConfig, Precision
 from cogview2_jax.networks.attention import DenseAttention, DenseContext, KVCache
+from cogview2_jax.networks.inputs import NetworkInput
 from cogview2_jax.networks.transformer import Transformer
-from cogview2_jax.sharding import Sharding, logical_axes
+from cogview2_jax.sharding import Execution, logical_axes
 
 Array = jax.Array
 Params = dict
@@ -17,18 +18,14 @@ Params = dict
 
 def network(
     config: CogLMConfig,
-    precision: Precision = Precision(),
-    training: Training = Training(),
-    sharding: Sharding | None = None,
+    execution: Execution = Execution(),
 ) -> Transformer:
     return Transformer(
         config.transformer,
         DenseAttention,
         config.vocabulary.size,
         (config.num_positions,),
-        precision,
-        training,
-        sharding,
+        execution,
     )
 
 
@@ -44,29 +41,27 @@ def parameter_axes(config: CogLMConfig) -> Any:
 def _declare(key: Array, config: CogLMConfig, precision: Precision) -> Any:
     tokens = jnp.zeros((1, 1), jnp.int32)
     context = DenseContext(jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1)))
-    return network(config, precision).init(key, tokens, tokens, context, None)["params"]
+    return network(config, Execution(precision)).init(key, tokens, tokens, context, None)["params"]
 
 
 def hidden_states(
     params: Params,
-    tokens: Array,
-    positions: Array,
-    mask: Array,
+    inputs: NetworkInput,
     *,
     config: CogLMConfig,
     bias: Array | None = None,
-    precision: Precision = Precision(),
-    training: Training = Training(),
-    sharding: Sharding | None = None,
+    execution: Execution = Execution(),
     dropout_key: Array | None = None,
 ) -> Array:
     """As `apply`, without the output matrix: [b, s, e]."""
     if bias is None:
-        bias = jnp.zeros((1, tokens.shape[1]))
-    context = DenseContext(mask, bias)
-    model = network(config, precision, training, sharding)
+        bias = jnp.zeros((1, inputs.tokens.shape[1]))
+    context = DenseContext(inputs.mask, bias)
+    model = network(config, execution)
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    return model.apply({"params": params}, tokens, positions, context, None, rngs=rngs)[0]
+    return model.apply(
+        {"params": params}, inputs.tokens, inputs.positions, context, None, rngs=rngs
+    )[0]
 
 
 def logits(
@@ -74,86 +69,76 @@ def logits(
     hidden: Array,
     *,
     config: CogLMConfig,
-    precision: Precision = Precision(),
     ids: tuple[int, int] | None = None,
-    sharding: Sharding | None = None,
+    execution: Execution = Execution(),
 ) -> Array:
     """Hidden states [..., e] → float32 logits [..., v] of the ids in the half-open range `ids`
     (default: all).
     """
     start, stop = ids or (0, config.vocabulary.size)
-    model = network(config, precision, sharding=sharding)
+    model = network(config, execution)
     return model.apply({"params": params}, hidden, start, stop, method="logits")
 
 
 def apply(
     params: Params,
-    tokens: Array,
-    positions: Array,
-    mask: Array,
+    inputs: NetworkInput,
     *,
     config: CogLMConfig,
     bias: Array | None = None,
-    precision: Precision = Precision(),
     ids: tuple[int, int] | None = None,
-    training: Training = Training(),
-    sharding: Sharding | None = None,
+    execution: Execution = Execution(),
     dropout_key: Array | None = None,
 ) -> Array:
     """One full pass.
 
     Args:
-        tokens, positions: int [b, s], positions also [1, s].
-        mask: bool [b or 1, s, t], True where query s sees key t.
+        inputs: tokens and positions int [b, s] (positions also [1, s]); mask bool [b or 1, s, t],
+        True where query s sees key t.
         bias: float32 [b or 1, t], added to every score of a key (textual-attention up-weighting).
         ids: half-open range of ids to give logits for; image logits are `(0, num_image)`. Default:
         all.
-        dropout_key: draws what `training.dropout` leaves out; without one nothing is.
+        dropout_key: draws what `execution.training.dropout` leaves out; without one nothing is.
 
     Returns:
         float32 logits [b, s, v].
     """
     hidden = hidden_states(
         params,
-        tokens,
-        positions,
-        mask,
+        inputs,
         config=config,
         bias=bias,
-        precision=precision,
-        training=training,
-        sharding=sharding,
+        execution=execution,
         dropout_key=dropout_key,
     )
-    return logits(params, hidden, config=config, precision=precision, ids=ids, sharding=sharding)
+    return logits(params, hidden, config=config, ids=ids, execution=execution)
 
 
 def init_cache(
-    config: CogLMConfig, batch: int, length: int, precision: Precision = Precision()
+    config: CogLMConfig, batch: int, length: int, execution: Execution = Execution()
 ) -> KVCache:
     """Empty keys and values for `length` tokens, in the compute dtype."""
     sizes = config.transformer
     shape = (sizes.num_layers, batch, length, sizes.num_heads, sizes.head_dim)
-    return KVCache(jnp.zeros(shape, precision.compute), jnp.zeros(shape, precision.compute))
+    dtype = execution.precision.compute
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def extend(
     params: Params,
     cache: KVCache,
-    tokens: Array,
-    positions: Array,
-    mask: Array,
+    inputs: NetworkInput,
     index: Array | int,
     *,
     config: CogLMConfig,
     bias: Array,
-    precision: Precision = Precision(),
+    execution: Execution = Execution(),
 ) -> tuple[Array, KVCache]:
     """Run tokens [b, s] that follow what the cache holds: hidden [b, s, e] and the longer cache.
 
-    `mask` [b or 1, s, length] and `bias` [b or 1, length] span the whole cache; keys go to
+    `inputs.mask` [b or 1, s, length] and `bias` [b or 1, length] span the whole cache; keys go to
     `index`…. The caller sees to it that they fit: past the end they would overwrite the last ones.
     """
-    context = DenseContext(mask, bias, index)
-    model = network(config, precision)
-    return model.apply({"params": params}, tokens, positions, context, cache)
+    context = DenseContext(inputs.mask, bias, index)
+    model = network(config, execution)
+    return model.apply({"params": params}, inputs.tokens, inputs.positions, context, cache)

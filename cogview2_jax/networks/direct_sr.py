@@ -7,10 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cogview2_jax.config import DirectSRConfig, Precision, Training
+from cogview2_jax.config import DirectSRConfig, Precision
 from cogview2_jax.networks.attention import DirectSRAttention, SuperResolutionContext
+from cogview2_jax.networks.inputs import NetworkInput
 from cogview2_jax.networks.transformer import Transformer
-from cogview2_jax.sharding import Sharding, logical_axes
+from cogview2_jax.sharding import Execution, logical_axes
 
 Array = jax.Array
 Params = dict
@@ -18,18 +19,14 @@ Params = dict
 
 def network(
     config: DirectSRConfig,
-    precision: Precision = Precision(),
-    training: Training = Training(),
-    sharding: Sharding | None = None,
+    execution: Execution = Execution(),
 ) -> Transformer:
     return Transformer(
         config.coglm.transformer,
         functools.partial(DirectSRAttention, geometry=config),
         config.coglm.vocabulary.size,
         (config.coglm.num_positions, config.num_image_tokens),
-        precision,
-        training,
-        sharding,
+        execution,
     )
 
 
@@ -47,7 +44,7 @@ def _declare(key: Array, config: DirectSRConfig, precision: Precision) -> Any:
     length = config.num_prefix + config.num_image_tokens
     tokens = jnp.zeros((1, length), jnp.int32)
     context = SuperResolutionContext(jnp.ones((1, config.num_prefix, config.num_prefix), bool))
-    return network(config, precision).init(key, tokens, tokens, context, None)["params"]
+    return network(config, Execution(precision)).init(key, tokens, tokens, context, None)["params"]
 
 
 def from_coglm(coglm_params: Params, config: DirectSRConfig) -> Params:
@@ -81,31 +78,29 @@ def added_parameters(params: Params) -> Params:
 
 def apply(
     params: Params,
-    tokens: Array,
-    positions: Array,
-    mask: Array,
+    inputs: NetworkInput,
     *,
     config: DirectSRConfig,
-    precision: Precision = Precision(),
-    training: Training = Training(),
-    sharding: Sharding | None = None,
+    execution: Execution = Execution(),
     dropout_key: Array | None = None,
 ) -> Array:
     """Logits of every fine cell.
 
     Args:
-        tokens: int [b, text slots + coarse cells + fine cells]; the fine cells hold
-        `<start_of_image>`.
-        positions: int [b or 1, s]; fine cells count from `num_positions`.
-        mask: bool [b or 1, p, p] among the p text slots and coarse cells.
+        inputs: as `inputs.direct_super_resolution` makes them. Tokens int [b, text slots + coarse
+        cells + fine cells], the fine cells hold `<start_of_image>`; positions int [b or 1, s], fine
+        cells count from `num_positions`; mask bool [b or 1, p, p] among the p text slots and coarse
+        cells.
 
     Returns:
         float32 [b, fine cells, num_image].
     """
-    model = network(config, precision, training, sharding)
-    context = SuperResolutionContext(mask)
+    model = network(config, execution)
+    context = SuperResolutionContext(inputs.mask)
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    hidden, _ = model.apply({"params": params}, tokens, positions, context, None, rngs=rngs)
+    hidden, _ = model.apply(
+        {"params": params}, inputs.tokens, inputs.positions, context, None, rngs=rngs
+    )
     fine = hidden[:, config.num_prefix :]
     stop = config.coglm.vocabulary.num_image
     return model.apply({"params": params}, fine, 0, stop, method="logits")

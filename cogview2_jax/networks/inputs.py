@@ -22,7 +22,7 @@ Facts: the released code (`cogview2_text2image.py`, `comp_pipeline/base_completi
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +35,13 @@ _Array = TypeVar("_Array", jax.Array, np.ndarray)
 
 
 class NetworkInput(NamedTuple):
-    """What one network is fed. `mask` covers what is attended densely."""
+    """The tokens, positions and mask of one call. `mask` covers what is attended densely."""
 
     tokens: jax.Array  # [..., s] int32
     positions: jax.Array  # [..., s] int32
     mask: jax.Array  # [..., s, s] bool; of the super-resolution networks less: see there
-    is_text: jax.Array  # [..., s] bool: keys that hold a text token (no pad, no start token)
+    # [..., s] bool: keys that hold a text token (no pad, no start token); networks do not read it
+    is_text: Any = None
 
 
 # --- Text slots -----------------------------------------------------------------------------------
@@ -114,17 +115,6 @@ def text_to_image(
     return NetworkInput(tokens, positions, text_then_causal(keys, text.shape[-1]), keys)
 
 
-def visible_keys(is_text: jax.Array, slots: int, query: int | jax.Array) -> jax.Array:
-    """The keys that a decoder's query at slot `query` (after the text) sees: [..., s] bool, one
-    row of the mask.
-
-    `is_text` [..., s] is that of the layout, `slots` its text slots, `query` may be traced. Holds
-    for `text_to_image`, and for `infill` from its `start` on.
-    """
-    slot = jnp.arange(is_text.shape[-1])
-    return is_text | ((slot >= slots) & (slot <= query))
-
-
 # --- Image → text ---------------------------------------------------------------------------------
 
 
@@ -168,9 +158,9 @@ class Infill(NamedTuple):
     """An infilling sequence `text <start_of_image> context rest`; all its shapes come from the
     config.
 
-    `rest` starts at slot `start`. Run the slots before it at once under `mask`, then one slot at a
-    time with `visible_keys(is_text, slots, slot)`; a slot's logits predict the next slot, to be
-    written where that holds −1.
+    `rest` starts at slot `start`. Run the slots before it at once, then one slot at a time, each
+    under its row of `mask`; a slot's logits predict the next slot, to be written where that holds
+    −1.
     """
 
     tokens: np.ndarray  # [s] int32, −1 where a token is to be sampled
@@ -241,11 +231,6 @@ def infill(
     )
 
 
-def infilled_grid(filled: jax.Array, slot_of_cell: jax.Array) -> jax.Array:
-    """The image cells [..., cells] in raster order out of a filled sequence [..., s]."""
-    return jnp.take(filled, slot_of_cell, axis=-1)
-
-
 # --- Super-resolution -----------------------------------------------------------------------------
 
 
@@ -298,15 +283,6 @@ def iterative_super_resolution(
     return NetworkInput(_join(text, fine), positions, jnp.asarray(is_text), keys)
 
 
-class LoparSchedule(NamedTuple):
-    """Which cells (raster order) each round of iterative super-resolution hides, and which it
-    writes.
-    """
-
-    reset: np.ndarray  # [rounds, cells] bool
-    write: np.ndarray  # [rounds, cells] bool; published: the same
-
-
 def lopar_order(config: IterativeSRConfig) -> np.ndarray:
     """The order's tile repeated over the grid from its top left corner, cut at the far borders:
     [y, x] int32.
@@ -318,15 +294,13 @@ def lopar_order(config: IterativeSRConfig) -> np.ndarray:
     return np.tile(tile, repeats)[: config.grid[0], : config.grid[1]]
 
 
-def lopar_schedule(config: IterativeSRConfig) -> LoparSchedule:
-    """Round r = 1 … rounds resets the cells whose order is at least r, and writes those alone.
+def lopar_schedule(config: IterativeSRConfig) -> np.ndarray:
+    """The cells (raster order) that each round resets and then writes: [rounds, cells] bool.
 
-    The count starts at 1, so cells of order 0 are kept like the negative ones (so do the recorded
-    rounds).
+    Round r = 1 … rounds takes the cells of order r and above. The count starts at 1, so cells of
+    order 0 are kept like the negative ones (so do the recorded rounds).
     """
-    order = lopar_order(config).reshape(-1)
-    reset = order >= np.arange(1, config.rounds + 1)[:, None]
-    return LoparSchedule(reset, reset.copy())
+    return lopar_order(config).reshape(-1) >= np.arange(1, config.rounds + 1)[:, None]
 
 
 # --- Shared parts ---------------------------------------------------------------------------------

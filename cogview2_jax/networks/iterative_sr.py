@@ -10,10 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cogview2_jax.config import CogLMConfig, IterativeSRConfig, Precision, Training
+from cogview2_jax.config import CogLMConfig, IterativeSRConfig, Precision
 from cogview2_jax.networks.attention import IterativeSRAttention, SuperResolutionContext
+from cogview2_jax.networks.inputs import NetworkInput
 from cogview2_jax.networks.transformer import Transformer
-from cogview2_jax.sharding import Sharding, logical_axes
+from cogview2_jax.sharding import Execution, logical_axes
 
 Array = jax.Array
 Params = dict
@@ -21,18 +22,14 @@ Params = dict
 
 def network(
     config: IterativeSRConfig,
-    precision: Precision = Precision(),
-    training: Training = Training(),
-    sharding: Sharding | None = None,
+    execution: Execution = Execution(),
 ) -> Transformer:
     return Transformer(
         config.transformer,
         functools.partial(IterativeSRAttention, geometry=config),
         config.vocabulary.size,
         (config.num_positions, config.num_image_tokens),
-        precision,
-        training,
-        sharding,
+        execution,
     )
 
 
@@ -50,7 +47,7 @@ def parameter_axes(config: IterativeSRConfig) -> Any:
 def _declare(key: Array, config: IterativeSRConfig, precision: Precision) -> Any:
     tokens = jnp.zeros((1, config.text_slots + config.num_image_tokens), jnp.int32)
     context = SuperResolutionContext(jnp.ones((1, config.text_slots), bool))
-    return network(config, precision).init(key, tokens, tokens, context, None)["params"]
+    return network(config, Execution(precision)).init(key, tokens, tokens, context, None)["params"]
 
 
 def from_coglm(coglm_params: Params, coglm: CogLMConfig, config: IterativeSRConfig) -> Params:
@@ -91,29 +88,27 @@ def from_coglm(coglm_params: Params, coglm: CogLMConfig, config: IterativeSRConf
 
 def apply(
     params: Params,
-    tokens: Array,
-    positions: Array,
-    mask: Array,
+    inputs: NetworkInput,
     *,
     config: IterativeSRConfig,
-    precision: Precision = Precision(),
-    training: Training = Training(),
-    sharding: Sharding | None = None,
+    execution: Execution = Execution(),
     dropout_key: Array | None = None,
 ) -> Array:
     """Logits of every cell; position i predicts cell i.
 
     Args:
-        tokens: int [b, text slots + cells]; cells to predict hold `<start_of_image>`.
-        positions: int [b or 1, s]; cells count from `num_positions`.
-        mask: bool [b or 1, text slots], which slots are words.
+        inputs: as `inputs.iterative_super_resolution` makes them. Tokens int [b, text slots +
+        cells], cells to predict hold `<start_of_image>`; positions int [b or 1, s], cells count
+        from `num_positions`; mask bool [b or 1, text slots], which slots are words.
 
     Returns:
         float32 [b, cells, num_image].
     """
-    model = network(config, precision, training, sharding)
-    context = SuperResolutionContext(mask)
+    model = network(config, execution)
+    context = SuperResolutionContext(inputs.mask)
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    hidden, _ = model.apply({"params": params}, tokens, positions, context, None, rngs=rngs)
+    hidden, _ = model.apply(
+        {"params": params}, inputs.tokens, inputs.positions, context, None, rngs=rngs
+    )
     cells = hidden[:, config.text_slots :]
     return model.apply({"params": params}, cells, 0, config.vocabulary.num_image, method="logits")

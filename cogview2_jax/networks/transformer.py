@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cogview2_jax.config import Precision, Training, TransformerConfig
-from cogview2_jax.sharding import Sharding, constrain
+from cogview2_jax.config import Precision, TransformerConfig
+from cogview2_jax.sharding import Execution, Sharding, constrain
 
 Array = jax.Array
 _init = nn.initializers.normal(0.02)
@@ -34,23 +34,22 @@ def _layernorm(config: TransformerConfig, precision: Precision, name: str) -> nn
 
 class MLP(nn.Module):
     config: TransformerConfig
-    precision: Precision
-    sharding: Sharding | None = None
+    execution: Execution
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def dense(name: str, features: int, axes: tuple[str, str]) -> nn.Dense:
             return nn.Dense(
                 features,
-                dtype=self.precision.compute,
-                param_dtype=self.precision.params,
+                dtype=self.execution.precision.compute,
+                param_dtype=self.execution.precision.params,
                 kernel_init=nn.with_logical_partitioning(_init, axes),
                 name=name,
             )
 
         e, f = self.config.hidden_size, self.config.mlp_ratio * self.config.hidden_size
         x = nn.gelu(dense("dense_h_to_4h", f, ("embed", "mlp"))(x), approximate=True)
-        x = constrain(self.sharding, x, "batch", None, "mlp")
+        x = self.execution.constrain(x, "batch", None, "mlp")
         return dense("dense_4h_to_h", e, ("mlp", "embed"))(x)
 
 
@@ -58,50 +57,43 @@ class Block(nn.Module):
     """LN → attention → LN → add; LN → MLP → LN → add."""
 
     config: TransformerConfig
-    precision: Precision
+    execution: Execution
     attention: Callable[..., nn.Module]
-    training: Training = Training()
-    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(self, x: Array, context: Any, cache: Any) -> tuple[Array, Any]:
-        config, precision, sharding = self.config, self.precision, self.sharding
-        dropout = nn.Dropout(self.training.dropout, deterministic=not self.has_rng("dropout"))
+        config, execution, precision = self.config, self.execution, self.execution.precision
+        dropout = nn.Dropout(execution.training.dropout, deterministic=not self.has_rng("dropout"))
         out = _layernorm(config, precision, "input_layernorm")(x)
-        attention = self.attention(
-            config=config, precision=precision, sharding=sharding, name="attention"
-        )
+        attention = self.attention(config=config, execution=execution, name="attention")
         out, cache = attention(out, context, cache)
         x = x + _layernorm(config, precision, "third_layernorm")(dropout(out))
-        x = constrain(sharding, x, "batch", None, None)
+        x = execution.constrain(x, "batch", None, None)
         out = _layernorm(config, precision, "post_attention_layernorm")(x)
-        out = MLP(config, precision, sharding, name="mlp")(out)
+        out = MLP(config, execution, name="mlp")(out)
         x = x + _layernorm(config, precision, "fourth_layernorm")(dropout(out))
-        return constrain(sharding, x, "batch", None, None), cache
+        return execution.constrain(x, "batch", None, None), cache
 
 
 class Transformer(nn.Module):
     """Embeddings, the scanned stack and the tied output.
 
     Attributes:
-        attention: makes the attention module of a layer, called with `config`, `precision` and
+        attention: makes the attention module of a layer, called with `config`, `execution` and
         `name`.
         position_tables: sizes of the position tables. Ids count through the first, then the second.
-        training: dropout, drawn only where the call is given a "dropout" key, and what is kept for
-        the backward pass.
-        sharding: the mesh that activations are laid out on.
+        execution: precision and mesh; dropout is drawn only where the call is given a "dropout"
+        key.
     """
 
     config: TransformerConfig
     attention: Callable[..., nn.Module]
     vocabulary_size: int
     position_tables: tuple[int, ...]
-    precision: Precision = Precision()
-    training: Training = Training()
-    sharding: Sharding | None = None
+    execution: Execution = Execution()
 
     def setup(self) -> None:
-        e, dtype = self.config.hidden_size, self.precision.params
+        e, dtype = self.config.hidden_size, self.execution.precision.params
         embeddings = nn.with_logical_partitioning(_init, (None, "packed_embed"))
         self.word_embeddings = self.param(
             "word_embeddings", embeddings, (self.vocabulary_size, e), dtype
@@ -111,7 +103,7 @@ class Transformer(nn.Module):
             self.param(name, _init, (size, e), dtype)
             for name, size in zip(names, self.position_tables, strict=False)
         ]
-        policy = _REMAT_POLICIES.get(self.training.remat)
+        policy = _REMAT_POLICIES.get(self.execution.training.remat)
         scanned = nn.scan(
             nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block,
             variable_axes={"params": 0},
@@ -122,11 +114,9 @@ class Transformer(nn.Module):
             unroll=self.config.unroll,
             metadata_params={nn.PARTITION_NAME: None},
         )
-        self.layers = scanned(
-            self.config, self.precision, self.attention, self.training, self.sharding
-        )
-        self.dropout = nn.Dropout(self.training.dropout)
-        self.final_layernorm = _layernorm(self.config, self.precision, "final_layernorm")
+        self.layers = scanned(self.config, self.execution, self.attention)
+        self.dropout = nn.Dropout(self.execution.training.dropout)
+        self.final_layernorm = _layernorm(self.config, self.execution.precision, "final_layernorm")
 
     def __call__(
         self, tokens: Array, positions: Array, context: Any, cache: Any
@@ -137,7 +127,9 @@ class Transformer(nn.Module):
         table = jnp.concatenate(self.positions) if len(self.positions) > 1 else self.positions[0]
         x = self._looked_up(tokens) + table[positions]
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))
-        x = constrain(self.sharding, x.astype(self.precision.compute), "batch", None, None)
+        x = self.execution.constrain(
+            x.astype(self.execution.precision.compute), "batch", None, None
+        )
         x, cache = self.layers(x, context, cache)
         return self.final_layernorm(x), cache
 
@@ -146,21 +138,21 @@ class Transformer(nn.Module):
         that share it look the tokens of all of them up, each in its part of the width, and then
         the rows change places.
         """
-        if self.sharding is None:
+        if self.execution.sharding is None:
             return self.word_embeddings[tokens]
-        tokens = constrain(self.sharding, tokens, "replica", None)
+        tokens = self.execution.constrain(tokens, "replica", None)
         rows = self.word_embeddings[tokens]
-        rows = constrain(self.sharding, rows, "replica", None, "packed_embed")
+        rows = self.execution.constrain(rows, "replica", None, "packed_embed")
         # One axis of the mesh after the other: both at once would replicate everything.
-        rows = constrain(self.sharding, rows, "batch", None, "mlp")
-        return constrain(self.sharding, rows, "batch", None, None)
+        rows = self.execution.constrain(rows, "batch", None, "mlp")
+        return self.execution.constrain(rows, "batch", None, None)
 
     def logits(self, hidden: Array, start: int, stop: int) -> Array:
         """Hidden [..., e] → float32 logits [..., stop − start] of ids start…stop−1."""
         if hidden.ndim == 3:
-            hidden = constrain(self.sharding, hidden, "batch", "tokens", None)
+            hidden = self.execution.constrain(hidden, "batch", "tokens", None)
         embeddings = self.word_embeddings[start:stop].astype(hidden.dtype)
-        return _tied_logits(hidden, embeddings, self.sharding)
+        return _tied_logits(hidden, embeddings, self.execution.sharding)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -93,7 +93,7 @@ def fit(
 
         def read(step: int) -> Any:
             batch = batches(step)
-            return batch if sharding is None else lay_out(batch, sharding)
+            return batch if sharding is None else shard_batch(batch, sharding)
 
         def save(step: int) -> None:
             figures = validate(state) if validate else {}
@@ -158,7 +158,7 @@ def fit(
     return state
 
 
-def lay_out(batch: Any, sharding: Sharding) -> Any:
+def shard_batch(batch: Any, sharding: Sharding) -> Any:
     """This process's rows of a global batch, each array [b, …], on their devices."""
     rows = sharding.named("batch")
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(rows, leaf), batch)

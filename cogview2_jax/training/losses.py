@@ -9,19 +9,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cogview2_jax.config import (
     CogLMConfig,
     DirectSRConfig,
     HVQVAEConfig,
     IterativeSRConfig,
-    Precision,
-    Training,
 )
 from cogview2_jax.networks import coglm, direct_sr, iterative_sr
 from cogview2_jax.networks.inputs import NetworkInput
-from cogview2_jax.sharding import Sharding
+from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer.hvqvae import HVQVAE
 from cogview2_jax.tokenizer.image import nearest_code
 from cogview2_jax.training.coglm_samples import LossKind, TrainingSample
@@ -53,16 +50,7 @@ def weighted(values: Array, weights: Array) -> Mean:
 Metrics = dict[str, Mean]
 
 
-# ------------------------------------------------------------------------------ the image tokenizer
-
-
-class CodebookStatistics(NamedTuple):
-    """Moving averages behind the codebook: how often each code is used, and the sum of what it
-    stands for.
-    """
-
-    cluster_size: Array  # float32 [v]
-    embed_avg: Array  # float32 [v, d]
+# --- The image tokenizer --------------------------------------------------------------------------
 
 
 class Assigned(NamedTuple):
@@ -72,11 +60,6 @@ class Assigned(NamedTuple):
     ids: Array  # int32 [n], their nearest codes
 
 
-def init_statistics(codebook: Array) -> CodebookStatistics:
-    # A copy: a donated state must not hold one buffer twice.
-    return CodebookStatistics(jnp.ones(codebook.shape[0]), jnp.array(codebook))
-
-
 def hvqvae_loss(
     params: Params,
     images: Array,
@@ -84,7 +67,7 @@ def hvqvae_loss(
     strides: Sequence[int],
     *,
     config: HVQVAEConfig,
-    precision: Precision = Precision(),
+    execution: Execution = Execution(),
     quantize: bool | Array = True,
     commitment: float = 1.0,
     perceptual: Callable[[Array, Array], Array] | None = None,
@@ -104,7 +87,7 @@ def hvqvae_loss(
         The loss, its parts "reconstruction_8", "commitment_8" and, where there is one,
         "perceptual_8" of each stride, and what `update_codebook` needs.
     """
-    model = HVQVAE(config, precision)
+    model = HVQVAE(config, execution.precision)
     levels = model.apply({"params": params}, images, method="vectors")
     codebook = params["codebook"]
     count = jnp.float32(len(images))
@@ -134,93 +117,7 @@ def hvqvae_loss(
     return Mean(total / len(strides) * count, count), metrics, joined
 
 
-def update_codebook(
-    statistics: CodebookStatistics,
-    vectors: Array,
-    ids: Array,
-    *,
-    decay: float = 0.99,
-    epsilon: float = 1e-5,
-) -> tuple[Array, CodebookStatistics]:
-    """One step of the codebook's moving average: the new codebook [v, d] and its statistics."""
-    size = statistics.cluster_size.shape[0]
-    counts = jnp.zeros(size).at[ids].add(1.0)
-    sums = jnp.zeros_like(statistics.embed_avg).at[ids].add(vectors)
-    cluster_size = decay * statistics.cluster_size + (1 - decay) * counts
-    embed_avg = decay * statistics.embed_avg + (1 - decay) * sums
-    total = cluster_size.sum()
-    smoothed = (cluster_size + epsilon) / (total + size * epsilon) * total
-    return embed_avg / smoothed[:, None], CodebookStatistics(cluster_size, embed_avg)
-
-
-def revive_dead_codes(
-    key: Array,
-    codebook: Array,
-    statistics: CodebookStatistics,
-    vectors: Array,
-    *,
-    threshold: float = 0.02,
-) -> tuple[Array, CodebookStatistics]:
-    """Move codes used less than `threshold` times a step onto vectors of the batch.
-
-    Vectors far from their code are likelier to be taken: they are the ones the codebook serves
-    worst.
-    """
-    errors = jnp.sum((vectors - codebook[nearest_code(vectors, codebook)]) ** 2, axis=-1)
-    dead = statistics.cluster_size < threshold
-    chosen = jax.random.categorical(key, jnp.log(errors + 1e-12), shape=(codebook.shape[0],))
-    fresh = vectors[chosen]
-    codebook = jnp.where(dead[:, None], fresh, codebook)
-    cluster_size = jnp.where(dead, 5 * threshold, statistics.cluster_size)
-    embed_avg = jnp.where(dead[:, None], fresh * 5 * threshold, statistics.embed_avg)
-    return codebook, CodebookStatistics(cluster_size, embed_avg)
-
-
-def codebook_revision(
-    *, decay: float = 0.99, begin: int = 0, revive_every: int = 0, last_revival: int = 0
-) -> Callable[[Params, Any, Any, Array, Array], tuple[Params, CodebookStatistics]]:
-    """What `train.make_step` does with the codebook after each gradient step, from step `begin`.
-
-    It moves by its average, and every `revive_every` steps (0: never) before `last_revival` dead
-    codes are moved onto vectors. `hvqvae_loss`'s `Assigned` is what it sees of the batch.
-    """
-
-    def revise(
-        params: Params, statistics: CodebookStatistics, assigned: Assigned, step: Array, key: Array
-    ) -> tuple[Params, CodebookStatistics]:
-        vectors, ids = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in assigned)
-        started = step >= begin
-
-        def revived(codebook: Array, statistics: CodebookStatistics) -> Any:
-            return revive_dead_codes(key, codebook, statistics, vectors)
-
-        moved = update_codebook(statistics, vectors, ids, decay=decay)
-        if revive_every:
-            due = (step % revive_every == 0) & (step < last_revival)
-            moved = jax.lax.cond(due, revived, lambda *same: same, *moved)
-        codebook, statistics = jax.tree.map(
-            lambda new, old: jnp.where(started, new, old), moved, (params["codebook"], statistics)
-        )
-        return params | {"codebook": codebook}, statistics
-
-    return revise
-
-
-def kmeans_plus_plus(rng: np.random.Generator, vectors: np.ndarray, num_codes: int) -> np.ndarray:
-    """Start codes: each next one is drawn in proportion to its squared distance from those before.
-    [n, d] → [k, d].
-    """
-    codes = [vectors[rng.integers(len(vectors))]]
-    nearest = np.full(len(vectors), np.inf)
-    for _ in range(num_codes - 1):
-        nearest = np.minimum(nearest, ((vectors - codes[-1]) ** 2).sum(axis=-1))
-        total = nearest.sum()
-        share = nearest / total if total > 0 else np.full(len(vectors), 1 / len(vectors))
-        codes.append(vectors[rng.choice(len(vectors), p=share)])
-    return np.stack(codes)
-
-
-# -------------------------------------------------------------------------------- the transformers
+# --- The transformers -----------------------------------------------------------------------------
 
 
 def _cross_entropy(logits: Array, labels: Array, z_loss: float) -> tuple[Array, Array]:
@@ -238,9 +135,7 @@ def coglm_loss(
     sample: TrainingSample,
     *,
     config: CogLMConfig,
-    precision: Precision = Precision(),
-    training: Training = Training(),
-    sharding: Sharding | None = None,
+    execution: Execution = Execution(),
     dropout_key: Array | None = None,
     z_loss: float = 0.0,
 ) -> tuple[Mean, Metrics]:
@@ -250,13 +145,9 @@ def coglm_loss(
     tokens, positions, labels, mask, loss_mask, kinds = map(jnp.asarray, sample)
     logits = coglm.apply(
         params,
-        tokens,
-        positions,
-        mask,
+        NetworkInput(tokens, positions, mask),
         config=config,
-        precision=precision,
-        training=training,
-        sharding=sharding,
+        execution=execution,
         dropout_key=dropout_key,
     )
     losses, penalised = _cross_entropy(logits, labels, z_loss)
@@ -270,14 +161,12 @@ def coglm_loss(
 
 def direct_sr_loss(
     params: Params,
-    layout: NetworkInput,
+    inputs: NetworkInput,
     fine: Array,
     weights: Array,
     *,
     config: DirectSRConfig,
-    precision: Precision = Precision(),
-    training: Training = Training(),
-    sharding: Sharding | None = None,
+    execution: Execution = Execution(),
     dropout_key: Array | None = None,
     z_loss: float = 0.0,
 ) -> tuple[Mean, Metrics]:
@@ -286,13 +175,9 @@ def direct_sr_loss(
     """
     logits = direct_sr.apply(
         params,
-        layout.tokens,
-        layout.positions,
-        layout.mask,
+        inputs,
         config=config,
-        precision=precision,
-        training=training,
-        sharding=sharding,
+        execution=execution,
         dropout_key=dropout_key,
     )
     return _image_losses(logits, fine, weights, jnp.ones(fine.shape, bool), z_loss)
@@ -300,15 +185,13 @@ def direct_sr_loss(
 
 def iterative_sr_loss(
     params: Params,
-    layout: NetworkInput,
+    inputs: NetworkInput,
     fine: Array,
     masked: Array,
     weights: Array,
     *,
     config: IterativeSRConfig,
-    precision: Precision = Precision(),
-    training: Training = Training(),
-    sharding: Sharding | None = None,
+    execution: Execution = Execution(),
     dropout_key: Array | None = None,
     z_loss: float = 0.0,
 ) -> tuple[Mean, Metrics]:
@@ -317,13 +200,9 @@ def iterative_sr_loss(
     """
     logits = iterative_sr.apply(
         params,
-        layout.tokens,
-        layout.positions,
-        layout.mask,
+        inputs,
         config=config,
-        precision=precision,
-        training=training,
-        sharding=sharding,
+        execution=execution,
         dropout_key=dropout_key,
     )
     return _image_losses(logits, fine, weights, masked, z_loss)

@@ -77,10 +77,10 @@ def init_state(
     return jax.jit(build, out_shardings=shardings)(params, extra)
 
 
-def layout_of(state: TrainState) -> TrainState:
-    """How each array of a state lies on its devices."""
-    layout: TrainState = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return layout
+def shardings_of(state: TrainState) -> TrainState:
+    """The sharding of each array of a state."""
+    shardings: TrainState = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return shardings
 
 
 def state_shardings(state: TrainState, params: Params, sharding: Sharding) -> TrainState:
@@ -197,7 +197,7 @@ def make_step(
     revise: Callable[[Params, Any, Any, Array, Array], tuple[Params, Any]] | None = None,
     trained: Params | None = None,
     sharding: Sharding | None = None,
-    layout: TrainState | None = None,
+    shardings: TrainState | None = None,
 ) -> Any:
     """A jitted step that donates its state: (state, batch) → (state, metrics).
 
@@ -211,7 +211,7 @@ def make_step(
         revise: (params, extra, aux, step, key) → (params, extra), after the gradient's step; `aux`
         is the loss function's, stacked [accumulate, …].
         trained: a tree of bool, which parameters get a gradient; see `freeze`.
-        layout: `layout_of(state)`, where there is a `sharding`.
+        shardings: `shardings_of(state)`, where there is a `sharding`.
 
     The metrics are float32 scalars: "loss", what `loss_fn` gives, "gradient_norm", and "finite", 1
     or 0. A step whose loss or gradient is not finite changes nothing but the number of the step.
@@ -268,9 +268,9 @@ def make_step(
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, state)
         return kept._replace(step=state.step + 1), metrics
 
-    # The new state lies as the old one does.
-    laid_out = None if layout is None or sharding is None else (layout, sharding.named())
-    return jax.jit(step, donate_argnums=0, out_shardings=laid_out)
+    # The new state is sharded as the old one.
+    out = None if shardings is None or sharding is None else (shardings, sharding.named())
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 def cast(params: Params, dtype: Any) -> Params:

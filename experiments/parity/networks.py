@@ -74,7 +74,7 @@ def _text_to_image(golden: Golden, params: Params, config: CogLMConfig) -> Itera
 
     recorded = golden["t2i_logits"]
     ours = jax.jit(partial(coglm.apply, config=config, ids=(0, recorded.shape[-1])))(
-        params, layout.tokens, layout.positions, layout.mask, bias=bias
+        params, layout, bias=bias
     )
     yield close("text to image: logits", ours, recorded, "logits")
 
@@ -112,19 +112,18 @@ def _logits_by_cache(
         ) -> tuple[jax.Array, KVCache]:
             count = tokens.shape[1]
             positions = jax.lax.dynamic_slice_in_dim(layout.positions, first, count, 1)
-            hidden, cache = coglm.extend(
-                params, cache, tokens, positions, mask, first, config=config, bias=bias
-            )
+            part = inputs.NetworkInput(tokens, positions, mask)
+            hidden, cache = coglm.extend(params, cache, part, first, config=config, bias=bias)
             return coglm.logits(params, hidden[:, -1], config=config, ids=ids), cache
 
         def step(carry: Any, tokens: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
             # `decode` returns tokens alone, so all logits so far are carried beside the cache.
             cache, seen = carry
-            visible = inputs.visible_keys(layout.is_text, config.max_text, start + i)
-            logits, cache = extend(cache, start + i, tokens[:, None], visible[:, None])
+            visible = jax.lax.dynamic_slice_in_dim(layout.mask, start + i, 1, axis=1)
+            logits, cache = extend(cache, start + i, tokens[:, None], visible)
             return logits, (cache, seen.at[:, i + 1].set(logits))
 
-        def given(key: jax.Array, logits: jax.Array, i: jax.Array) -> jax.Array:
+        def given(logits: jax.Array, i: jax.Array) -> jax.Array:
             return layout.tokens[:, start + i]
 
         before = layout.mask[:, :start] & (jnp.arange(length) < start)
@@ -133,7 +132,7 @@ def _logits_by_cache(
         )
         seen = jnp.zeros((batch, length - start, logits.shape[-1])).at[:, 0].set(logits)
         steps = length - start
-        _, (_, seen) = loops.decode(step, given, logits, (cache, seen), jax.random.key(0), steps)
+        _, (_, seen) = loops.decode(step, given, logits, (cache, seen), steps)
         return seen
 
     return run(params, layout, bias)
@@ -152,7 +151,7 @@ def _captioning(golden: Golden, params: Params, config: CogLMConfig) -> Iterator
 
     @jax.jit
     def score(params: Params) -> jax.Array:
-        logits = coglm.apply(params, layout.tokens, layout.positions, layout.mask, config=config)
+        logits = coglm.apply(params, layout, config=config)
         likelihoods = jax.nn.log_softmax(logits[:, :-1])
         of_next = jnp.take_along_axis(likelihoods, layout.tokens[:, 1:, None], -1)[..., 0]
         return jnp.mean(of_next, axis=-1, where=loss_mask[:, 1:])
@@ -172,8 +171,7 @@ def _infilling(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[
     kept = exact.tokens >= 0
     kept_tokens = np.broadcast_to(exact.tokens[kept], filled[:, kept].shape)
     yield equal("infilling: kept tokens of the filled sequence", kept_tokens, filled[:, kept])
-    grid = inputs.infilled_grid(jnp.asarray(filled), jnp.asarray(exact.slot_of_cell))
-    yield equal("infilling: grid", grid, golden["comp_result"])
+    yield equal("infilling: grid", filled[:, exact.slot_of_cell], golden["comp_result"])
 
     # Through the cache with the text in as many slots as a decoder has.
     slots = config.max_text
@@ -212,9 +210,7 @@ def check_direct_sr(golden: Golden) -> Iterator[Outcome]:
     yield equal("positions", layout.positions, golden["position_ids"])
     yield equal("mask", layout.mask, golden["attention_mask"])
 
-    logits = jax.jit(partial(direct_sr.apply, config=config))(
-        params, layout.tokens, layout.positions, layout.mask
-    )
+    logits = jax.jit(partial(direct_sr.apply, config=config))(params, layout)
     rows, labels = golden["logit_rows"], jnp.asarray(golden["cluster_labels"])
     yield close("logits", logits[:, rows], golden["logits"], "logits")
     most_probable = jax.jit(sampling.greedy_clusters, static_argnums=2)
@@ -243,12 +239,12 @@ def check_iterative_sr(golden: Golden) -> Iterator[Outcome]:
     texts = _texts(golden["text"], len(start), config.text_slots)
     padded = inputs.left_padded(texts, config.text_slots, config.vocabulary)
     text, is_text = (jnp.asarray(part) for part in padded)
-    schedule = inputs.lopar_schedule(config)
+    reset = inputs.lopar_schedule(config)
 
     def layout(cells: jax.Array) -> inputs.NetworkInput:
         return inputs.iterative_super_resolution(text, is_text, cells, config)
 
-    first = layout(jnp.where(schedule.reset[0], mask_token, start))
+    first = layout(jnp.where(reset[0], mask_token, start))
     yield equal("tokens of the first round", first.tokens, golden["first_input_tokens"])
     yield equal("positions", first.positions, golden["position_ids"])
     yield equal("mask", first.mask, golden["attention_mask"])
@@ -258,11 +254,10 @@ def check_iterative_sr(golden: Golden) -> Iterator[Outcome]:
 
     @jax.jit
     def predict(params: Params, cells: jax.Array) -> jax.Array:
-        made = layout(cells)
-        return iterative_sr.apply(params, made.tokens, made.positions, made.mask, config=config)
+        return iterative_sr.apply(params, layout(cells), config=config)
 
     rows = golden["logit_rows"]
-    last = np.where(schedule.reset[-1], mask_token, after[-2] if len(after) > 1 else start)
+    last = np.where(reset[-1], mask_token, after[-2] if len(after) > 1 else start)
     for name, cells in (
         ("first", first.tokens[:, config.text_slots :]),
         ("last", jnp.asarray(last)),
@@ -275,24 +270,19 @@ def check_iterative_sr(golden: Golden) -> Iterator[Outcome]:
     max_k = min(int(top_k.max()), config.vocabulary.num_image)
 
     @jax.jit
-    def refine(
-        params: Params, cells: jax.Array, reset: jax.Array, write: jax.Array, begin: int
-    ) -> jax.Array:
-        def most_probable(key: jax.Array, logits: jax.Array, round_: jax.Array) -> jax.Array:
+    def refine(params: Params, cells: jax.Array, reset: jax.Array, begin: int) -> jax.Array:
+        def most_probable(logits: jax.Array, round_: jax.Array) -> jax.Array:
             k = jnp.minimum(top_k[begin + round_], max_k)
             return sampling.greedy(sampling.top_k_logits(logits, k, max_k=max_k))
 
-        key = jax.random.key(0)
-        return loops.lopar(
-            partial(predict, params), most_probable, cells, reset, write, mask_token, key
-        )
+        return loops.lopar(partial(predict, params), most_probable, cells, reset, mask_token)
 
     cells = jnp.asarray(start, jnp.int32)
     for number, recorded in enumerate(after):
         part = slice(number, number + 1)
-        cells = refine(params, cells, schedule.reset[part], schedule.write[part], number)
+        cells = refine(params, cells, reset[part], number)
         yield equal(f"tokens after round {number + 1}", cells, recorded)
-    cells = refine(params, jnp.asarray(start, jnp.int32), schedule.reset, schedule.write, 0)
+    cells = refine(params, jnp.asarray(start, jnp.int32), reset, 0)
     yield equal(f"tokens after {len(after)} rounds in one loop", cells, after[-1])
 
 

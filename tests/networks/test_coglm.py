@@ -38,7 +38,7 @@ def params():
     return random_params(coglm.init_params, SMALL)
 
 
-def layout_of(texts, image, slots=SMALL.max_text, pad=inputs.right_padded):
+def shardings_of(texts, image, slots=SMALL.max_text, pad=inputs.right_padded):
     text, is_text = pad(texts, slots, SMALL.vocabulary)
     return inputs.text_to_image(text, is_text, image, SMALL)
 
@@ -52,7 +52,7 @@ def image_logits(params, layout, upweight=1.4, run=apply):
 # The words see each other, so the first piece holds them all.
 @pytest.mark.parametrize("chunks", [[7] + [1] * 12, [7, 6, 6]], ids=str)
 def test_cached_is_full(params, chunks):
-    layout = layout_of([TEXT, TEXT[:2]], IMAGE)
+    layout = shardings_of([TEXT, TEXT[:2]], IMAGE)
     length = layout.tokens.shape[1]
     bias = inputs.text_key_bias(layout.is_text, 1.4)
     expected = image_logits(params, layout)
@@ -75,7 +75,7 @@ def test_cached_is_full(params, chunks):
 
 
 def text_to_image_case():
-    layout = layout_of([TEXT], IMAGE[:1])
+    layout = shardings_of([TEXT], IMAGE[:1])
     # Pads share position 0 with the first word; no other row sees them.
     return layout, np.asarray(layout.tokens[0] != SMALL.vocabulary.pad)
 
@@ -123,7 +123,7 @@ def test_a_row_depends_on_the_keys_of_its_mask_and_nothing_else(params, case):
 
 
 def test_text_sees_text_in_both_directions_and_the_image_is_causal(params):
-    layout = layout_of([TEXT], IMAGE[:1], slots=len(TEXT))
+    layout = shardings_of([TEXT], IMAGE[:1], slots=len(TEXT))
     hidden_states = jax.jit(functools.partial(coglm.hidden_states, config=SMALL))
 
     def hidden(tokens):
@@ -139,19 +139,19 @@ def test_text_sees_text_in_both_directions_and_the_image_is_causal(params):
 
 @pytest.mark.parametrize("pad", [inputs.right_padded, inputs.left_padded])
 def test_more_pads_change_nothing(params, pad):
-    expected = image_logits(params, layout_of([TEXT] * 2, IMAGE, slots=len(TEXT)))
+    expected = image_logits(params, shardings_of([TEXT] * 2, IMAGE, slots=len(TEXT)))
     for slots in (5, 8):
-        ours = image_logits(params, layout_of([TEXT] * 2, IMAGE, slots, pad))
+        ours = image_logits(params, shardings_of([TEXT] * 2, IMAGE, slots, pad))
         np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_a_row_does_not_depend_on_its_batch(params):
-    layout = layout_of([TEXT, TEXT[:1]], IMAGE)
+    layout = shardings_of([TEXT, TEXT[:1]], IMAGE)
     assert_rows_do_not_depend_on_their_batch(functools.partial(image_logits, params), layout)
 
 
 def test_the_bias_moves_attention_to_its_keys(params):
-    layout = layout_of([TEXT] * 2, IMAGE)
+    layout = shardings_of([TEXT] * 2, IMAGE)
     plain = image_logits(params, layout, upweight=0.0)
     # The same for every key is the same as none: softmax does not know.
     bias = jnp.full(layout.is_text.shape, 1.4)
@@ -171,7 +171,7 @@ def test_the_bias_moves_attention_to_its_keys(params):
 
 
 def test_a_range_of_ids_is_a_slice_of_all_logits(params):
-    layout = layout_of([TEXT] * 2, IMAGE)
+    layout = shardings_of([TEXT] * 2, IMAGE)
     arguments = (params, layout.tokens, layout.positions, layout.mask)
     part = jax.jit(functools.partial(coglm.apply, config=SMALL, ids=(5, 40)))(*arguments)
     np.testing.assert_allclose(part, apply(*arguments)[..., 5:40], rtol=0, atol=TOLERANCE)
@@ -208,7 +208,7 @@ def test_an_empty_part_has_no_weight_and_a_finite_gradient():
 
 
 def test_bfloat16_is_close_to_float32(params):
-    layout = layout_of([TEXT] * 2, IMAGE)
+    layout = shardings_of([TEXT] * 2, IMAGE)
 
     def logits_of(params, precision):
         run = jax.jit(functools.partial(coglm.apply, config=SMALL, precision=precision))
@@ -229,7 +229,7 @@ def test_scores_beyond_bfloat16_are_summed_in_float32():
 
 
 def test_gradients_reach_every_parameter_and_are_finite(params):
-    layout = layout_of([TEXT] * 2, IMAGE)
+    layout = shardings_of([TEXT] * 2, IMAGE)
 
     def loss(params):
         logits = coglm.apply(params, layout.tokens, layout.positions, layout.mask, config=SMALL)

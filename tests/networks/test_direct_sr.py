@@ -49,7 +49,7 @@ def params():
     return random_params(direct_sr.init_params, SMALL)
 
 
-def layout_of(texts, coarse, config=SMALL):
+def shardings_of(texts, coarse, config=SMALL):
     text, is_text = inputs.left_padded(texts, config.text_slots, config.coglm.vocabulary)
     return inputs.direct_super_resolution(text, is_text, coarse, config)
 
@@ -82,7 +82,7 @@ def gradients_by_cell(params, layout, config):
 
 
 def test_a_fine_cell_sees_its_two_windows_in_one_layer(params):
-    layout = layout_of([TEXT], COARSE[:1])
+    layout = shardings_of([TEXT], COARSE[:1])
     prefix, fine = gradients_by_cell(params, layout, SMALL)
     (rows, columns), coarse = SMALL.grid, SMALL.coglm
     near = Window(*SMALL.window).dense_mask((rows, columns))
@@ -102,24 +102,24 @@ def test_words_reach_the_fine_cells_in_two_layers(params):
         ),
     )
     deeper = random_params(direct_sr.init_params, config)
-    prefix, _ = gradients_by_cell(deeper, layout_of([TEXT], COARSE[:1]), config)
+    prefix, _ = gradients_by_cell(deeper, shardings_of([TEXT], COARSE[:1]), config)
     assert (prefix[:, : len(TEXT)] > 0).all()
 
 
 def test_pads_change_nothing(params):
-    expected = logits_of(params, layout_of([TEXT] * 2, COARSE))
+    expected = logits_of(params, shardings_of([TEXT] * 2, COARSE))
     wider = dataclasses.replace(SMALL, text_slots=9)
-    ours = logits_of(params, layout_of([TEXT] * 2, COARSE, wider), wider)
+    ours = logits_of(params, shardings_of([TEXT] * 2, COARSE, wider), wider)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_a_row_does_not_depend_on_its_batch(params):
-    layout = layout_of([TEXT, TEXT[:1]], COARSE)
+    layout = shardings_of([TEXT, TEXT[:1]], COARSE)
     assert_rows_do_not_depend_on_their_batch(functools.partial(logits_of, params), layout)
 
 
 def test_bfloat16_is_close_to_float32(params):
-    layout = layout_of([TEXT] * 2, COARSE)
+    layout = shardings_of([TEXT] * 2, COARSE)
     assert_bfloat16_is_close_to_float32(
         lambda params, precision: logits_of(params, layout, precision=precision), params
     )
@@ -134,7 +134,7 @@ def test_gradients_reach_every_parameter_and_are_finite(params):
         ),
     )
     deeper = random_params(direct_sr.init_params, config)
-    layout = layout_of([TEXT] * 2, COARSE)
+    layout = shardings_of([TEXT] * 2, COARSE)
 
     def loss(params):
         logits = direct_sr.apply(

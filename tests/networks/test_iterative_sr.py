@@ -45,7 +45,7 @@ def params():
     return random_params(iterative_sr.init_params, SMALL)
 
 
-def layout_of(texts, cells, config=SMALL):
+def shardings_of(texts, cells, config=SMALL):
     text, is_text = inputs.left_padded(texts, config.text_slots, config.vocabulary)
     return inputs.iterative_super_resolution(text, is_text, cells, config)
 
@@ -59,7 +59,7 @@ def logits_of(params, layout, config=SMALL, precision=Precision()):
 
 
 def test_a_cell_sees_all_words_and_its_window(params):
-    layout = layout_of([TEXT], CELLS[:1])
+    layout = shardings_of([TEXT], CELLS[:1])
     direction = jax.random.normal(jax.random.key(2), (SMALL.vocabulary.num_image,))
     names = ("position_embeddings", "extra_position_embeddings")
 
@@ -82,20 +82,20 @@ def test_a_cell_sees_all_words_and_its_window(params):
 
 
 def test_pads_change_nothing(params):
-    expected = logits_of(params, layout_of([TEXT] * 2, CELLS))
+    expected = logits_of(params, shardings_of([TEXT] * 2, CELLS))
     wider = dataclasses.replace(SMALL, text_slots=9)
-    ours = logits_of(params, layout_of([TEXT] * 2, CELLS, wider), wider)
+    ours = logits_of(params, shardings_of([TEXT] * 2, CELLS, wider), wider)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_a_row_does_not_depend_on_its_batch(params):
-    layout = layout_of([TEXT, TEXT[:1]], CELLS)
+    layout = shardings_of([TEXT, TEXT[:1]], CELLS)
     assert_rows_do_not_depend_on_their_batch(functools.partial(logits_of, params), layout)
 
 
 def test_without_words_all_is_finite(params):
     """A row of pads alone: its text part is empty, and what remains is the window."""
-    layout = layout_of([TEXT] * 2, CELLS)
+    layout = shardings_of([TEXT] * 2, CELLS)
     mask = layout.mask.at[0].set(False)
 
     @jax.jit
@@ -110,7 +110,7 @@ def test_without_words_all_is_finite(params):
 
 
 def test_bfloat16_is_close_to_float32(params):
-    layout = layout_of([TEXT] * 2, CELLS)
+    layout = shardings_of([TEXT] * 2, CELLS)
     assert_bfloat16_is_close_to_float32(
         lambda params, precision: logits_of(params, layout, precision=precision), params
     )
@@ -121,7 +121,7 @@ def test_rounds_over_the_network_are_a_python_loop(params):
     mask_token = SMALL.vocabulary.start_of_image
 
     def predict(cells):
-        layout = layout_of([TEXT] * 2, cells)
+        layout = shardings_of([TEXT] * 2, cells)
         return iterative_sr.apply(
             params, layout.tokens, layout.positions, layout.mask, config=SMALL
         )

@@ -1,0 +1,80 @@
+"""Strings → the slots of each network, ids → strings, and the key of every picture."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sentencepiece as spm
+
+from cogview2_jax import config as configs
+from cogview2_jax.networks import inputs
+from cogview2_jax.pipeline.stages import fold_in_all
+from cogview2_jax.tokenizer import text
+
+Array = jax.Array
+
+
+class PromptTokens(NamedTuple):
+    """Prompts in the slots of each network: (tokens int32, is_text bool), [b, slots] each."""
+
+    base: tuple[np.ndarray, np.ndarray]
+    direct: tuple[np.ndarray, np.ndarray]
+    iterative: tuple[np.ndarray, np.ndarray]
+    english: np.ndarray  # bool [b]
+
+    def repeat(self, number: int) -> "PromptTokens":
+        """Each prompt `number` times in a row."""
+        repeated: PromptTokens = jax.tree.map(lambda a: np.repeat(a, number, axis=0), self)
+        return repeated
+
+
+def prompt_tokens(
+    prompts: Sequence[str],
+    model: spm.SentencePieceProcessor,
+    base: configs.CogLMConfig,
+    direct_slots: int,
+    iterative_slots: int,
+) -> PromptTokens:
+    """Prompts as every network reads them: super-resolution as much as it has slots for.
+
+    Raises ValueError, in one line, for no prompt, an empty or over-long one, and for words outside
+    the text model.
+    """
+    if not prompts:
+        raise ValueError("prompts must have at least one: got none")
+    vocabulary = base.vocabulary
+    ids = [
+        text.encode(model, prompt, vocabulary.num_image, max_tokens=base.max_text)
+        for prompt in prompts
+    ]
+    return PromptTokens(
+        inputs.right_padded(ids, base.max_text, vocabulary),
+        inputs.left_padded([row[:direct_slots] for row in ids], direct_slots, vocabulary),
+        inputs.left_padded([row[:iterative_slots] for row in ids], iterative_slots, vocabulary),
+        np.array([not text.is_chinese(prompt) for prompt in prompts]),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("num_images",))
+def image_keys(key: Array, prompt_hashes: Array, num_images: int, draw: Array) -> Array:
+    """A key for every image of every prompt: [prompts · num_images].
+
+    `prompt_hashes` is uint32 [prompts]. What an image is drawn from depends on the key, its
+    prompt, its number and `draw` (the number of the candidate, or the stage) alone.
+    """
+    of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_hashes)
+    numbers = jnp.arange(num_images)
+    of_image = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_prompt, numbers)
+    return fold_in_all(of_image.reshape(-1), draw)
+
+
+def caption_text(
+    ids: np.ndarray, model: spm.SentencePieceProcessor, vocabulary: configs.Vocabulary
+) -> str:
+    """Generated text ids as a string, up to the first pad or end piece."""
+    ends = np.isin(ids, [vocabulary.pad, vocabulary.num_image + model.eos_id()])
+    stop = int(np.argmax(ends)) if ends.any() else len(ids)
+    return text.decode(model, ids[:stop].tolist(), vocabulary.num_image)

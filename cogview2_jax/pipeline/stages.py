@@ -1,0 +1,297 @@
+"""The stages as pure, jitted functions of parameters, arrays and keys.
+
+The configuration is static: one compilation serves every prompt up to the limit and every seed, a
+new batch size compiles anew. Image i of a batch is drawn from `keys[i]` alone, so what is beside it
+in the batch does not matter (but for the last bits of float32, which may differ between batch
+sizes).
+
+Paper (arXiv 2204.14217) sections 3.2 and 3.3; the released `cogview2_text2image.py` and
+`cogview2_completion.py`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from cogview2_jax import config as configs
+from cogview2_jax.decoding import loops
+from cogview2_jax.decoding.sampling import greedy, sample_clusters, sample_top_k
+from cogview2_jax.networks import coglm, direct_sr, inputs, iterative_sr
+from cogview2_jax.networks.attention import KVCache
+from cogview2_jax.sharding import Execution
+
+Array = jax.Array
+Params = dict
+
+_ROWS_AT_ONCE = 600  # of logits in cluster sampling: bounds its memory at the published sizes
+
+# --- The base model -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "num_clusters", "execution"))
+def decode_image(
+    params: Params,
+    text: Array,
+    is_text: Array,
+    keys: Array,
+    cluster_labels: Array,
+    *,
+    config: configs.CogLMConfig,
+    sampling: configs.Sampling,
+    num_clusters: int,
+    execution: Execution = Execution(),
+) -> Array:
+    """Coarse image tokens of prompts.
+
+    Args:
+        text, is_text: int32, bool [b, max_text], from `inputs.right_padded`.
+        keys: key array [b], one for each image.
+        cluster_labels: int32 [num_image], each below `num_clusters`.
+
+    Returns:
+        int32 [b, cells], raster order.
+    """
+    unknown = jnp.full((text.shape[0], config.num_image_tokens), -1)
+    layout = inputs.text_to_image(text, is_text, unknown, config)
+    bias = inputs.text_key_bias(layout.is_text, sampling.text_upweight)
+    slots = text.shape[1]
+    draw = _cluster_sampler(keys, cluster_labels, num_clusters, sampling.base)
+    return _fill(
+        params, layout, bias, slots + 1, slots + 1, draw, _image_ids(config), config, execution
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "num_clusters", "execution"))
+def decode_infilling(
+    params: Params,
+    layout: inputs.NetworkInput,
+    slot_of_cell: Array,
+    keys: Array,
+    cluster_labels: Array,
+    *,
+    config: configs.CogLMConfig,
+    sampling: configs.Sampling,
+    num_clusters: int,
+    execution: Execution = Execution(),
+) -> Array:
+    """Coarse image tokens with the masked cells drawn anew: one compilation, whatever the mask.
+
+    `layout` [b, s] and `slot_of_cell` [b, cells] are those of `inputs.infill`, stacked. Returns
+    int32 [b, cells], raster order; kept cells are unchanged.
+    """
+    bias = inputs.text_key_bias(layout.is_text, sampling.text_upweight)
+    length = layout.tokens.shape[1]
+    first = length - config.num_image_tokens
+    draw = _cluster_sampler(keys, cluster_labels, num_clusters, sampling.base)
+    # The whole sequence is the prefix: the context sees itself in both directions, and the loop
+    # passes over the slots that are known.
+    filled = _fill(params, layout, bias, first, length, draw, _image_ids(config), config, execution)
+    return jnp.take_along_axis(filled, slot_of_cell - first, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "top_k", "temperature", "execution"))
+def decode_caption(
+    params: Params,
+    image: Array,
+    english: Array,
+    keys: Array,
+    *,
+    config: configs.CogLMConfig,
+    top_k: int = 1,
+    temperature: float = 1.0,
+    execution: Execution = Execution(),
+) -> Array:
+    """Text ids of captions: `image` int32 [b, cells], `english` bool [b] → int32 [b, max_text].
+
+    `top_k` 1 takes the most probable token each time. The caption ends before its first pad.
+    """
+    batch, vocabulary = image.shape[0], config.vocabulary
+    unknown = jnp.full((batch, config.max_text), -1)
+    layout, _ = inputs.captioning(image, unknown, jnp.ones(unknown.shape, bool), english, config)
+    ids = (vocabulary.num_image, vocabulary.num_image + vocabulary.num_text)
+
+    def draw(logits: Array, i: Array) -> Array:
+        if top_k == 1:
+            return greedy(logits)
+        one = functools.partial(sample_top_k, k=top_k, temperature=temperature)
+        return jax.vmap(one)(fold_in_all(keys, i), logits)
+
+    bias = jnp.zeros((1, layout.tokens.shape[1]))
+    first = config.num_image_tokens + 1
+    return _fill(params, layout, bias, first, first, draw, ids, config, execution)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "execution"))
+def caption_score(
+    params: Params,
+    image: Array,
+    text: Array,
+    is_text: Array,
+    english: Array,
+    *,
+    config: configs.CogLMConfig,
+    execution: Execution = Execution(),
+) -> Array:
+    """Mean log-likelihood of the text after its start token, given the image: float32 [b].
+
+    `image` int32 [b, cells]; `text`, `is_text` [b, max_text] from `inputs.right_padded`;
+    `english` bool [b]. Higher is better. Over the whole vocabulary and without up-weighting, as
+    published.
+    """
+    layout, _ = inputs.captioning(image, text, is_text, english, config)
+    hidden = coglm.hidden_states(params, layout, config=config, execution=execution)
+    # The slot before each text slot predicts it.
+    before = hidden[:, config.num_image_tokens : -1]
+    log_probability = jax.nn.log_softmax(
+        coglm.logits(params, before, config=config, execution=execution)
+    )
+    of_text = jnp.take_along_axis(log_probability, text[..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(is_text, of_text, 0), axis=-1) / jnp.sum(is_text, axis=-1)
+
+
+def _fill(
+    params: Params,
+    layout: inputs.NetworkInput,
+    bias: Array,
+    first: int,
+    prefix: int,
+    draw: Callable[[Array, Array], Array],
+    ids: tuple[int, int],
+    config: configs.CogLMConfig,
+    execution: Execution,
+) -> Array:
+    """The slots from `first` on, int32 [b, s − first], those that hold −1 drawn in turn.
+
+    Slots before `prefix` (at least `first`) run at once under the layout's mask, then every slot
+    from `first` on runs by itself over the cache. `draw` is (logits [b, v] of `ids`, i) → [b],
+    counted from 0.
+    """
+    known = layout.tokens
+    tokens = jnp.maximum(known, 0)  # what stands for an unknown token is seen by nobody
+    batch, length = tokens.shape
+    cache = coglm.init_cache(config, batch, length, execution)
+    hidden, cache = coglm.extend(
+        params,
+        cache,
+        inputs.NetworkInput(
+            tokens[:, :prefix], layout.positions[..., :prefix], layout.mask[:, :prefix]
+        ),
+        0,
+        config=config,
+        bias=bias,
+        execution=execution,
+    )
+    logits = functools.partial(coglm.logits, params, config=config, ids=ids, execution=execution)
+
+    def step(cache: KVCache, tokens: Array, i: Array) -> tuple[Array, KVCache]:
+        slot = first + i
+        hidden, cache = coglm.extend(
+            params,
+            cache,
+            inputs.NetworkInput(
+                tokens[:, None],
+                jax.lax.dynamic_slice_in_dim(layout.positions, slot, 1, axis=-1),
+                jax.lax.dynamic_slice_in_dim(layout.mask, slot, 1, axis=1),
+            ),
+            slot,
+            config=config,
+            bias=bias,
+            execution=execution,
+        )
+        return logits(hidden[:, 0]), cache
+
+    def sample(logits: Array, i: Array) -> Array:
+        drawn = draw(logits, i) + ids[0]
+        here = jax.lax.dynamic_index_in_dim(known, first + i, axis=1, keepdims=False)
+        return jnp.where(here < 0, drawn, here)
+
+    start = logits(hidden[:, first - 1])
+    return loops.decode(step, sample, start, cache, length - first)[0]
+
+
+def _cluster_sampler(
+    keys: Array, labels: Array, num_clusters: int, settings: configs.ClusterSampling
+) -> Callable[[Array, Array], Array]:
+    def one(key: Array, logits: Array) -> Array:
+        return sample_clusters(key, logits, labels, num_clusters, settings, block=_ROWS_AT_ONCE)
+
+    return lambda logits, i: jax.vmap(one)(fold_in_all(keys, i), logits)
+
+
+def fold_in_all(keys: Array, number: Array) -> Array:
+    """A key array [b], `number` folded into each."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def _image_ids(config: configs.CogLMConfig) -> tuple[int, int]:
+    return 0, config.vocabulary.num_image
+
+
+# --- Super-resolution -----------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "num_clusters", "execution"))
+def super_resolve_direct(
+    params: Params,
+    text: Array,
+    is_text: Array,
+    coarse: Array,
+    keys: Array,
+    cluster_labels: Array,
+    *,
+    config: configs.DirectSRConfig,
+    sampling: configs.Sampling,
+    num_clusters: int,
+    execution: Execution = Execution(),
+) -> Array:
+    """All fine tokens from the coarse ones in one pass: [b, coarse cells] → int32 [b, fine cells].
+
+    `text`, `is_text` [b, text_slots] from `inputs.left_padded`; the rest as `decode_image`.
+    """
+    layout = inputs.direct_super_resolution(text, is_text, coarse, config)
+    logits = direct_sr.apply(params, layout, config=config, execution=execution)
+    return _cluster_sampler(keys, cluster_labels, num_clusters, sampling.direct)(
+        logits, jnp.zeros((), jnp.int32)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "execution"))
+def super_resolve_iterative(
+    params: Params,
+    text: Array,
+    is_text: Array,
+    fine: Array,
+    may_change: Array,
+    keys: Array,
+    *,
+    config: configs.IterativeSRConfig,
+    sampling: configs.Sampling,
+    execution: Execution = Execution(),
+) -> Array:
+    """Fine tokens refined in rounds of local parallel auto-regression: int32 [b, fine cells].
+
+    `text`, `is_text` [b, text_slots] from `inputs.left_padded`; `fine` int32 [b, fine cells];
+    `may_change` bool [b, fine cells], the cells that a round may reset (all of them, but when
+    editing).
+    """
+    reset = jnp.asarray(inputs.lopar_schedule(config))[:, None] & may_change
+    top_k = jnp.asarray(sampling.iterative_top_k)
+
+    def predict(tokens: Array) -> Array:
+        layout = inputs.iterative_super_resolution(text, is_text, tokens, config)
+        return iterative_sr.apply(params, layout, config=config, execution=execution)
+
+    def draw(logits: Array, round_: Array) -> Array:
+        one = functools.partial(
+            sample_top_k,
+            k=top_k[round_],
+            temperature=sampling.iterative_temperature,
+            max_k=max(sampling.iterative_top_k),
+            block=_ROWS_AT_ONCE,
+        )
+        return jax.vmap(one)(fold_in_all(keys, round_), logits)
+
+    mask_token = config.vocabulary.start_of_image
+    return loops.lopar(predict, draw, fine, reset, mask_token)
