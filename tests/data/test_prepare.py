@@ -109,7 +109,8 @@ def test_two_sizes_and_two_languages(make, tiny, tmp_path):
     file.write_text(f"zh\timage\ten\n{CHINESE}\t0.jpg\ta small green star\n\t0.jpg\ta red circle\n")
     layout = RecordLayout(30, 8, SIZES, tiny.coglm_config.vocabulary)
     source = sources.CaptionsFile(file, fields=("en", "zh"))
-    assert make(source, tmp_path / "together", layout).records == 2
+    one = {"batch_size": 1}  # as many as `expected_row` encodes: one program for both
+    assert make(source, tmp_path / "together", layout, **one).records == 2
     rows = [np.frombuffer(each, "<i4") for each in contents(tmp_path / "together")]
     assert [len(row) for row in rows] == [30 + 1 + 16 + 144] * 2
     apart = expected_row(tiny, 0, "a red circle", layout)
@@ -120,7 +121,7 @@ def test_two_sizes_and_two_languages(make, tiny, tmp_path):
     pad = layout.vocabulary.pad
     assert rows[0][: len(english) + len(chinese) + 2].tolist() == [*english, pad, *chinese, pad]
 
-    assert make(source, tmp_path / "apart", layout, apart=True).records == 3
+    assert make(source, tmp_path / "apart", layout, apart=True, **one).records == 3
     rows = [np.frombuffer(each, "<i4") for each in contents(tmp_path / "apart")]
     assert rows[1][: len(chinese) + 1].tolist() == [*chinese, pad]
 

@@ -179,11 +179,11 @@ def test_without_a_share_there_is_nothing_to_validate_on(folder):
         reading.tokens(folder, 1, validation=True)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 15, 24])
+@pytest.mark.parametrize("number", [1, 3, 24])
 def test_fewer_records_than_a_batch_fill_it(tmp_path, number):
     records_of(tmp_path, list(range(number)))
     training = reading.tokens(tmp_path, 16)
-    assert training[0].shape == training[7].shape == (16, 8)
+    assert training[0].shape == training[1].shape == (16, 8)
     once = reading.tokens(tmp_path, 16, epochs=1)
     assert len(once) == 1 and once[0].shape == (16, 8)
     counts = np.bincount(numbers(once[0]), minlength=number)
