@@ -18,6 +18,10 @@ import numpy as np
 
 Grid = tuple[int, int]  # (rows, columns)
 
+# Pixels per token that all networks are trained and drawn with: the middle one of the tokenizer's
+# three strides, as published.
+TOKEN_STRIDE = 8
+
 
 def setting(
     default: Any,
