@@ -1,7 +1,7 @@
 """One run at a time in a folder: a lock that ends with the process that holds it.
 
-`<folder>/lock` is locked with `flock` for as long as a run holds it, so the system releases it
-however the run ends, kill -9 included. The file stays and names the run that holds it.
+`<folder>/lock` is locked with `flock` while a run holds it, so the system releases it however the
+run ends, kill -9 included; what a kill leaves of the file holds nobody up. It names the run.
 
 Of several processes, process 0 takes the lock for all. On a network file system the lock is as
 good as the server's: NFS 4 and NFS 3 with lockd lock between hosts. Where a file system has no
@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _MESSAGE_BYTES = 2048
+_ATTEMPTS = 100
 
 
 class _Held(threading.local):
@@ -52,54 +53,70 @@ def hold(folder: Path) -> Iterator[None]:
     if folder in _held.folders:
         yield
         return
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     file, refusal = None, ""
-    if jax.process_index() == 0:
-        try:
-            file = _take(folder)
-        except OSError as error:
-            refusal = str(error)
-    if refusal := _first_says(refusal):
-        raise OSError(refusal)
-    _held.folders.add(folder)
     try:
+        if jax.process_index() == 0:
+            try:
+                file = _take(folder)
+            except OSError as error:
+                refusal = str(error)
+        if refusal := _first_says(refusal):
+            raise OSError(refusal)
+        _held.folders.add(folder)
         yield
     finally:
         _held.folders.discard(folder)
         if file is not None:
-            with contextlib.suppress(OSError):  # the lock goes with the file, full disk or not
-                file.truncate(0)
+            (folder / "lock").unlink(missing_ok=True)
             file.close()
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # not empty: something was written
+                for place in missing:
+                    place.rmdir()
 
 
 def _take(folder: Path) -> IO[bytes] | None:
     """The locked file; None where there are no locks."""
     path = folder / "lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab+", buffering=0)
-    except OSError as error:
-        if isinstance(error, FileExistsError | NotADirectoryError):
+    for _ in range(_ATTEMPTS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab+", buffering=0)
+        except FileNotFoundError:  # a run that ends has just removed its empty folder
+            continue
+        except (FileExistsError, NotADirectoryError):
             raise NotADirectoryError(f"{folder} must be a folder: a part of it is a file") from None
-        raise OSError(f"{path} could not be written: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _sign(file)
-    except BlockingIOError:
-        file.close()
-        raise OSError(
-            f"{folder} is in use by another run ({_holder(path)}): wait until it has ended, or give"
-            " another folder"
-        ) from None
-    except OSError as error:
-        file.close()
-        if error.errno not in _UNSUPPORTED:
+        except OSError as error:
             raise OSError(f"{path} could not be written: {error.strerror}") from None
-        print(
-            f"{folder} is on a file system without locks: see to it that only one run uses it",
-            file=sys.stderr,
-        )
-        return None
-    return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(file, path):  # a run that ends may have just removed it
+                _sign(file)
+                return file
+            file.close()
+        except BlockingIOError:
+            file.close()
+            raise OSError(
+                f"{folder} is in use by another run ({_holder(path)}): wait until it has ended, or"
+                " give another folder"
+            ) from None
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            file.close()
+            if error.errno in _UNSUPPORTED:
+                said = "is on a file system without locks: see to it that only one run uses it"
+                print(f"{folder} {said}", file=sys.stderr)
+                return None
+            raise OSError(f"{path} could not be written: {error.strerror}") from None
+    raise OSError(f"{path} could not be written: its folder is removed again and again")
+
+
+def _is_still(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sign(file: IO[bytes]) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cogview2_jax.config import CogLMConfig
 from cogview2_jax.training import checkpoint
 
 
@@ -193,6 +194,11 @@ def test_begun_settings_are_those_of_the_newest_checkpoint(folder):
     (folder / "2" / "run" / "metadata").write_text('{"settings": ')
     with pytest.raises(ValueError, match="is damaged .*run/metadata"):
         checkpoint.begun_settings(folder.parent)
+
+
+def test_runs_of_version_0_1_describe_a_vocabulary_by_its_ids():
+    described = checkpoint.describe(CogLMConfig())
+    assert described["vocabulary"].keys() == {"num_image", "size", "pad", "unknown"}
 
 
 def test_a_foreign_folder_with_a_number_is_refused(folder):

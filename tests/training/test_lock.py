@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 import threading
+import time
 
 import pytest
 
@@ -59,10 +60,41 @@ def test_a_second_thread_is_refused_and_the_same_one_is_not(tmp_path):
     assert in_a_thread(lambda: takes(folder)) is None
 
 
-def test_an_error_releases_it(tmp_path):
-    with pytest.raises(KeyError), lock.hold(tmp_path):
-        raise KeyError
-    assert in_a_thread(lambda: takes(tmp_path)) is None
+def test_an_error_releases_it_and_leaves_no_empty_folder(tmp_path):
+    folder = tmp_path / "new" / "run"
+    for written in (False, True):
+        with pytest.raises(KeyError), lock.hold(folder):
+            if written:
+                (folder / "model").touch()
+            raise KeyError
+        assert sorted(path.name for path in tmp_path.rglob("*")) == (
+            ["model", "new", "run"] if written else []
+        )
+        assert in_a_thread(lambda: takes(folder)) is None
+
+
+def test_of_many_at_once_one_holds_it_at_a_time(tmp_path):
+    """The file is removed and made again by each of them."""
+    inside, most, times = [0], [0], [0]
+
+    def works():
+        for _ in range(30):
+            try:
+                with lock.hold(tmp_path / "run"):
+                    inside[0] += 1
+                    most[0] = max(most[0], inside[0])
+                    times[0] += 1
+                    time.sleep(0.001)
+                    inside[0] -= 1
+            except OSError as error:
+                assert "in use by another run" in str(error)
+
+    threads = [threading.Thread(target=works) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and times[0] >= 30
 
 
 def test_a_kill_releases_it(tmp_path):
@@ -101,6 +133,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr("fcntl.flock", flock)
     takes(tmp_path)
+    assert not any(tmp_path.iterdir())
     assert capsys.readouterr().err == (
         f"{tmp_path} is on a file system without locks: see to it that only one run uses it\n"
     )
