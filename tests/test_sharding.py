@@ -1,4 +1,4 @@
-"""Where arrays lie: the rules, and that a training on a mesh is that on one device."""
+"""The rules, and that training on a mesh gives the numbers of training on one device."""
 
 import os
 import subprocess
