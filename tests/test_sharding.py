@@ -29,7 +29,7 @@ def test_unknown_names_are_refused(one):
         one.spec("head")
     with pytest.raises(ValueError, match="rule 'batch' needs mesh axis 'pod'"):
         Sharding(one.mesh, (("batch", ("pod",)),))
-    with pytest.raises(ValueError, match=r"axes must be one for each of \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"axes must be one for each dimension of \(2, 3\)"):
         one.constrain(np.zeros((2, 3)), "batch")
 
 

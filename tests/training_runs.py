@@ -1,7 +1,7 @@
 """Trainings of tiny networks, to be run in processes of their own.
 
 python tests/training_runs.py follow coglm|direct|iterative  one device and meshes of 8, compared
-python tests/training_runs.py logits                         the kernels and the image tokenizer on a mesh
+python tests/training_runs.py logits                         kernels and tokenizer on a mesh
 python tests/training_runs.py train '{"folder": …}'          the real loop: see `Work`
 """
 
