@@ -85,8 +85,18 @@ def assert_bfloat16_is_close_to_float32(logits_of, params):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=0.05 * float(jnp.std(expected)))
 
 
+def quick_jit(function):
+    """`jax.jit` with little optimisation by LLVM, which takes less than half as long to compile.
+
+    For large programs that run once, to see what depends on what: that is decided before LLVM.
+    Programs compared with recorded or other numbers are compiled as for users.
+    """
+    quick = {"xla_backend_optimization_level": 0}
+    return jax.jit(function, compiler_options=quick if jax.default_backend() == "cpu" else None)
+
+
 def assert_gradients_reach_every_parameter(loss, params):
-    for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(params)):
+    for gradient in jax.tree.leaves(quick_jit(jax.grad(loss))(params)):
         assert np.isfinite(gradient).all() and gradient.any()
 
 

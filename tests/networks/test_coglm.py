@@ -18,6 +18,7 @@ from tests.common import (
     assert_gradients_reach_every_parameter,
     assert_rows_do_not_depend_on_their_batch,
     parameter_count,
+    quick_jit,
     random_params,
 )
 
@@ -118,7 +119,7 @@ def sensitivity():
         hidden = coglm.hidden_states(params, network_input, config=SMALL)
         return hidden[0] @ jax.random.normal(jax.random.key(2), (SMALL.transformer.hidden_size,))
 
-    jacobian = jax.jit(jax.jacrev(readings))
+    jacobian = quick_jit(jax.jacrev(readings))
     return lambda params, network_input: np.abs(
         jacobian(params["position_embeddings"], params, network_input)
     ).max(-1)

@@ -22,6 +22,7 @@ from tests.common import (
     assert_gradients_reach_every_parameter,
     assert_rows_do_not_depend_on_their_batch,
     parameter_count,
+    quick_jit,
     random_params,
 )
 
@@ -69,7 +70,7 @@ def test_a_fine_cell_sees_its_two_windows_in_one_layer(params):
         return direct_sr.apply(params | tables, network_input, config=SMALL)[0] @ direction
 
     names = ("position_embeddings", "extra_position_embeddings")
-    jacobian = jax.jit(jax.jacrev(readings))({name: params[name] for name in names})
+    jacobian = quick_jit(jax.jacrev(readings))({name: params[name] for name in names})
     prefix, fine = (np.abs(jacobian[name]).max(-1) for name in names)
     (rows, columns), coarse = SMALL.grid, SMALL.coglm
     near = Window(*SMALL.window).dense_mask((rows, columns))

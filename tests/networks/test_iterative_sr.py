@@ -23,6 +23,7 @@ from tests.common import (
     assert_gradients_reach_every_parameter,
     assert_rows_do_not_depend_on_their_batch,
     parameter_count,
+    quick_jit,
     random_params,
 )
 
@@ -66,7 +67,7 @@ def test_a_cell_sees_all_words_and_its_window(params):
         return iterative_sr.apply(params | tables, network_input, config=SMALL)[0] @ direction
 
     names = ("position_embeddings", "extra_position_embeddings")
-    jacobian = jax.jit(jax.jacrev(readings))({name: params[name] for name in names})
+    jacobian = quick_jit(jax.jacrev(readings))({name: params[name] for name in names})
     words, cells = (np.abs(jacobian[name]).max(-1) for name in names)
     # Pads have position 0 too, but no cell attends to them.
     assert (words[:, : len(TEXT)] > 0).all() and not words[:, len(TEXT) :].any()
