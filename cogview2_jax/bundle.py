@@ -236,7 +236,25 @@ def read_description(folder: Path) -> Description:
         raise ValueError(f"{file} is damaged (not JSON: {_one_line(error)}): {_ADVICE}") from error
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{file} is not the configuration of a bundle: {_ADVICE}")
+    _add_text_facts(content, folder)
     return parse_description(content, file)
+
+
+def _add_text_facts(content: dict[str, Any], folder: Path) -> None:
+    """Vocabularies of version 0.1 lack `first_chinese` and `as_published`: add them.
+
+    The text model is read for it, which takes a moment. A field that is not an object is left for
+    `parse_description` to refuse.
+    """
+    for path in ("coglm_config",), ("direct_config", "coglm"), ("iterative_config",):
+        found: Any = content
+        for name in (*path, "vocabulary"):
+            found = found.get(name) if isinstance(found, dict) else None
+        if not isinstance(found, dict) or not isinstance(found.get("num_image"), int):
+            continue
+        if found.keys().isdisjoint(("first_chinese", "as_published")):
+            made = text.vocabulary_for(_read_text_model(folder), found["num_image"])
+            found |= {"first_chinese": made.first_chinese, "as_published": made.as_published}
 
 
 def to_json(description: Description) -> dict[str, Any]:
@@ -274,13 +292,16 @@ def parse_description(content: Mapping[str, Any], file: Path, advice: str = _ADV
 
 def read_text_model(folder: Path, description: Description) -> spm.SentencePieceProcessor:
     """text.model of the bundle at `folder`, checked with the vocabulary. Raises as `load` does."""
-    file = _file(folder, TEXT_MODEL)
+    model = _read_text_model(folder)
+    _check_text_model(model, description.coglm_config, folder / TEXT_MODEL)
+    return model
+
+
+def _read_text_model(folder: Path) -> spm.SentencePieceProcessor:
     try:
-        model = text.load_text_model(file)
+        return text.load_text_model(_file(folder, TEXT_MODEL))
     except ValueError as error:
         raise ValueError(f"{error}: {_ADVICE}") from error
-    _check_text_model(model, description.coglm_config, file)
-    return model
 
 
 @functools.lru_cache(maxsize=4)
@@ -332,7 +353,7 @@ def _check_description(description: Description, where: Path) -> None:
 def _check_text_model(model: spm.SentencePieceProcessor, config: CogLMConfig, where: Path) -> None:
     expected = config.vocabulary
     found = text.vocabulary_for(model, expected.num_image)
-    if found != expected:
+    if found.id_space != expected.id_space:
         raise ValueError(
             f"{where} has {model.vocab_size()} pieces and makes {found}, but the configuration has"
             f" {expected}: take both from one bundle"
@@ -445,7 +466,7 @@ def _require_keys(content: Mapping[str, Any], names: set[str], where: str) -> No
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value` out of JSON as the type `kind` says: a dataclass, a tuple, an int or a float."""
+    """`value` out of JSON as the type `kind` says: a dataclass, tuple, bool, int or float."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be an object: got {value!r}")
@@ -466,6 +487,6 @@ def _read(kind: Any, value: Any, where: str) -> Any:
             for number, (part, item) in enumerate(zip(kinds, value, strict=True))
         )
     accepted = (int, float) if kind is float else (kind,)
-    if isinstance(value, bool) or not isinstance(value, accepted):
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, accepted):
         raise ValueError(f"{where} must be {kind.__name__}: got {value!r}")
     return kind(value)

@@ -18,6 +18,10 @@ import numpy as np
 
 Grid = tuple[int, int]  # (rows, columns)
 
+# Pixels per token that all networks are trained and drawn with: the middle one of the tokenizer's
+# three strides, as published.
+TOKEN_STRIDE = 8
+
 
 def setting(
     default: Any,
@@ -127,13 +131,19 @@ class Training:
 class Vocabulary:
     """One id space: image tokens, then text pieces, then the three start tokens.
 
-    A text id is the SentencePiece id + `num_image`. `pad` and `unknown` are ids of this space.
+    A text id is the SentencePiece id + `num_image`. `pad`, `unknown` and `first_chinese` are ids of
+    this space. A text is English where all its ids are below `first_chinese`; the published number
+    is that of the released code. `as_published` says how text becomes ids: as the released
+    tokenizer does it, with `<unk>` for what the model cannot spell; else text is cleaned first and
+    unknown words are refused.
     """
 
     num_image: int = 20_000
     size: int = 150_003
     pad: int = 20_003
     unknown: int = 20_000
+    first_chinese: int = 83_823
+    as_published: bool = True
 
     def __post_init__(self) -> None:
         _require(
@@ -141,6 +151,15 @@ class Vocabulary:
             f"num_image must leave room for three start tokens: got {self.num_image} of "
             f"{self.size}",
         )
+        _require(
+            self.first_chinese >= self.num_image,
+            f"first_chinese must be a text id, from {self.num_image}: got {self.first_chinese}",
+        )
+
+    @property
+    def id_space(self) -> tuple[int, int, int, int]:
+        """The fields that networks and records depend on. The others are about reading text."""
+        return self.num_image, self.size, self.pad, self.unknown
 
     @property
     def start_of_image(self) -> int:

@@ -56,8 +56,8 @@ def check_model(bundle: Path | None, prompts: Sequence[str] = ()) -> Path:
         model = bundles.read_text_model(folder, description)
     config = description.coglm_config
     for prompt in prompts:
-        with refusing(f"prompt {textwrap.shorten(prompt, 40, placeholder='…')!r}: "):
-            text.encode(model, prompt, config.vocabulary.num_image, max_tokens=config.max_text)
+        with refusing(f"prompt {textwrap.shorten(prompt[:200], 40, placeholder='…')!r}: "):
+            text.encode_prompt(model, prompt, config.vocabulary, config.max_text)
     return folder
 
 

@@ -278,13 +278,10 @@ def infill_command(
 
 
 def _open_picture(file: Path) -> Image.Image:
-    from cogview2_jax.data import sources
+    from cogview2_jax.tokenizer import pictures
 
-    try:
-        return sources.open_picture(sources.read_picture(file))
-    except (sources.Refused, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise click.ClickException(f"{file}: {reason}") from error
+    with common.refusing():
+        return pictures.open_picture(file)
 
 
 def _stems(prompts: Sequence[str], seed: int, stage: str) -> list[str]:

@@ -27,7 +27,7 @@ from cogview2_jax.tokenizer.pictures import Picture, fit_picture
 Array = jax.Array
 Box = tuple[float, float, float, float]
 
-STRIDE = 8  # pixels per token: the middle one of the tokenizer's three, as published
+STRIDE = configs.TOKEN_STRIDE
 STAGES = ("base", "direct", "full")
 # Numbers of draws beyond any candidate's, so that no two stages share a key.
 _DIRECT_DRAW, _ITERATIVE_DRAW = 2**32 - 1, 2**32 - 2

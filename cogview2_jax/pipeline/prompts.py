@@ -40,21 +40,17 @@ def prompt_tokens(
 ) -> PromptTokens:
     """Prompts as every network reads them: super-resolution as much as it has slots for.
 
-    Raises ValueError, in one line, for no prompt, an empty or over-long one, and for words outside
-    the text model.
+    Raises ValueError, in one line, for no prompt and for one that `text.encode` refuses.
     """
     if not prompts:
         raise ValueError("prompts must have at least one: got none")
     vocabulary = base.vocabulary
-    ids = [
-        text.encode(model, prompt, vocabulary.num_image, max_tokens=base.max_text)
-        for prompt in prompts
-    ]
+    ids = [text.encode_prompt(model, prompt, vocabulary, base.max_text) for prompt in prompts]
     return PromptTokens(
         inputs.right_padded(ids, base.max_text, vocabulary),
         inputs.left_padded([row[:direct_slots] for row in ids], direct_slots, vocabulary),
         inputs.left_padded([row[:iterative_slots] for row in ids], iterative_slots, vocabulary),
-        np.array([not text.is_chinese(prompt) for prompt in prompts]),
+        np.array([text.is_english(row, vocabulary) for row in ids]),
     )
 
 

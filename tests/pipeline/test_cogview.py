@@ -253,7 +253,7 @@ def test_captions_are_words_of_the_text_model(cv, stages):
 
 def test_a_caption_ends_at_its_first_pad(tiny):
     vocabulary = tiny.coglm_config.vocabulary
-    words = cogview.text.encode(tiny.text_model, "a star", vocabulary.num_image)
+    words = cogview.text.encode(tiny.text_model, "a star", vocabulary)
     for end in (vocabulary.pad, vocabulary.num_image + tiny.text_model.eos_id()):
         ids = np.array([*words, end, *words])
         assert cogview.caption_text(ids, tiny.text_model, vocabulary) == "a star"
