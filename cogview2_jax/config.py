@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 Grid = tuple[int, int]  # (rows, columns)
 
 # Pixels per token that all networks are trained and drawn with: the middle one of the tokenizer's
@@ -94,12 +92,12 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Precision:
-    """Where numbers are kept and where they are computed. Softmax and LayerNorm sums are float32
-    throughout.
+    """The dtypes of the parameters and of what is computed: names or jax dtypes. Softmax and
+    LayerNorm sums are float32 throughout.
     """
 
-    params: Any = np.float32
-    compute: Any = np.float32
+    params: Any = "float32"
+    compute: Any = "float32"
 
 
 REMATERIALISATION = ("none", "products", "all")
