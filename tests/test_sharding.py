@@ -75,7 +75,7 @@ def test_without_a_sharding_nothing_happens():
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["follow coglm", "follow direct", "follow iterative", "logits"])
 def test_a_mesh_follows_one_device(run):
-    """20 steps on 8 virtual devices, cut in every way, and the kernels on a mesh: see
+    """20 steps on 8 virtual devices split in every way, and kernels and tokenizer on a mesh: see
     `training_runs.py`.
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

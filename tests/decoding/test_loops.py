@@ -14,7 +14,7 @@ TABLE = jax.random.normal(jax.random.key(0), (VOCABULARY, VOCABULARY))
 
 
 def step(cache, tokens, i):
-    """A toy model whose next token depends on all tokens so far, on their order and on the step."""
+    """A toy model: its logits depend on all tokens so far, on their order and on the step."""
     cache = 0.5 * cache + TABLE[tokens]
     return cache + jnp.cos(i + jnp.arange(VOCABULARY)), cache
 
