@@ -117,7 +117,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, call: Call) -> tuple[jax.A
     """The first kernel: out [b, y, x, h, d] and the log-sum-exp [b, h, y, x]."""
     b, y, x, h, d = q.shape
     launch = call.blocks.forward
-    halo = Halo.of_queries(call.window, (y, x), launch.tile, launch.block)
+    halo = Halo.query_tiles(call.window, (y, x), launch.tile, launch.block)
     out, lse = _run(
         _forward_kernel,
         halo,
@@ -150,7 +150,7 @@ def query_gradient(
 ) -> jax.Array:
     """The second kernel: dq [b, y, x, h, d]; delta from `score_offsets`."""
     launch = call.blocks.dq
-    halo = Halo.of_queries(call.window, (q.shape[1], q.shape[2]), launch.tile, launch.block)
+    halo = Halo.query_tiles(call.window, (q.shape[1], q.shape[2]), launch.tile, launch.block)
     inputs = [*map(_cells, (q, k, v, dout)), *map(_by_query, (lse, delta))]
     (dq,) = _run(_dq_kernel, halo, launch, call, inputs, [_like(_cells(q))])
     return dq.reshape(q.shape)
@@ -167,7 +167,7 @@ def key_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """The third kernel: dk and dv [b, key y, key x, h, d]; delta from `score_offsets`."""
     launch = call.blocks.dkv
-    halo = Halo.of_keys(call.window, (q.shape[1], q.shape[2]), launch.tile, launch.block)
+    halo = Halo.key_tiles(call.window, (q.shape[1], q.shape[2]), launch.tile, launch.block)
     inputs = [*map(_cells, (q, k, v, dout)), *map(_by_query, (lse, delta))]
     dk, dv = _run(_dkv_kernel, halo, launch, call, inputs, [_like(_cells(k))] * 2)
     return dk.reshape(k.shape), dv.reshape(v.shape)
@@ -179,21 +179,21 @@ def _forward_kernel(
     """out [tile, d] and lse [tile] of a tile of queries. Refs are one head's [cells, d]; lse's is
     [cells]."""
     place = halo.place(pl.program_id(0))
-    rows, exists, codes = place.own()
-    mask = None if halo.divides else exists
+    tile = place.tile()
+    rows, mask = tile.index, None if halo.divides else tile.exists
     q = _load(q_ref, rows, mask)
 
     def step(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, out = carry
-        keys, key_codes = place.others(i)
+        keys = place.block(i)
         # In base 2, which is the exponential the hardware has.
-        scores = (scale * _LOG2_E) * _dot(q, _load(k_ref, keys), transpose_b=True)
-        scores = jnp.where(hidden(halo, codes, key_codes), _HIDDEN, scores)
+        scores = (scale * _LOG2_E) * _dot(q, _load(k_ref, keys.index), transpose_b=True)
+        scores = jnp.where(hidden(halo, tile, keys), _HIDDEN, scores)
         new_largest = jnp.maximum(largest, scores.max(axis=1))
         weights = jnp.exp2(scores - new_largest[:, None])
         shrink = jnp.exp2(largest - new_largest)
         total = shrink * total + weights.sum(axis=1)
-        v = _load(v_ref, keys)
+        v = _load(v_ref, keys.index)
         return new_largest, total, shrink[:, None] * out + _dot(weights.astype(v.dtype), v)
 
     start = (
@@ -223,17 +223,17 @@ def _dq_kernel(
 ) -> None:
     """dq [tile, d] of a tile of queries."""
     place = halo.place(pl.program_id(0))
-    rows, exists, codes = place.own()
-    mask = None if halo.divides else exists
+    tile = place.tile()
+    rows, mask = tile.index, None if halo.divides else tile.exists
     q, dout = (_load(ref, rows, mask) for ref in (q_ref, dout_ref))
     lse, delta = (_load_vector(ref, rows, mask) for ref in (lse_ref, delta_ref))
     lse *= _LOG2_E
 
     def step(i: Any, dq: jax.Array) -> jax.Array:
-        keys, key_codes = place.others(i)
-        k, v = _load(k_ref, keys), _load(v_ref, keys)
+        keys = place.block(i)
+        k, v = _load(k_ref, keys.index), _load(v_ref, keys.index)
         scores = (scale * _LOG2_E) * _dot(q, k, transpose_b=True) - lse[:, None]
-        weights = jnp.exp2(jnp.where(hidden(halo, codes, key_codes), _HIDDEN, scores))
+        weights = jnp.exp2(jnp.where(hidden(halo, tile, keys), _HIDDEN, scores))
         dscores = weights * (_dot(dout, v, transpose_b=True) - delta[:, None])
         return dq + _dot(dscores.astype(k.dtype), k)
 
@@ -256,18 +256,18 @@ def _dkv_kernel(
 ) -> None:
     """dk and dv [tile, d] of a tile of keys, gathered from the queries that see it."""
     place = halo.place(pl.program_id(0))
-    rows, exists, codes = place.own()
-    mask = None if halo.divides else exists
+    tile = place.tile()
+    rows, mask = tile.index, None if halo.divides else tile.exists
     k, v = (_load(ref, rows, mask) for ref in (k_ref, v_ref))
 
     def step(i: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dk, dv = carry
-        queries, query_codes = place.others(i)
-        q, dout = _load(q_ref, queries), _load(dout_ref, queries)
-        lse, delta = _load_vector(lse_ref, queries), _load_vector(delta_ref, queries)
+        queries = place.block(i)
+        q, dout = _load(q_ref, queries.index), _load(dout_ref, queries.index)
+        lse, delta = _load_vector(lse_ref, queries.index), _load_vector(delta_ref, queries.index)
         lse *= _LOG2_E
         scores = (scale * _LOG2_E) * _dot(k, q, transpose_b=True) - lse[None, :]
-        weights = jnp.exp2(jnp.where(hidden(halo, codes, query_codes), _HIDDEN, scores))
+        weights = jnp.exp2(jnp.where(hidden(halo, tile, queries), _HIDDEN, scores))
         dv += _dot(weights.astype(dout.dtype), dout)
         dscores = weights * (_dot(v, dout, transpose_b=True) - delta[None, :])
         return dk + _dot(dscores.astype(q.dtype), q), dv
