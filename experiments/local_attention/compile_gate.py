@@ -115,12 +115,12 @@ def main(argv: list[str] | None = None) -> int:
 def missing_packages() -> str | None:
     """One line on what to install, if the compiler is not all there."""
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    if any(importlib.util.find_spec(name) for name in plugins) and _tool("ptxas"):
+    if any(importlib.util.find_spec(name) for name in plugins) and find_tool("ptxas"):
         return None
     return "the CUDA compiler is missing: pip install '.[compile-gate]'"
 
 
-def _tool(name: str) -> str | None:
+def find_tool(name: str) -> str | None:
     """A CUDA program, from a pip package if there is one, else from the path."""
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -135,7 +135,7 @@ def toolchain() -> Iterator[Path]:
 
     To be entered once, before anything is compiled in this process; the process keeps its settings.
     """
-    ptxas = _tool("ptxas")
+    ptxas = find_tool("ptxas")
     with tempfile.TemporaryDirectory() as folder:
         kept, dump, shim = Path(folder, "kept"), Path(folder, "dump"), Path(folder, "bin", "ptxas")
         for path in (kept, dump, shim.parent):
@@ -244,7 +244,7 @@ def _read(folder: Path) -> list[Kernel]:
 
 def _count_instructions(cubin: Path) -> tuple[int, int]:
     """Machine instructions in a cubin, and in its longest innermost loop; zeros if unknown."""
-    nvdisasm = _tool("nvdisasm")
+    nvdisasm = find_tool("nvdisasm")
     if nvdisasm is None:
         return 0, 0
     done = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True)

@@ -37,6 +37,7 @@ from experiments.local_attention.programs import (
 from experiments.local_attention.report import Result, Setting
 from pallas_kernels import local_attention_2d
 from pallas_kernels.local_attention import pallas_triton
+from pallas_kernels.local_attention.devices import compute_capability
 from pallas_kernels.local_attention.window import Window
 
 DIRECTIONS = ("forward", "forward+backward")
@@ -188,7 +189,7 @@ def obstacles(setting: Setting) -> dict[str, str]:
     """Implementations that cannot run here, with the reason."""
     device = jax.devices()[0]
     found = {KERNEL: pallas_triton.obstacle(device, setting.dim), FLEX: flex.obstacle()}
-    if pallas_triton.compute_capability(device) is None:
+    if compute_capability(device) is None:
         found["cudnn_global"] = "it needs an NVIDIA GPU"
     elif setting.dtype not in ("bfloat16", "float16"):
         found["cudnn_global"] = f"it takes bfloat16 and float16, not {setting.dtype}"
