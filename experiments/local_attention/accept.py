@@ -1,4 +1,4 @@
-"""Do the kernels agree with XLA on this GPU, and are they faster? Writes what "auto" goes by.
+"""Do the kernels agree with XLA on this GPU, and are they faster? Writes the record for "auto".
 
     python -m experiments.local_attention.accept [--dtype bfloat16 float32] [--dim 64] [--minutes 9]
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--dim", type=int, nargs="+", default=[64])
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=9, help="begin no kind of call later")
+    parser.add_argument("--minutes", type=float, default=9, help="start no kind of call later")
     parser.add_argument("--out", type=Path, default=ACCEPTED, help="the records to update")
     arguments = parser.parse_args(argv)
     device = jax.devices()[0]
@@ -85,8 +85,8 @@ def judge(kind: Kind, setting: Setting, rates: bounds.Rates) -> tuple[Record, li
             measured = run.KERNEL in times and run.XLA in times
             ratios.append(times[run.XLA] / times[run.KERNEL] if measured else 0.0)
         slowest[direction] = min(ratios)
-    speedups = (slowest[direction] for direction in run.DIRECTIONS)
-    return Record(kind, not problems, *speedups, jax.__version__), problems
+    forward, gradients = (slowest[direction] for direction in run.DIRECTIONS)
+    return Record(kind, not problems, forward, gradients, jax.__version__), problems
 
 
 def as_json(record: Record) -> str:
@@ -95,7 +95,7 @@ def as_json(record: Record) -> str:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Into the records, in place of one of the same kind if there is one."""
+    """Adds a record, in place of one for the same kind."""
     others = read_records(path) if path.exists() else []
     records = sorted([*(r for r in others if r.kind != record.kind), record], key=lambda r: r.kind)
     path.write_text("[\n" + ",\n".join(map(as_json, records)) + "\n]\n")

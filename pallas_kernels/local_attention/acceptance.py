@@ -26,7 +26,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """The kernels beside the XLA form, over all cases measured for a kind.
+    """The kernels compared with the XLA form, over all cases measured for a kind.
 
     The speedups are XLA's time over the kernels', the smallest of all cases; 0 if not measured.
     """

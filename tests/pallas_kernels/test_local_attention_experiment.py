@@ -127,7 +127,7 @@ def test_what_needs_too_much_memory_is_skipped_and_named():
     assert not failed
 
 
-def test_nobody_is_timed_for_another_function(monkeypatch):
+def test_what_disagrees_or_raises_is_not_timed(monkeypatch):
     def broken(q, k, v):
         raise RuntimeError("no such algorithm\nand more")
 
@@ -156,7 +156,7 @@ def test_a_gpu_measures_what_the_verdicts_need():
 
 
 def results_of_a_gpu(slower_at=0):
-    """As a GPU that meets every promise would have them; numbers made up for this test."""
+    """Results of a GPU that keeps every promise; numbers made up for this test."""
 
     def row(grid, batch, name, direction, ms, megabytes):
         return report.Result(

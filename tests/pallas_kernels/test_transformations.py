@@ -283,7 +283,7 @@ def test_transformations_lower_for_cuda_without_a_gpu(bits):
     wide = jax.enable_x64(True) if bits == 64 else contextlib.nullcontext()
     with wide, compile_gate.lowering_for_gpu():
         text = lowered(everything, q, scale)
-    # Three kernels of the gradients, one over both scales, one beside the tangents.
+    # Three kernels of the gradients, one over both scales, one before the tangents.
     assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 5
 
 
