@@ -70,7 +70,7 @@ def tiny_bundle() -> bundles.Bundle:
             # Rounded, so that saving changes nothing; large enough that logits differ clearly.
             values = 0.3 * rng.standard_normal(shape) + name.endswith("/scale")
             flat[name] = values.astype(np.float16).astype(np.float32)
-    return empty._replace(**bundles._nest(flat))
+    return empty._replace(**bundles.nest(flat))
 
 
 @pytest.fixture(scope="session")

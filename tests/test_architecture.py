@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A room may import rooms of the floors above its own, and itself.
 FLOORS = (
-    ("config", "sharding", "errors"),
-    ("tokenizer", "networks", "decoding"),
+    ("config", "sharding", "errors", "keys"),
+    ("description", "tokenizer", "networks", "decoding"),
     ("bundle",),
     ("published", "pipeline"),
     ("data",),
