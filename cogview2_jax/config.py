@@ -7,14 +7,81 @@ of the released code and weights (paper arXiv 2204.14217, sections 3 to 5; where
 code's).
 """
 
+import dataclasses
 import math
 import numbers
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 Grid = tuple[int, int]  # (rows, columns)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+    flag: str | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A field of a dataclass, with its range and its help: all that the command line says of it.
+
+    Numbers must be finite, at least `least`, above `above`, at most `most` and below `below`; texts
+    one of `choices`. None is allowed where it is the default. `flag` is the option's name where it
+    is not the field's.
+    """
+    limits = {"least": least, "above": above, "most": most, "below": below}
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    about = {"help": help, "limits": given, "choices": tuple(choices)}
+    return field(default=default, metadata=about | {"flag": flag, "metavar": metavar})
+
+
+def check_settings(config: Any) -> None:
+    """Check the `setting` fields of a dataclass. Raises ValueError for the first wrong one."""
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if "help" not in each.metadata or (value is None and each.default is None):
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            if wanted := _wanted(one, each):
+                raise ValueError(f"{each.name} must be {wanted}: got {one!r}")
+
+
+_INSIDE = {
+    "least": operator.ge,
+    "above": operator.gt,
+    "most": operator.le,
+    "below": operator.lt,
+}
+
+
+def _wanted(value: Any, about: dataclasses.Field) -> str | None:
+    """What the value of a field must be, where it is not."""
+    choices, limits = about.metadata["choices"], about.metadata["limits"]
+    if choices:
+        return None if value in choices else f"one of {', '.join(choices)}"
+    if isinstance(about.default, bool):
+        return None if isinstance(value, bool) else "True or False"
+    if not limits:
+        return None
+    whole = "int" in str(about.type)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        return "a whole number" if whole else "a number"
+    inside = (_INSIDE[name](value, limit) for name, limit in limits.items())
+    if math.isfinite(value) and all(inside):
+        return None
+    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+    if len(limits) == 2:
+        words |= {"least": "from", "most": "to", "below": "to below"}
+    return " ".join(f"{words[name]} {limit}" for name, limit in limits.items())
 
 
 def _require(condition: bool, message: str) -> None:
@@ -44,8 +111,8 @@ class Precision:
     throughout.
     """
 
-    params: Any = jnp.float32
-    compute: Any = jnp.float32
+    params: Any = np.float32
+    compute: Any = np.float32
 
 
 REMATERIALISATION = ("none", "products", "all")
@@ -53,23 +120,24 @@ REMATERIALISATION = ("none", "products", "all")
 
 @dataclass(frozen=True)
 class Training:
-    """What only training asks of a transformer.
+    """What only training asks of a transformer. `remat` changes no number."""
 
-    `dropout` is the share of the embeddings' and of every attention's and MLP's outputs that are
-    left out. `remat` says what the backward pass computes again instead of keeping it: "none",
-    "products" (all but matrix products) or "all" (all but each layer's input). It changes no
-    number.
-    """
-
-    dropout: float = 0.0
-    remat: str = "none"
+    dropout: float = setting(
+        0.0,
+        "Share of the embeddings' and of every attention's and MLP's outputs that is left out.",
+        least=0,
+        below=1,
+        metavar="X",
+    )
+    remat: str = setting(
+        "none",
+        "What the backward pass computes again instead of keeping it: nothing, all but matrix"
+        " products, or all but each layer's input. Saves memory.",
+        choices=REMATERIALISATION,
+    )
 
     def __post_init__(self) -> None:
-        _require(0 <= self.dropout < 1, f"dropout must be from 0 to below 1: got {self.dropout}")
-        _require(
-            self.remat in REMATERIALISATION,
-            f"remat must be one of {', '.join(REMATERIALISATION)}: got {self.remat!r}",
-        )
+        check_settings(self)
 
 
 @dataclass(frozen=True)

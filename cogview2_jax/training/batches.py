@@ -1,11 +1,10 @@
 """Rows of records → what each network is trained on: the random choices of a batch, on the host.
 
-All that is random comes from one generator for the whole batch, drawn alike in every process, of
-which each process uses its own rows. So a batch does not depend on how many processes make it.
+Every process draws the whole batch's random numbers and keeps its rows. So a batch does not depend
+on how many processes make it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,30 +15,7 @@ from cogview2_jax.data.records import RecordLayout, english_texts, text_spans
 from cogview2_jax.networks import inputs
 from cogview2_jax.training import coglm_samples
 from cogview2_jax.training.coglm_samples import Choices, TrainingSample
-
-
-@dataclass(frozen=True)
-class Mix:
-    """CogLM's three tasks. Of all samples, `text_ratio` are masked spans of pure text; of the
-    others, `caption_ratio` are captioning with masked patches (published: 0.3), the rest generate.
-
-    `to_border` lets patches reach the last row and column, and `predict_end` teaches where a
-    caption ends; the published code does neither. `num_patches` None: as many as cover 0.8 of the
-    grid.
-    """
-
-    caption_ratio: float = 0.3
-    text_ratio: float = 0.05
-    patch_size: int = 4
-    num_patches: int | None = None
-    to_border: bool = True
-    predict_end: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("caption_ratio", "text_ratio"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be from 0 to 1: got {value}")
+from cogview2_jax.training.options import CogLMOptions
 
 
 class Rows(NamedTuple):
@@ -99,7 +75,7 @@ def coglm(
     num_records: int,
     config: CogLMConfig,
     first_chinese: int,
-    mix: Mix,
+    tasks: CogLMOptions,
 ) -> TrainingSample:
     """A batch of the three tasks. Pure text is made of the captions of the first `num_records` of
     `records`, one after another.
@@ -108,24 +84,24 @@ def coglm(
     assert layout is not None  # `reading.tokens` has refused pictures
     length = layout.text_slots + 1 + config.num_image_tokens
     own = rows.records[:, :length]
-    is_prose = rng.random(rows.batch_size) < mix.text_ratio
+    is_prose = rng.random(rows.batch_size) < tasks.text_ratio
     seeds = rng.integers(2**63, size=rows.batch_size)
     choices = coglm_samples.draw_choices(
         rng,
         rows.batch_size,
         config,
-        caption_ratio=mix.caption_ratio,
-        patch_size=mix.patch_size,
-        num_patches=mix.num_patches,
-        to_border=mix.to_border,
+        caption_ratio=tasks.caption_ratio,
+        patch_size=tasks.patch_size,
+        num_patches=tasks.num_patches,
+        to_border=tasks.to_border,
     )
     made = coglm_samples.mixed_samples(
         own,
         english_texts(own, config, first_chinese),
         Choices(*map(rows.of, choices)),
         config,
-        patch_size=mix.patch_size,
-        predict_end=mix.predict_end,
+        patch_size=tasks.patch_size,
+        predict_end=tasks.predict_end,
     )
     for row in np.flatnonzero(rows.of(is_prose)):
         row_rng = np.random.default_rng(rows.of(seeds)[row])

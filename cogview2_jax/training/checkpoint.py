@@ -143,6 +143,15 @@ def read_settings(manager: ocp.CheckpointManager, step: int) -> Settings:
         return settings
 
 
+def begun_settings(folder: Path) -> Settings | None:
+    """The settings of the run in `folder`, or None where there is no checkpoint yet."""
+    if not (folder / "checkpoints").is_dir():
+        return None
+    with open_folder(folder / "checkpoints") as manager:
+        step = manager.latest_step()
+        return None if step is None else read_settings(manager, step)
+
+
 def first_difference(there: Any, asked: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """Where two JSON values differ: the name of the place, and both values."""
     if isinstance(there, dict) and isinstance(asked, dict):

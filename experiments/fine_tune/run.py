@@ -5,9 +5,9 @@
         --grid experiments/fine_tune/grid.png
 
 The pictures are close-ups: one object, twice as large as any that the training saw. A tenth of them
-is held out. Counted is how much of its picture an object fills, before and after, for prompts that
-say nothing of its size. Everything is under --work, where the commands leave it; run again, they go
-on.
+is kept to validate with. Counted is how much of its picture an object fills, before and after, for
+prompts that say nothing of its size. Everything is under --work, where the commands leave it; run
+again, they go on.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ SIDE = 96  # pixels of 192 that a close-up shows
 SHOWN = ("red circle", "green star", "purple heart", "yellow square")
 SHAPES = ("circle", "square", "star", "heart")
 PREPARE = "data prepare photos/captions.jsonl --allow-unknown --out records"
-TRAIN = "train coglm records --steps {steps} --held-out 0.1 --out run"
+TRAIN = "train coglm records --steps {steps} --validation 0.1 --out run"
 GENERATE = 'generate --bundle run/model "a red circle"'
 
 
@@ -63,8 +63,8 @@ def cogview2(command: str, folder: Path) -> None:
         raise click.ClickException(f"`cogview2 {command}` failed in {folder}")
 
 
-def held_out(folder: Path) -> list[dict[str, Any]]:
-    """The held-out figures of a run, by step."""
+def validation(folder: Path) -> list[dict[str, Any]]:
+    """The validation figures of a run, by step."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if "validation_loss" in line]
 
@@ -95,13 +95,13 @@ def main(
     make_photos(work / "photos", number)
     for command in (PREPARE, TRAIN.format(steps=steps), GENERATE):
         cogview2(command, work)
-    found = held_out(work / "run")
+    found = validation(work / "run")
     before, filled_before = draw(cogview2_jax.load())
     after, filled_after = draw(cogview2_jax.load(work / "run" / "model"))
     results = {
         "pictures": number,
         "steps": steps,
-        "held_out_loss": [found[0]["validation_loss"], found[-1]["validation_loss"]],
+        "validation_loss": [found[0]["validation_loss"], found[-1]["validation_loss"]],
         "filled": [filled_before, filled_after],
     }
     click.echo(json.dumps(results))

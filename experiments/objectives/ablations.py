@@ -1,5 +1,5 @@
 """Each choice of the training against doing without it: the same data, steps and seeds, judged on
-the same held-out records.
+the same validation records.
 """
 
 import dataclasses
@@ -12,10 +12,20 @@ import numpy as np
 
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.data.sources import Scenes
-from cogview2_jax.training import recipes
-from cogview2_jax.training.batches import Mix
 from cogview2_jax.training.codebook import codebook_revision
-from cogview2_jax.training.recipes import Options, Task
+from cogview2_jax.training.coglm import coglm_task
+from cogview2_jax.training.options import (
+    CogLMOptions,
+    DirectSROptions,
+    IterativeSROptions,
+    LoopOptions,
+    Options,
+    TokenizerOptions,
+)
+from cogview2_jax.training.run import run as run_task
+from cogview2_jax.training.super_resolution import direct_sr_task, iterative_sr_task
+from cogview2_jax.training.task import Task
+from cogview2_jax.training.tokenizer import tokenizer_task
 from experiments.objectives import figures, overfit
 from experiments.scenes import prepared
 
@@ -27,7 +37,7 @@ class Size:
     scenes: int
     fine_scenes: int
     small_scenes: int
-    held_out: float
+    validation: float
     layers: int
     width: int
     mix_steps: int
@@ -43,7 +53,7 @@ QUICK = Size(64, 32, 32, 0.3, 2, 64, 20, 3, 10, 12, channels=16, codes=128)
 
 
 class Ablation(NamedTuple):
-    """`full` is expected to have the lower held-out `figure`."""
+    """`full` is expected to have the lower validation `figure`."""
 
     question: str
     full: str
@@ -62,27 +72,31 @@ def ablations(bundle: Bundle, size: Size, work: Path) -> dict[str, Ablation]:
             num_steps=steps,
             batch_size=batch_size,
             seed=seed,
-            held_out=size.held_out,
+            validation=size.validation,
         )
 
     def mix(seed: int) -> tuple[Task, Task, Options]:
         records = prepared.tokens(work / "records", bundle, Scenes(size.scenes), fine=False)
         chosen = options(seed, size.mix_steps, 32)
 
-        def task(mix: Mix) -> Task:
-            return recipes.coglm_task(small, records, chosen, mix=mix, start="nothing")
+        def task(**tasks: Any) -> Task:
+            return coglm_task(small, records, chosen, CogLMOptions("nothing", **tasks))
 
         # Both are judged on as many samples of captioning as of generation.
-        judged = task(Mix(caption_ratio=0.5, text_ratio=0.0)).read_held_out
-        full, without = task(Mix()), task(Mix(caption_ratio=0.0, text_ratio=0.0))
-        return full._replace(read_held_out=judged), without._replace(read_held_out=judged), chosen
+        judged = task(caption_ratio=0.5, text_ratio=0.0).read_validation
+        full, without = task(), task(caption_ratio=0.0, text_ratio=0.0)
+        return (
+            full._replace(read_validation=judged),
+            without._replace(read_validation=judged),
+            chosen,
+        )
 
     def direct(seed: int) -> tuple[Task, Task, Options]:
         records = prepared.tokens(work / "fine_records", bundle, Scenes(size.fine_scenes))
         chosen = options(seed, size.direct_steps, 8)
 
         def task(start: str) -> Task:
-            return recipes.direct_sr_task(bundle, records, chosen, start=start)
+            return direct_sr_task(bundle, records, chosen, DirectSROptions(start))
 
         return task("coglm"), task("nothing"), chosen
 
@@ -90,7 +104,7 @@ def ablations(bundle: Bundle, size: Size, work: Path) -> dict[str, Ablation]:
         fresh = overfit.with_small_grid(small)
         records = prepared.tokens(work / "small_records", fresh, Scenes(size.small_scenes))
         chosen = options(seed, size.iterative_steps, 16)
-        full = recipes.iterative_sr_task(fresh, records, chosen, start="nothing")
+        full = iterative_sr_task(fresh, records, chosen, IterativeSROptions("nothing"))
         return full, full._replace(read=scattered(full.read, seed)), chosen
 
     def tokenizer(seed: int) -> tuple[Task, Task, Options]:
@@ -99,10 +113,9 @@ def ablations(bundle: Bundle, size: Size, work: Path) -> dict[str, Ablation]:
         config = overfit.small_tokenizer(bundle.tokenizer_config, size.channels, size.codes)
         fresh = bundle._replace(tokenizer_config=config)
 
-        def task(place_at: float) -> Task:
-            return recipes.tokenizer_task(
-                fresh, pictures, chosen, side=overfit.SIDE, start="nothing", place_at=place_at
-            )
+        def task(settle: float) -> Task:
+            own = TokenizerOptions("nothing", side=overfit.SIDE, settle=settle)
+            return tokenizer_task(fresh, pictures, chosen, own)
 
         alone = codebook_revision()
         return task(0.1), task(0.0)._replace(before_step=None, revise=alone), chosen
@@ -157,15 +170,16 @@ def scattered(read: Callable[[int], Any], seed: int) -> Callable[[int], Any]:
 
 
 def run(name: str, ablation: Ablation, seeds: int, work: Path) -> dict[str, Any]:
-    """Train both sides with each seed: their held-out figures, one dictionary a seed."""
+    """Train both sides with each seed: their validation figures, one dictionary a seed."""
     found: dict[str, Any] = {ablation.full: [], ablation.without: []}
     for seed in range(seeds):
         full, without, options = ablation.tasks(seed)
         for side, task in ((ablation.full, full), (ablation.without, without)):
             folder = work / f"{name}_{figures.slug(side)}_{seed}"
-            # One save, at the end: held-out figures are of then.
-            recipes.run(task, options, folder, log_every=10, save_every=options.num_steps, keep=1)
-            found[side].append(_summed(figures.held_out(folder)))
+            # One save, at the end: validation figures are of then.
+            loop = LoopOptions(save_every=options.num_steps, keep=1, log_every=10)
+            run_task(task, options, folder, loop)
+            found[side].append(_summed(figures.validation(folder)))
     return found
 
 

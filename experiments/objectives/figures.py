@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cogview2_jax.training import recipes
-from cogview2_jax.training.recipes import Options, Task
+from cogview2_jax.training.options import LoopOptions, Options
+from cogview2_jax.training.run import run
+from cogview2_jax.training.task import Task
 
 
 class Curve(NamedTuple):
@@ -26,7 +27,7 @@ def slug(name: str) -> str:
 
 def train(task: Task, options: Options, folder: Path) -> Curve:
     """Train as `cogview2 train` does, or go on, or only read what was done."""
-    recipes.run(task, options, folder, log_every=1, save_every=100, keep=1)
+    run(task, options, folder, LoopOptions(save_every=100, keep=1, log_every=1))
     lines = [line for line in read(folder) if "loss" in line]
     return Curve([line["step"] for line in lines], [line["loss"] for line in lines])
 
@@ -35,8 +36,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def held_out(folder: Path) -> dict[str, float]:
-    """The last held-out figures of a run."""
+def validation(folder: Path) -> dict[str, float]:
+    """The last validation figures of a run."""
     last = [line for line in read(folder) if "validation_loss" in line][-1]
     return {
         name.removeprefix("validation_"): round(value, 4)

@@ -17,9 +17,17 @@ from cogview2_jax.config import (
     TransformerConfig,
 )
 from cogview2_jax.data.sources import Scenes
-from cogview2_jax.training import recipes
-from cogview2_jax.training.batches import Mix
-from cogview2_jax.training.recipes import Options, Task
+from cogview2_jax.training.coglm import coglm_task
+from cogview2_jax.training.options import (
+    CogLMOptions,
+    DirectSROptions,
+    IterativeSROptions,
+    Options,
+    TokenizerOptions,
+)
+from cogview2_jax.training.super_resolution import direct_sr_task, iterative_sr_task
+from cogview2_jax.training.task import Task
+from cogview2_jax.training.tokenizer import tokenizer_task
 from experiments.objectives import figures
 from experiments.scenes import prepared
 
@@ -44,10 +52,10 @@ MUON = Options(optimizer="muon", learning_rate=0.02, weight_decay=0.0)
 SIDE = 32  # of the tokenizer's crops, in pixels
 # Of CogLM, each task alone and all three; enough text that a batch of 32 has some of it.
 MIXES = {
-    "CogLM, generation": Mix(caption_ratio=0.0, text_ratio=0.0),
-    "CogLM, captioning and patches": Mix(caption_ratio=1.0, text_ratio=0.0),
-    "CogLM, masked text": Mix(caption_ratio=0.0, text_ratio=1.0),
-    "CogLM, all three": Mix(caption_ratio=0.4, text_ratio=0.2),
+    "CogLM, generation": CogLMOptions("nothing", caption_ratio=0.0, text_ratio=0.0),
+    "CogLM, captioning and patches": CogLMOptions("nothing", caption_ratio=1.0, text_ratio=0.0),
+    "CogLM, masked text": CogLMOptions("nothing", caption_ratio=0.0, text_ratio=1.0),
+    "CogLM, all three": CogLMOptions("nothing", caption_ratio=0.4, text_ratio=0.2),
 }
 
 
@@ -112,23 +120,22 @@ def runs(bundle: Bundle, size: Size, work: Path) -> dict[str, Callable[[], figur
         longer = dataclasses.replace(options, num_steps=size.tokenizer_steps)
         pictures = prepared.pictures(work / "pictures", Scenes(scenes))
         config = small_tokenizer(bundle.tokenizer_config, size.channels, size.codes)
-        task = recipes.tokenizer_task(
-            bundle._replace(tokenizer_config=config), pictures, longer, side=SIDE, start="nothing"
-        )
+        own = TokenizerOptions(side=SIDE, start="nothing")
+        small = bundle._replace(tokenizer_config=config)
+        task = tokenizer_task(small, pictures, longer, own)
         return figures.train(fixed(task), longer, work / "tokenizer")
 
-    def coglm(mix: Mix) -> Callable[[], Task]:
-        return lambda: recipes.coglm_task(
-            coarse, coarse_records(), options, mix=mix, start="nothing"
-        )
+    def coglm(own: CogLMOptions) -> Callable[[], Task]:
+        return lambda: coglm_task(coarse, coarse_records(), options, own)
 
     found = {"image tokenizer": tokenizer}
     found |= {name: transformer(name, coglm(mix)) for name, mix in MIXES.items()}
     found["direct SR"] = transformer(
-        "direct SR", lambda: recipes.direct_sr_task(fine, fine_records(), options, start="nothing")
+        "direct SR",
+        lambda: direct_sr_task(fine, fine_records(), options, DirectSROptions("nothing")),
     )
     found["iterative SR"] = transformer(
         "iterative SR",
-        lambda: recipes.iterative_sr_task(fine, fine_records(), options, start="nothing"),
+        lambda: iterative_sr_task(fine, fine_records(), options, IterativeSROptions("nothing")),
     )
     return found

@@ -35,10 +35,10 @@ from cogview2_jax.config import (
     TransformerConfig,
 )
 from cogview2_jax.networks import coglm, direct_sr, inputs
-from cogview2_jax.sharding import Sharding, make_mesh
+from cogview2_jax.sharding import Execution, Sharding, make_mesh
 from cogview2_jax.training import metrics
 from cogview2_jax.training.coglm_samples import TrainingSample
-from cogview2_jax.training.losses import direct_sr_loss
+from cogview2_jax.training.losses import coglm_loss, direct_sr_loss
 from cogview2_jax.training.step import (
     TrainState,
     adamw,
@@ -122,20 +122,18 @@ def batch_of(network: Network, size: int) -> Any:
 def loss_of(network: Network, sharding: Sharding | None) -> Any:
     how: dict[str, Any] = {
         "config": network.config,
-        "precision": PRECISION,
-        "training": TRAINING,
-        "sharding": sharding,
+        "execution": Execution(PRECISION, TRAINING, sharding),
     }
 
-    def coglm_loss(params: Any, batch: Any, key: Any) -> Any:
+    def base_loss(params: Any, batch: Any, key: Any) -> Any:
         return *coglm_loss(params, batch, **how), ()
 
     def direct_loss(params: Any, batch: Any, key: Any) -> Any:
         text, is_text, coarse, fine, weights = batch
-        layout = inputs.direct_super_resolution(text, is_text, coarse, network.config)
-        return *direct_sr_loss(params, layout, fine, weights, **how), ()
+        given = inputs.direct_super_resolution(text, is_text, coarse, network.config)
+        return *direct_sr_loss(params, given, fine, weights, **how), ()
 
-    return coglm_loss if isinstance(network.config, CogLMConfig) else direct_loss
+    return base_loss if isinstance(network.config, CogLMConfig) else direct_loss
 
 
 def plan(network: Network, sharding: Sharding) -> Planned:
@@ -153,7 +151,7 @@ def plan(network: Network, sharding: Sharding) -> Planned:
 
     params = jax.tree.map(lying, shapes, sharding.of_tree(shapes, axes))
     state = jax.eval_shape(state_of, params)
-    layout = state_shardings(state, params, sharding)
+    shardings = state_shardings(state, params, sharding)
     size = network.samples * sharding.parts("batch")
     batch = batch_of(network, size)
     step = make_step(
@@ -161,13 +159,14 @@ def plan(network: Network, sharding: Sharding) -> Planned:
         optimizer,
         precision=PRECISION,
         sharding=sharding,
-        shardings=layout,
+        shardings=shardings,
     )
     rows = sharding.named("batch")
     # Local attention asks the default device which kernels to take.
     with jax.default_device(sharding.mesh.devices.flat[0]):
         lowered = step.lower(
-            jax.tree.map(lying, state, layout), jax.tree.map(lambda leaf: lying(leaf, rows), batch)
+            jax.tree.map(lying, state, shardings),
+            jax.tree.map(lambda leaf: lying(leaf, rows), batch),
         )
     return Planned(
         lowered.compile(),

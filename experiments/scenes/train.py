@@ -30,10 +30,21 @@ from cogview2_jax.networks import inputs
 from cogview2_jax.pipeline import stages
 from cogview2_jax.tokenizer import text
 from cogview2_jax.tokenizer.clusters import cluster_codebook
-from cogview2_jax.training import recipes
-from cogview2_jax.training.batches import FineSample, Mix
+from cogview2_jax.training.batches import FineSample
+from cogview2_jax.training.coglm import coglm_task
 from cogview2_jax.training.loop import keep_freed_memory
-from cogview2_jax.training.recipes import Options, Task
+from cogview2_jax.training.options import (
+    CogLMOptions,
+    DirectSROptions,
+    IterativeSROptions,
+    LoopOptions,
+    Options,
+    TokenizerOptions,
+)
+from cogview2_jax.training.run import run as run_task
+from cogview2_jax.training.super_resolution import direct_sr_task, iterative_sr_task
+from cogview2_jax.training.task import Task
+from cogview2_jax.training.tokenizer import tokenizer_task
 from experiments.scenes import inputs as scene_inputs
 from experiments.scenes import perceptual, prepared, presets
 
@@ -89,7 +100,7 @@ def train(work: Path, share: float = 1.0) -> Bundle:
     ) -> Any:
         fewer = dataclasses.replace(options, num_steps=part(options.num_steps))
         made = task(*given, fewer, **also)
-        return recipes.run(made, fewer, work / name, save_every=100)
+        return run_task(made, fewer, work / name, LoopOptions(save_every=100))
 
     def records(source: Source, bundle: Bundle, name: str, *, fine: bool = False) -> Path:
         return prepared.tokens(work / name, bundle, source, fine=fine, workers=2)
@@ -98,63 +109,53 @@ def train(work: Path, share: float = 1.0) -> Bundle:
     cuts = prepared.pictures(work / "cuts", scene_inputs.Cuts(part(NUM_CUTS)))
     tokenizer = functools.partial(
         run,
-        recipes.tokenizer_task,
-        side=presets.COARSE_PIXELS,
-        flip=False,
-        decay=0.97,
-        commitment=0.5,
+        tokenizer_task,
         pixel_weights=_pixel_weights,
         perceptual=functools.partial(perceptual.distance, _percept(work, part(500))),
         perceptual_weight=0.5,
     )
-    params = tokenizer(
-        bundle,
-        cuts,
-        options=TOKENIZER,
-        name="tokenizer",
-        strides=(MAIN_STRIDE,),
-        start="nothing",
-    )
+    own = TokenizerOptions(side=presets.COARSE_PIXELS, decay=0.97, commitment=0.5)
+    main = dataclasses.replace(own, strides=(MAIN_STRIDE,), start="nothing")
+    params = tokenizer(bundle, cuts, options=TOKENIZER, name="tokenizer", own=main)
     bundle = bundle._replace(tokenizer=params)
-    params = tokenizer(
-        bundle,
-        cuts,
-        options=OTHER_STRIDES,
-        name="other_strides",
-        strides=[s for s in presets.TOKENIZER.strides if s != MAIN_STRIDE],
-        keep_others=True,
-    )
+    others = tuple(stride for stride in presets.TOKENIZER.strides if stride != MAIN_STRIDE)
+    rest = dataclasses.replace(own, strides=others, keep_others=True)
+    params = tokenizer(bundle, cuts, options=OTHER_STRIDES, name="other_strides", own=rest)
     labels = cluster_codebook(np.asarray(params["codebook"]), presets.NUM_CLUSTERS)
     bundle = bundle._replace(tokenizer=params, cluster_labels=labels)
 
     # What "above" and "left of" mean. With both orders of naming two objects equally likely,
     # neither the order nor the word tells anything by itself, and 3,000 steps taught nothing of the
     # two together. So at first the object further up or left is always named first.
-    coglm = functools.partial(run, recipes.coglm_task, mix=Mix(patch_size=4, num_patches=3))
+    tasks = CogLMOptions(patch_size=4, num_patches=3)
+    coglm = functools.partial(run, coglm_task)
     in_order = records(scene_inputs.InOrder(part(NUM_SCENES)), bundle, "records_in_order")
-    params = coglm(bundle, in_order, options=IN_ORDER, name="coglm_in_order", start="nothing")
+    from_zero = dataclasses.replace(tasks, start="nothing")
+    params = coglm(bundle, in_order, options=IN_ORDER, name="coglm_in_order", own=from_zero)
     bundle = bundle._replace(coglm=params)
     both = records(Scenes(part(NUM_SCENES)), bundle, "records_both")
-    bundle = bundle._replace(coglm=coglm(bundle, both, options=BOTH_ORDERS, name="coglm"))
+    bundle = bundle._replace(
+        coglm=coglm(bundle, both, options=BOTH_ORDERS, name="coglm", own=tasks)
+    )
 
     number = part(NUM_FINE)
     fine = records(Scenes(number), bundle, "records_fine", fine=True)
     repainted = _coarse(records(scene_inputs.Repainted(number), bundle, "records_repainted"))
     weights = _cell_weights(work / "cell_weights.npy", number)
 
-    def direct_task(*given: Any, **also: Any) -> Task:
-        task = recipes.direct_sr_task(*given, **also)
+    def direct_task(bundle: Bundle, records: Path, options: Options) -> Task:
+        task = direct_sr_task(bundle, records, options, DirectSROptions("coglm"))
         return _of_scenes(task, weights, repainted, REPAINTED_SHARE)
 
-    params = run(direct_task, bundle, fine, options=DIRECT, name="direct", start="coglm")
+    params = run(direct_task, bundle, fine, options=DIRECT, name="direct")
     bundle = bundle._replace(direct=params)
     drafts = _drafts(work / "drafts.npy", bundle, fine, repainted)
 
-    def iterative_task(*given: Any, **also: Any) -> Task:
-        task = recipes.iterative_sr_task(*given, **also)
+    def iterative_task(bundle: Bundle, records: Path, options: Options) -> Task:
+        task = iterative_sr_task(bundle, records, options, IterativeSROptions("coglm"))
         return _of_scenes(task, weights, drafts, DRAFTED_SHARE)
 
-    params = run(iterative_task, bundle, fine, options=ITERATIVE, name="iterative", start="coglm")
+    params = run(iterative_task, bundle, fine, options=ITERATIVE, name="iterative")
     return bundle._replace(iterative=params)
 
 
@@ -247,7 +248,7 @@ def _drafts(
         config = bundle.direct_config
         anchors = inputs.lopar_order(bundle.iterative_config).reshape(-1) < 1
         options = Options(1, batch_size)
-        task = recipes.direct_sr_task(bundle, fine, options)
+        task = direct_sr_task(bundle, fine, options)
         number = len(reading.Records(fine))
         made = np.full((number, config.num_image_tokens), -1, np.int32)
         rng = np.random.default_rng(76)

@@ -26,9 +26,11 @@ from tqdm import tqdm
 
 from cogview2_jax import bundle as bundles
 from cogview2_jax.data.sources import Scenes
-from cogview2_jax.training import metrics, recipes
+from cogview2_jax.training import metrics
+from cogview2_jax.training.coglm import coglm_task
 from cogview2_jax.training.loop import keep_freed_memory
-from cogview2_jax.training.recipes import Options, Task
+from cogview2_jax.training.options import CogLMOptions, LoopOptions, Options
+from cogview2_jax.training.run import run as run_task
 from cogview2_jax.training.step import (
     TrainState,
     adamw,
@@ -37,6 +39,7 @@ from cogview2_jax.training.step import (
     make_step,
     warmup_cosine,
 )
+from cogview2_jax.training.task import Task
 from experiments.local_attention.report import device_name
 from experiments.scenes import prepared
 from experiments.step_time import bare
@@ -142,11 +145,11 @@ class Compilations:
 def compare(bundle: bundles.Bundle, records: Path, batch_size: int, repeats: int) -> dict[str, Any]:
     """The recipe's CogLM step and the bare one, on the same batches, in turn."""
     options = Options(num_steps=1000, batch_size=batch_size)
-    task = recipes.coglm_task(bundle, records, options, start="nothing")
+    task = coglm_task(bundle, records, options, CogLMOptions("nothing"))
     schedule = warmup_cosine(options.learning_rate, options.num_steps, 100)
 
     optimizer = adamw(schedule, weight_decay=options.weight_decay, clip=options.clip)
-    ours = make_step(task.loss, optimizer, precision=options.precision)
+    ours = make_step(task.loss, optimizer, precision=task.execution.precision)
     params = init_params(task.init, jax.random.key(0), task.axes)
     state = init_state(params, optimizer)
     sizes = {"ours": count(params)}
@@ -200,7 +203,7 @@ def compare(bundle: bundles.Bundle, records: Path, batch_size: int, repeats: int
 
 
 def compiled_in_the_loop(task: Task, options: Options, steps: int = 6) -> int:
-    """What `recipes.run` compiles from its second step to its last one, logging each."""
+    """What `training.run.run` compiles from its second step to its last one, logging each."""
     compilations = Compilations()
     numbers: list[int] = []
 
@@ -210,7 +213,9 @@ def compiled_in_the_loop(task: Task, options: Options, steps: int = 6) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         few = Options(num_steps=steps, batch_size=options.batch_size)
-        recipes.run(task._replace(before_step=before_step), few, Path(folder), log_every=1)
+        run_task(
+            task._replace(before_step=before_step), few, Path(folder), LoopOptions(log_every=1)
+        )
     # Before step 3, step 1 has been logged; what logging compiles is no training step's.
     return numbers[-1] - numbers[2]
 

@@ -11,7 +11,7 @@ from cogview2_jax import bundle as bundles
 def test_train_writes_a_model_and_goes_on(run, tiny, tiny_folder, records, tmp_path):
     out = tmp_path / "run"
     command = ("train", "coglm", records, "--bundle", tiny_folder, "--out", out, "--patch-size", 2)
-    options = ("--batch-size", 2, "--held-out", 0.25, "--text-ratio", 0, "--log-every", 1)
+    options = ("--batch-size", 2, "--validation", 0.25, "--text-ratio", 0, "--log-every", 1)
     code, said, _ = run(*command, *options, "--steps", 2)
     assert (code, said) == (0, f"{out / 'model'}\n")
     made = bundles.load(out / "model")
@@ -30,14 +30,17 @@ def test_train_writes_a_model_and_goes_on(run, tiny, tiny_folder, records, tmp_p
     ("arguments", "message"),
     [
         (
-            ("coglm", "{records}", "--held-out", 0.3, "--text-ratio", 0),
+            ("coglm", "{records}", "--validation", 0.3, "--text-ratio", 0),
             "at most the number of records, 3",
         ),
         (("coglm", "{records}", "--accumulate", 3), "accumulate must divide batch_size 16: got 3"),
         (("coglm", "no such folder"), "holds no prepared records"),
         (("coglm", "{records}", "--fsdp", 2), "need several devices: there is one"),
         (("coglm", "{records}", "--start", "coglm"), "'coglm' is not one of 'model', 'nothing'"),
-        (("coglm", "{records}", "--coordinator", "a:1"), "--processes and --process go together"),
+        (
+            ("coglm", "{records}", "--coordinator", "a:1"),
+            "coordinator, processes and process go together",
+        ),
         (("coglm", "{records}", "--dropout", 1), "1.0 is not in the range"),
         (("direct-sr", "{records}", "--batch-size", 4), "no picture of 144 tokens: prepare them"),
         (("tokenizer", "{records}"), "holds tokens, not pictures"),

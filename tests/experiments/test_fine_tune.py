@@ -19,12 +19,12 @@ def test_close_ups_are_larger_than_any_scene(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_fine_tuning_lowers_the_held_out_loss(tmp_path):
+def test_fine_tuning_lowers_the_validation_loss(tmp_path):
     arguments = ["--work", tmp_path / "work", "--pictures", 160, "--steps", 20]
     files = ["--json", tmp_path / "results.json", "--grid", tmp_path / "grid.png"]
     done = CliRunner().invoke(run.main, [str(word) for word in (*arguments, *files)])
     assert done.exit_code == 0, done.output
-    before, after = json.loads((tmp_path / "results.json").read_text())["held_out_loss"]
+    before, after = json.loads((tmp_path / "results.json").read_text())["validation_loss"]
     assert after < 0.8 * before
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.size == (4 * 192, 2 * 192)

@@ -1,0 +1,193 @@
+"""What differs between the networks in training: a `Task`, made by one builder each.
+
+task = coglm_task(bundle, Path("records"), options)
+params = run(task, options, Path("run"))
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cogview2_jax.bundle import Bundle
+from cogview2_jax.config import (
+    CogLMConfig,
+    DirectSRConfig,
+    IterativeSRConfig,
+    TransformerConfig,
+)
+from cogview2_jax.data import reading
+from cogview2_jax.data.records import RecordLayout
+from cogview2_jax.sharding import Execution
+from cogview2_jax.training import checkpoint, metrics
+from cogview2_jax.training.batches import Rows
+from cogview2_jax.training.loop import process_rows
+from cogview2_jax.training.losses import Mean, Metrics
+from cogview2_jax.training.options import Options
+from cogview2_jax.training.step import TrainState
+
+Array = jax.Array
+Params = Any
+Loss = Callable[[Params, Any, Array | None], tuple[Mean, Metrics, Any]]
+
+
+class Task(NamedTuple):
+    """A network and what it is trained on.
+
+    Attributes:
+        network: its configuration.
+        axes: names of the parameters' axes, for `sharding`.
+        params: trained parameters to start from, or None for `init(key)`.
+        trained: a tree of bool, which parameters are trained, or None when all are.
+        loss: (params, batch, dropout key or None) → loss, metrics, what `revise` needs.
+        read, read_validation: step → this process's rows of a batch; of the latter there are
+        `validation_batches`.
+        ids_of: step → the numbers of its records.
+        settings: JSON values that every start of a run must agree on.
+        put: (bundle, trained parameters) → the bundle with them.
+        sampler: prompts → a function from parameters to a picture of what they draw.
+        extra, revise: as in `step.make_step`.
+        before_step: as in `loop.fit`.
+    """
+
+    name: str
+    network: Any
+    execution: Execution
+    init: Callable[[Array], Params]
+    axes: Params
+    params: Params | None
+    trained: Params | None
+    loss: Loss
+    read: Callable[[int], Any]
+    read_validation: Callable[[int], Any]
+    validation_batches: int
+    ids_of: Callable[[int], list[int]]
+    tokens_per_sample: int
+    flops_per_sample: float
+    settings: checkpoint.Settings
+    put: Callable[[Bundle, Params], Bundle]
+    sampler: Callable[[Sequence[str]], Callable[[Params], np.ndarray]]
+    extra: Callable[[Params], Any] = lambda params: ()
+    revise: Any = None
+    before_step: Callable[[int, TrainState], TrainState] | None = None
+
+
+class TokenData(NamedTuple):
+    """Token records as a transformer's batches: this process's rows of every step."""
+
+    records: reading.Records
+    layout: RecordLayout
+    num_training: int
+    rows: Callable[[int], Rows]
+    validation_rows: Callable[[int], Rows]
+    validation_batches: int
+    ids_of: Callable[[int], list[int]]
+
+
+def token_data(folder: Path, options: Options, execution: Execution) -> TokenData:
+    """The records in `folder`. Raises ValueError, in one line, where there are none."""
+    part, parts = process_rows(execution.sharding, options.batch_size)
+    tokens = functools.partial(
+        reading.tokens,
+        folder,
+        options.batch_size,
+        seed=options.seed,
+        process_index=part,
+        process_count=parts,
+        held_out=options.validation,
+    )
+    training = tokens()
+    unseen = validation_part(lambda: tokens(validation=True, epochs=1), options)
+    records = reading.Records(folder)
+    layout = records.manifest.layout
+    assert layout is not None  # `reading.tokens` has refused pictures
+    first_row = part * (options.batch_size // parts)
+    return TokenData(
+        records,
+        layout,
+        reading.num_training(records, options.validation),
+        lambda step: Rows(training[step], first_row, options.batch_size),
+        lambda step: Rows(unseen[step], first_row, options.batch_size),
+        len(unseen),
+        functools.partial(record_numbers, folder, options),
+    )
+
+
+def validation_part(made: Callable[[], Any], options: Options, most: int = 16) -> Any:
+    """Up to `most` batches of the validation split; none without one."""
+    if not options.validation:
+        return ()
+    batches = made()
+    return batches[: min(len(batches), most)]
+
+
+def record_numbers(folder: Path, options: Options, step: int) -> list[int]:
+    """Which records a step's batch is made of."""
+    numbers = reading.record_numbers(
+        folder, options.batch_size, step, seed=options.seed, held_out=options.validation
+    )
+    return [int(number) for number in numbers]
+
+
+def transformer_task(
+    name: str,
+    network: CogLMConfig | DirectSRConfig | IterativeSRConfig,
+    data: TokenData,
+    options: Options,
+    sample: Callable[[np.random.Generator, Rows], Any],
+    settings: checkpoint.Settings,
+    **given: Any,
+) -> Task:
+    """The task of a transformer; `sample` turns rows of records into a batch, and `given` are the
+    other fields of `Task`.
+    """
+
+    def read(step: int) -> Any:
+        return sample(np.random.default_rng((options.seed, 0, step)), data.rows(step))
+
+    def read_validation(step: int) -> Any:
+        return sample(np.random.default_rng((options.seed, 1, step)), data.validation_rows(step))
+
+    return Task(
+        name=name,
+        network=network,
+        read=read,
+        read_validation=read_validation,
+        validation_batches=data.validation_batches,
+        ids_of=data.ids_of,
+        flops_per_sample=metrics.flops_per_sample(network),
+        settings={"records": checkpoint.describe(data.records.manifest), **settings},
+        **given,
+    )
+
+
+def starting_params(
+    start: str | None,
+    known: dict[str, Params],
+    from_coglm: Callable[[Params], Params] = lambda params: params,
+) -> tuple[str, Params | None]:
+    """Where training starts, and those parameters; None for fresh ones.
+
+    `known` are the bundle's, empty where it has none. Without a `start` it is the first of them
+    that the bundle has, else "nothing". CogLM's become this network's by `from_coglm`. Raises
+    ValueError for a start that the bundle does not have.
+    """
+    start = start or next((name for name, params in known.items() if params), "nothing")
+    if start == "nothing":
+        return start, None
+    if start not in known:
+        names = ", ".join([*known, "nothing"])
+        raise ValueError(f"start must be one of {names} for this network: got {start!r}")
+    if not known[start]:
+        raise ValueError(f"start {start!r} needs parameters that the model does not hold")
+    return start, from_coglm(known[start]) if start == "coglm" else known[start]
+
+
+def unrolled(sizes: TransformerConfig) -> TransformerConfig:
+    """On a CPU the scan over layers costs a third of a step: unrolled, where that compiles soon."""
+    few = sizes.num_layers <= 8 and jax.default_backend() == "cpu"
+    return dataclasses.replace(sizes, unroll=sizes.num_layers) if few else sizes

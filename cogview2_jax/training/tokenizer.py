@@ -1,0 +1,170 @@
+"""The image tokenizer's training, on crops of pictures."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cogview2_jax.bundle import Bundle
+from cogview2_jax.config import HVQVAEConfig
+from cogview2_jax.data import manifest, reading
+from cogview2_jax.sharding import Execution
+from cogview2_jax.tokenizer import image as image_tokenizer
+from cogview2_jax.tokenizer.clusters import cluster_codebook
+from cogview2_jax.training import checkpoint, metrics, samples
+from cogview2_jax.training.codebook import codebook_revision, init_statistics, place_codebook
+from cogview2_jax.training.loop import process_rows
+from cogview2_jax.training.losses import hvqvae_loss
+from cogview2_jax.training.options import Options, TokenizerOptions
+from cogview2_jax.training.step import TrainState
+from cogview2_jax.training.task import (
+    Params,
+    Task,
+    record_numbers,
+    starting_params,
+    validation_part,
+)
+
+Array = jax.Array
+
+
+def tokenizer_task(
+    bundle: Bundle,
+    pictures: Path,
+    options: Options,
+    own: TokenizerOptions = TokenizerOptions(),
+    execution: Execution = Execution(),
+    *,
+    pixel_weights: Callable[[Array], Array] | None = None,
+    perceptual: Callable[[Array, Array], Array] | None = None,
+    perceptual_weight: float = 1.0,
+) -> Task:
+    """The image tokenizer, from the bundle's own parameters or from nothing.
+
+    What only untrained strides use stays as it is. With `own.keep_others`, all that they use does:
+    their tokens and pictures stay the same, and so does the codebook.
+
+    `pixel_weights` says of crops [b, y, x, 3] in [0, 1] how much each pixel counts, [b, y, x].
+    `perceptual` is a distance of pictures that is added, with its weight. Raises ValueError, in
+    one line, for a folder without pictures.
+    """
+    config = bundle.tokenizer_config
+    strides = _strides(own, config)
+    side = _side(own, strides, config)
+    start, params = starting_params(own.start, {"model": bundle.tokenizer})
+    if own.keep_others and params is None:
+        raise ValueError("keep_others needs a tokenizer that the model does not hold")
+    # From nothing, the step before which the codebook is placed.
+    begin = 0 if params is not None else int(own.settle * options.planned_steps)
+    init = functools.partial(image_tokenizer.init_params, config=config)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    trained = _trained(shapes, strides, own.keep_others, config)
+    part, parts = process_rows(execution.sharding, options.batch_size)
+    crops_of = functools.partial(
+        reading.pictures, pictures, options.batch_size, side, held_out=options.validation
+    )
+    rows = functools.partial(crops_of, seed=options.seed, process_index=part, process_count=parts)
+    crops = rows(flip=own.mirror)
+    unseen = validation_part(lambda: rows(validation=True, epochs=1, flip=False), options, most=4)
+
+    def marked(pixels: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+        # Whether to quantise goes with the batch: it changes no shape, and compiles nothing anew.
+        return pixels, np.full(len(pixels), step >= begin)
+
+    def loss(params: Params, batch: Any, key: Array | None) -> Any:
+        pixels, quantize = batch
+        images = pixels.astype(jnp.float32) / 255
+        return hvqvae_loss(
+            params,
+            images,
+            pixel_weights(images) if pixel_weights else jnp.ones(images.shape[:-1]),
+            strides,
+            config=config,
+            execution=execution,
+            quantize=jnp.all(quantize),
+            commitment=own.commitment,
+            perceptual=perceptual,
+            perceptual_weight=perceptual_weight,
+        )
+
+    def before_step(step: int, state: TrainState) -> TrainState:
+        if params is not None or step != begin:
+            return state
+        # All processes place it on the same crops.
+        fresh = crops_of(seed=options.seed + 1, flip=own.mirror)
+        return place_codebook(state, fresh, strides, config, options.seed)
+
+    revise = codebook_revision(
+        decay=own.decay,
+        begin=begin,
+        revive_every=10,
+        last_revival=int(0.8 * options.planned_steps),
+    )
+    return Task(
+        name="tokenizer",
+        network=config,
+        execution=execution,
+        init=init,
+        axes=jax.tree.map(lambda leaf: (), shapes),
+        params=params,
+        trained=None if all(jax.tree.leaves(trained)) else trained,
+        loss=loss,
+        read=lambda step: marked(crops[step], step),
+        read_validation=lambda step: marked(unseen[step], begin),
+        validation_batches=len(unseen),
+        ids_of=functools.partial(record_numbers, pictures, options),
+        tokens_per_sample=sum((side // stride) ** 2 for stride in strides),
+        flops_per_sample=metrics.tokenizer_flops_per_sample(config, side, strides),
+        settings={
+            "records": checkpoint.describe(manifest.read(pictures)),
+            **checkpoint.describe(own),
+            "start": start,
+            "side": side,
+            "strides": list(strides),
+            "clusters": None,  # of the model, not of the run
+        },
+        put=functools.partial(_put, clusters=own.clusters),
+        sampler=lambda prompts: samples.reconstructions(crops[0][:8], strides, config),
+        extra=lambda params: init_statistics(params["codebook"]),
+        revise=None if own.keep_others else revise,
+        before_step=before_step,
+    )
+
+
+def _strides(own: TokenizerOptions, config: HVQVAEConfig) -> tuple[int, ...]:
+    strides = tuple(sorted(set(own.strides))) or config.strides
+    if not set(strides) <= set(config.strides):
+        raise ValueError(f"strides must be of {config.strides}: got {strides}")
+    return strides
+
+
+def _side(own: TokenizerOptions, strides: tuple[int, ...], config: HVQVAEConfig) -> int:
+    side = 8 * strides[-1] if own.side is None else own.side
+    if side % config.strides[-1]:
+        raise ValueError(f"side must be a multiple of {config.strides[-1]}: got {side}")
+    return side
+
+
+def _trained(
+    shapes: Params, strides: tuple[int, ...], keep_others: bool, config: HVQVAEConfig
+) -> Params:
+    """A tree of bool: what `strides` use, without what the others use if that is to be kept."""
+    used: Params = image_tokenizer.used_by(shapes, strides, config)
+    if keep_others:
+        others = tuple(stride for stride in config.strides if stride not in strides)
+        kept = image_tokenizer.used_by(shapes, others, config)
+        used = jax.tree.map(lambda ours, theirs: ours and not theirs, used, kept)
+    return used
+
+
+def _put(bundle: Bundle, params: Params, clusters: int | None) -> Bundle:
+    """The bundle with this tokenizer, its codebook in `clusters` (default: as many as before)."""
+    codebook = np.asarray(params["codebook"])
+    distinct = len(np.unique(codebook, axis=0))
+    number = clusters or bundle.num_clusters or max(1, min(500, len(codebook) // 16))
+    labels = cluster_codebook(codebook, min(number, distinct))
+    return bundle._replace(tokenizer=params, cluster_labels=labels)
