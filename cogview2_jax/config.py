@@ -9,7 +9,6 @@ code's).
 
 import dataclasses
 import math
-import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -91,17 +90,19 @@ def _require(condition: bool, message: str) -> None:
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """`value` as an int. Raises ValueError unless it is a whole number from `least` on."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number: got {value!r}")
-    _require(value >= least, f"{name} must be at least {least}: got {value}")
+    _require(bool(value >= least), f"{name} must be at least {least}: got {value}")
     return int(value)
 
 
 def check_temperature(name: str, value: Any) -> float:
     """`value` as a float. Raises ValueError unless it is finite and not negative; 0 is greedy."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number: got {value!r}")
-    _require(0 <= value < math.inf, f"{name} must be finite and at least 0 (greedy): got {value}")
+    _require(
+        bool(0 <= value < math.inf), f"{name} must be finite and at least 0 (greedy): got {value}"
+    )
     return float(value)
 
 
@@ -386,8 +387,7 @@ class Sampling:
         )
         for number, top_k in enumerate(self.iterative_top_k):
             check_count(f"iterative_top_k[{number}]", top_k)
-        _require(
-            isinstance(self.text_upweight, numbers.Real) and math.isfinite(self.text_upweight),
-            f"text_upweight must be a finite number: got {self.text_upweight!r}",
-        )
+        upweight: Any = self.text_upweight
+        finite = isinstance(upweight, (int, float, np.number)) and math.isfinite(upweight)
+        _require(finite, f"text_upweight must be a finite number: got {upweight!r}")
         check_count("candidates", self.candidates)

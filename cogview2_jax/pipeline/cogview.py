@@ -1,5 +1,6 @@
 """A bundle with the whole pipeline as methods: strings and pictures in and out."""
 
+import dataclasses
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ from cogview2_jax.tokenizer.pictures import Picture, fit_picture, open_picture
 Array = jax.Array
 _Tree = TypeVar("_Tree")
 
-STRIDE = 8  # pixels per token: the middle one of the tokenizer's three, as published
+STRIDE = settings.STRIDE
 STAGES = tuple(settings.STAGES)
 # Numbers of draws beyond any candidate's, so that no two stages share a key.
 _DIRECT_DRAW, _ITERATIVE_DRAW = 2**32 - 1, 2**32 - 2
@@ -170,7 +171,7 @@ class CogView:
         stage = self._last_stage(stage)
         num_images = check_count("num_images", num_images)
         opened = open_picture(picture)
-        edit = editing.plan(box, (opened.height, opened.width), self._size, config.grid)
+        edit = editing.plan(box, (opened.height, opened.width), self.bundle.direct_config)
         tokens, keys = self._drawing([prompt], key, num_images)
         rows = len(tokens.english)
         ids, is_text = (np.asarray(array)[0] for array in tokens.base)
@@ -261,15 +262,15 @@ class CogView:
 
     @property
     def _size(self) -> tuple[int, int]:
-        rows, columns = self.bundle.direct_config.grid
-        return rows * STRIDE, columns * STRIDE
+        return editing.picture_size(self.bundle.direct_config)
 
     @property
     def _sampling(self) -> dict[str, Any]:
         """What the stages that draw clusters share."""
         return {
             "execution": self.execution,
-            "sampling": self.bundle.sampling,
+            # Static, and the number of candidates is nothing to compile anew for.
+            "sampling": dataclasses.replace(self.bundle.sampling, candidates=1),
             "num_clusters": self.bundle.num_clusters,
         }
 

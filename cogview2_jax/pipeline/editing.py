@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cogview2_jax.config import Grid
+from cogview2_jax.config import DirectSRConfig
+from cogview2_jax.pipeline.settings import STRIDE
 from cogview2_jax.tokenizer.pictures import fit_picture
 
 Box = tuple[float, float, float, float]  # top, left, bottom, right: parts of the picture, 0 to 1
@@ -27,12 +28,16 @@ class Edit(NamedTuple):
     mask: np.ndarray  # bool [y, x], the coarse cells that are drawn anew
 
 
-def plan(box: Box, picture: Grid, model: Grid, grid: Grid) -> Edit:
-    """The crop of a picture around `box`, and the cells of `grid` whose centres the box holds.
+def picture_size(config: DirectSRConfig) -> tuple[int, int]:
+    """Height and width of the pictures that the model draws."""
+    return config.grid[0] * STRIDE, config.grid[1] * STRIDE
 
-    `picture` and `model` are (height, width) in pixels, of the picture and of the model's own
-    pictures. Raises ValueError for a box that is empty, leaves the picture, holds no centre, or is
-    much longer than the picture's shorter side.
+
+def plan(box: Box, picture: tuple[int, int], config: DirectSRConfig) -> Edit:
+    """The crop of a picture around `box`, and its coarse cells whose centres the box holds.
+
+    `picture` is its height and width. Raises ValueError for a box that is empty, leaves the
+    picture, holds no centre, or is much longer than the picture's shorter side.
     """
     try:
         top, left, bottom, right = (float(edge) for edge in box)
@@ -44,6 +49,7 @@ def plan(box: Box, picture: Grid, model: Grid, grid: Grid) -> Edit:
             "box must be (top, left, bottom, right) with 0 <= top < bottom <= 1"
             f" and 0 <= left < right <= 1: got {box}"
         )
+    model, grid = picture_size(config), config.coglm.grid
     edges = (top, bottom), (left, right)
     fits = min(side / ours for side, ours in zip(picture, model, strict=True))
     needed = max(
