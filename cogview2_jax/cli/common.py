@@ -249,9 +249,9 @@ def require_free(
         if not changed:
             return
         name = changed[0]
-        why = f"was made with another {name}"
-        if not isinstance(now[name], (dict, list)):
-            why += f" ({before.get(name)}, now {now[name]})"
+        plain = not isinstance(now[name], (dict, list))
+        was = f" {before.get(name)}, now {now[name]}" if plain else ""
+        why = f"was made with other settings ({name}{was})"
     raise click.ClickException(
         f"{out / (report if report in there else there[0])} {why}: give another --out, or"
         " --overwrite to replace it"

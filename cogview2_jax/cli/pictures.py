@@ -113,10 +113,10 @@ def generate(
     ]
     best_of = common.candidates(folder, candidates)
     description = {
-        "prompts": rows,
-        "grid": grid,
         "seed": seed,
         "num_images": num_images,
+        "prompts": rows,
+        "grid": grid,
         "stage": chosen,
         "candidates": best_of,
     } | common.circumstances(folder, dtype)
@@ -285,9 +285,9 @@ def infill_command(
         "picture": str(picture),
         "picture_sha256": hashlib.sha256(picture.read_bytes()).hexdigest(),
         "box": box,
-        "pictures": files,
         "seed": seed,
         "num_images": num_images,
+        "pictures": files,
         "stage": chosen,
         "candidates": best_of,
     } | common.circumstances(folder, dtype)

@@ -90,7 +90,9 @@ def test_infilling_agrees_with_a_full_pass(tiny, settings, full_pass, draws):
     for pair in (((5, 6, 9, 10), (0,)), ((15,), tuple(range(16)))):
         masks = [np.isin(np.arange(16), cells).reshape(4, 4) for cells in pair]
         made = [inputs.infill(mask, ids, image, config) for mask in masks]
-        layout = inputs.NetworkInput(*(jnp.stack(rows) for rows in zip(*(m[:4] for m in made))))
+        layout = inputs.NetworkInput(
+            *(jnp.stack(rows) for rows in zip(*(m[:4] for m in made), strict=True))
+        )
         slots = np.stack([each.slot_of_cell for each in made])
         drawn = stages.decode_infilling(
             tiny.coglm, layout, slots, keys, tiny.cluster_labels, **settings
