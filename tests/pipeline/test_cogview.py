@@ -15,7 +15,7 @@ from cogview2_jax import bundle as bundles
 from cogview2_jax.pipeline import stages as programs
 from cogview2_jax.pipeline.cogview import STAGES, CogView
 from cogview2_jax.pipeline.prompts import image_keys
-from cogview2_jax.tokenizer.image import to_pixels
+from cogview2_jax.tokenizer.image import to_pixels, to_tokens
 from tests.pipeline.conftest import OTHER, PROMPT
 
 
@@ -192,19 +192,28 @@ def test_a_picture_is_the_same_from_a_file_and_from_memory(cv, tmp_path):
 # --- infill ---------------------------------------------------------------------------------------
 
 
-def test_infilling_a_picture_of_the_models_own_size(cv, stages):
-    """The whole picture passes through the tokenizer; cells outside the box keep their tokens."""
-    picture = stages["full"][0, 0]
-    made = cv.infill(OTHER, picture, (0.5, 0, 1, 1), 2, key=jax.random.key(0))
-    assert made.shape == (2, 96, 96, 3)
-    np.testing.assert_array_equal(
-        made, cv.infill(OTHER, picture, (0.5, 0, 1, 1), 2, key=jax.random.PRNGKey(0))
-    )
-    # Drawn from different keys: the lower half differs, and the upper, out of the reach of the
-    # decoder's convolutions, does not.
-    differ = (made[0] != made[1]).any(-1)
-    assert differ[48:].mean() > 0.5
-    assert not differ[:24].any()
+def test_infilling_a_picture_of_the_models_own_size(cv, tiny, stages, monkeypatch):
+    """All of it passes once through the tokenizer; cells outside the box keep their tokens."""
+    picture, box = stages["full"][0, 0], (0.5, 0, 1, 1)
+    tokens = []
+
+    def pixels(params, ids, **options):
+        tokens.append(np.asarray(ids))
+        return to_pixels(params, ids, **options)
+
+    monkeypatch.setattr("cogview2_jax.tokenizer.image.to_pixels", pixels)
+    made = cv.infill(OTHER, picture, box, 2, key=jax.random.key(0))
+    again = cv.infill(OTHER, picture, box, 2, key=jax.random.PRNGKey(0))
+    np.testing.assert_array_equal(made, again)
+    config = tiny.tokenizer_config
+    kept = to_tokens(tiny.tokenizer, picture[None], stride=8, config=config)
+    fine = tokens[0].reshape(2, 12, 12)
+    before = np.asarray(kept).reshape(12, 12)
+    np.testing.assert_array_equal(fine[:, :6], np.stack([before[:6]] * 2))
+    # Drawn from 64 codes: few are what they were, or what the other picture has.
+    assert (fine[:, 6:] != before[6:]).mean() > 0.5 and (fine[0, 6:] != fine[1, 6:]).mean() > 0.5
+    drawn = to_pixels(tiny.tokenizer, tokens[0], grid=(12, 12), stride=8, config=config)
+    np.testing.assert_array_equal(made, drawn)
 
 
 SHAPES = {

@@ -47,9 +47,6 @@ def test_bfloat16_draws_nearly_the_same(cv, stages, tiny, tiny_folder):
         for one in (cv, rounded)
     )
     assert (exact == near).mean() > 0.9
-    scores = [one.rank(PROMPT, stages["full"][0])[1] for one in (cv, rounded)]
-    # Means of some ten log-likelihoods near −4, each off by less than 2^-7 of itself.
-    np.testing.assert_allclose(*scores, rtol=0, atol=0.05)
 
 
 def programs_input(cv):
