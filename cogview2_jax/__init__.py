@@ -31,7 +31,7 @@ def load(
     A model may lack networks that are still to be trained: it does what it can with those it has.
     `execution` says how to compute, by default in float32 on one device; in bfloat16, or on a mesh:
 
-        half = Execution(Precision(jnp.bfloat16, jnp.bfloat16))
+        half = Execution(Precision("bfloat16", "bfloat16"))
         cut = Execution(sharding=Sharding(make_mesh(tensor=2)))
 
     Raises FileNotFoundError or ValueError, in one line, for a missing or damaged bundle.

@@ -191,7 +191,7 @@ def place(bundle: Bundle, execution: Execution) -> Bundle:
         tree: Params = getattr(bundle, name)
         if not tree:
             return tree
-        dtype = execution.precision.params if name in axes_of else np.float32
+        dtype = jax.numpy.dtype(execution.precision.params if name in axes_of else "float32")
         # On the host where it can be: on the device, each shape would compile a program.
         tree = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype != dtype else leaf, tree)
         if sharding is None:
@@ -258,18 +258,39 @@ def read_description(folder: Path) -> Description:
         raise ValueError(f"{file} is damaged (not JSON: {one_line(error)}): {ADVICE}") from error
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{file} is not the configuration of a bundle: {ADVICE}")
+    _add_text_facts(content, folder)
     return parse_description(content, file)
+
+
+def _add_text_facts(content: dict[str, Any], folder: Path) -> None:
+    """Vocabularies of version 0.1 lack `first_chinese` and `as_published`: add them.
+
+    The text model is read for it, which takes a moment. A field that is not an object is left for
+    `parse_description` to refuse.
+    """
+    for path in ("coglm_config",), ("direct_config", "coglm"), ("iterative_config",):
+        found: Any = content
+        for name in (*path, "vocabulary"):
+            found = found.get(name) if isinstance(found, dict) else None
+        if not isinstance(found, dict) or not isinstance(found.get("num_image"), int):
+            continue
+        if found.keys().isdisjoint(("first_chinese", "as_published")):
+            made = text.vocabulary_for(_read_text_model(folder), found["num_image"])
+            found |= {"first_chinese": made.first_chinese, "as_published": made.as_published}
 
 
 def read_text_model(folder: Path, description: Description) -> spm.SentencePieceProcessor:
     """text.model of the bundle at `folder`, checked with the vocabulary. Raises as `load` does."""
-    file = _file(folder, TEXT_MODEL)
+    model = _read_text_model(folder)
+    _check_text_model(model, description.coglm_config, folder / TEXT_MODEL)
+    return model
+
+
+def _read_text_model(folder: Path) -> spm.SentencePieceProcessor:
     try:
-        model = text.load_text_model(file)
+        return text.load_text_model(_file(folder, TEXT_MODEL))
     except ValueError as error:
         raise ValueError(f"{error}: {ADVICE}") from error
-    _check_text_model(model, description.coglm_config, file)
-    return model
 
 
 @functools.lru_cache(maxsize=4)
@@ -303,7 +324,7 @@ def expected_shapes(
 def _check_text_model(model: spm.SentencePieceProcessor, config: CogLMConfig, where: Path) -> None:
     expected = config.vocabulary
     found = text.vocabulary_for(model, expected.num_image)
-    if found != expected:
+    if found.id_space != expected.id_space:
         raise ValueError(
             f"{where} has {model.vocab_size()} pieces and makes {found}, but the configuration has"
             f" {expected}: take both from one bundle"

@@ -9,14 +9,17 @@ code's).
 
 import dataclasses
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 Grid = tuple[int, int]  # (rows, columns)
+
+# Pixels per token that all networks are trained and drawn with: the middle one of the tokenizer's
+# three strides, as published.
+TOKEN_STRIDE = 8
 
 
 def setting(
@@ -90,30 +93,29 @@ def _require(condition: bool, message: str) -> None:
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """`value` as an int. Raises ValueError unless it is a whole number from `least` on."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be a whole number: got {value!r}")
-    _require(bool(value >= least), f"{name} must be at least {least}: got {value}")
+    _require(int(value) >= least, f"{name} must be at least {least}: got {value}")
     return int(value)
 
 
 def check_temperature(name: str, value: Any) -> float:
     """`value` as a float. Raises ValueError unless it is finite and not negative; 0 is greedy."""
-    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number: got {value!r}")
-    _require(
-        bool(0 <= value < math.inf), f"{name} must be finite and at least 0 (greedy): got {value}"
-    )
-    return float(value)
+    number = float(value)
+    _require(0 <= number < math.inf, f"{name} must be finite and at least 0 (greedy): got {value}")
+    return number
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Where numbers are kept and where they are computed. Softmax and LayerNorm sums are float32
-    throughout.
+    """The dtypes of the parameters and of what is computed: names or jax dtypes. Softmax and
+    LayerNorm sums are float32 throughout.
     """
 
-    params: Any = np.float32
-    compute: Any = np.float32
+    params: Any = "float32"
+    compute: Any = "float32"
 
 
 REMATERIALISATION = ("none", "products", "all")
@@ -145,13 +147,19 @@ class Training:
 class Vocabulary:
     """One id space: image tokens, then text pieces, then the three start tokens.
 
-    A text id is the SentencePiece id + `num_image`. `pad` and `unknown` are ids of this space.
+    A text id is the SentencePiece id + `num_image`. `pad`, `unknown` and `first_chinese` are ids of
+    this space. A text is English where all its ids are below `first_chinese`; the published number
+    is that of the released code. `as_published` says how text becomes ids: as the released
+    tokenizer does it, with `<unk>` for what the model cannot spell; else text is cleaned first and
+    unknown words are refused.
     """
 
     num_image: int = 20_000
     size: int = 150_003
     pad: int = 20_003
     unknown: int = 20_000
+    first_chinese: int = 83_823
+    as_published: bool = True
 
     def __post_init__(self) -> None:
         _require(
@@ -159,6 +167,15 @@ class Vocabulary:
             f"num_image must leave room for three start tokens: got {self.num_image} of "
             f"{self.size}",
         )
+        _require(
+            self.first_chinese >= self.num_image,
+            f"first_chinese must be a text id, from {self.num_image}: got {self.first_chinese}",
+        )
+
+    @property
+    def id_space(self) -> tuple[int, int, int, int]:
+        """The fields that networks and records depend on. The others are about reading text."""
+        return self.num_image, self.size, self.pad, self.unknown
 
     @property
     def start_of_image(self) -> int:
@@ -388,6 +405,6 @@ class Sampling:
         for number, top_k in enumerate(self.iterative_top_k):
             check_count(f"iterative_top_k[{number}]", top_k)
         upweight: Any = self.text_upweight
-        finite = isinstance(upweight, (int, float, np.number)) and math.isfinite(upweight)
+        finite = isinstance(upweight, numbers.Real) and math.isfinite(upweight)
         _require(finite, f"text_upweight must be a finite number: got {upweight!r}")
         check_count("candidates", self.candidates)

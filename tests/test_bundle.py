@@ -112,6 +112,20 @@ def other_text_model(folder: Path) -> None:
     (folder / bundles.TEXT_MODEL).write_bytes(text.train_text_model(["quite another text"]))
 
 
+def test_a_bundle_of_before_gets_its_text_facts_from_the_text_model(tiny_folder, tiny, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "old")
+    content = json.loads((folder / bundles.CONFIG).read_text())
+    parts = content["coglm_config"], content["direct_config"]["coglm"], content["iterative_config"]
+    for part in parts:
+        del part["vocabulary"]["first_chinese"], part["vocabulary"]["as_published"]
+    (folder / bundles.CONFIG).write_text(json.dumps(content))
+    assert bundles.read_description(folder)[:5] == tiny[:5]
+    assert not tiny.coglm_config.vocabulary.as_published
+    (folder / bundles.TEXT_MODEL).write_bytes(b"abc")
+    with pytest.raises(ValueError, match="text.model is damaged"):
+        bundles.read_description(folder)
+
+
 CODEBOOK, EMBEDDINGS = "tokenizer/codebook", "coglm/word_embeddings"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "no config": (lambda f: (f / bundles.CONFIG).unlink(), "no file config.json"),

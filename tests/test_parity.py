@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from cogview2_jax.tokenizer import text
 from experiments.parity import configs
 from experiments.parity.golden import Check, Golden, close, equal, seeded_weights
 from experiments.parity.run import CHECKS, main
@@ -96,6 +97,37 @@ def test_cases_are_found_by_their_names_and_absent_files_told(small, tmp_path):
     assert {entry["file"] for entry in made["skipped"]} == set(CHECKS) - {"local_attention"}
     first = made["checks"][0]
     assert first["error"] <= first["tolerance"] == 1e-4 and first["passed"]
+
+
+def test_text_ids_are_compared(tmp_path):
+    """A small text model stands for the published one, and ids written here for the recorded."""
+    model = tmp_path / "ice_text.model"
+    model.write_bytes(text.train_text_model(["a cat", "一只猫"]))
+    vocabulary = text.vocabulary_for(text.load_text_model(model), 20_000, as_published=True)
+    start = vocabulary.start_of_image
+    ids = {"a": [20_005], " ": [], "a dog": [20_005, 20_004, 20_000]}
+    rows = [
+        {"text": typed, "ids": row, "keep_line_breaks": row, "with_start": [*row, start]}
+        for typed, row in ids.items()
+    ]
+    rows[1]["with_start"] = [20_004, start]
+    (tmp_path / "text_ids.json").write_text(json.dumps(rows))
+    result = CliRunner().invoke(main, ["--text-model", str(model)])
+    assert result.exit_code == 0 and "3 of 3 checks pass" in result.output, result.output
+    rows[2]["ids"] = [20_005, 20_000]
+    (tmp_path / "others.json").write_text(json.dumps(rows))
+    result = run(GOLDEN, "--text-model", str(model), "--text-ids", str(tmp_path / "gone.json"))
+    assert result.exit_code == 2
+    changed = ["--text-model", str(model), "--text-ids", str(tmp_path / "others.json")]
+    result = CliRunner().invoke(main, changed)
+    assert result.exit_code == 1
+    assert line_of(result, "others.json: ids").endswith("FAIL     3 texts, first wrong: 'a dog'")
+    assert "pass" in line_of(result, "others.json: with_start")
+    (tmp_path / "text_ids.json").write_text("[")
+    result = CliRunner().invoke(main, ["--text-model", str(model)])
+    assert result.exit_code == 1 and "FAIL" in line_of(result, "text_ids.json: reading")
+    for arguments in ([], ["--golden", str(GOLDEN), "--text-ids", str(model)]):
+        assert CliRunner().invoke(main, arguments).exit_code == 2
 
 
 @pytest.mark.parametrize("wrong", [0.01, np.nan])

@@ -64,8 +64,8 @@ def check_model(bundle: Path | None, prompts: Sequence[str] = ()) -> Path:
         model = bundles.read_text_model(folder, description)
     config = description.coglm_config
     for prompt in prompts:
-        with refusing(f"prompt {textwrap.shorten(prompt, 40, placeholder='…')!r}: "):
-            text.encode(model, prompt, config.vocabulary.num_image, max_tokens=config.max_text)
+        with refusing(f"prompt {textwrap.shorten(prompt[:200], 40, placeholder='…')!r}: "):
+            text.encode_prompt(model, prompt, config.vocabulary, config.max_text)
     return folder
 
 
@@ -127,14 +127,12 @@ def load(
 ) -> tuple[CogView, Path | None]:
     """The model with these of its networks, and where compiled programs are kept."""
     cache = use_compilation_cache()
-    import jax.numpy as jnp
-
     from cogview2_jax import bundle as bundles
     from cogview2_jax.config import Precision
     from cogview2_jax.pipeline.cogview import CogView
     from cogview2_jax.sharding import Execution
 
-    execution = Execution(Precision(jnp.dtype(dtype).type, jnp.dtype(dtype).type))
+    execution = Execution(Precision(dtype, dtype))
     with refusing():
         return CogView(bundles.load(folder, networks, execution), execution), cache
 

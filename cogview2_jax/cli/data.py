@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cogview2_jax.cli import common
+from cogview2_jax.data import defaults
 
 if TYPE_CHECKING:
+    from cogview2_jax.bundle import Description
+    from cogview2_jax.data.records import RecordLayout
+    from cogview2_jax.data.shards import Report
     from cogview2_jax.data.sources import Source
 
 
@@ -37,7 +42,7 @@ A captions file has a line for each picture, with its path from the file's folde
   captions.jsonl    {"image": "a.jpg", "caption": "a cat"}
                     {"image": "b.jpg", "caption": ["a dog", "a dog runs"]}    two records
   captions.tsv      a.jpg<TAB>a cat
-The first line of a .tsv may name the columns: image<TAB>caption
+The first line of a .tsv may name the columns, all of them: image<TAB>caption
 
 \b
 Examples:
@@ -75,15 +80,20 @@ Examples:
     help="Where paths in a captions file begin; default: the file's folder.",
 )
 @click.option(
-    "--image-field", default="image", show_default=True, metavar="NAME", help="The picture's field."
+    "--image-field",
+    default=defaults.IMAGE_FIELD,
+    show_default=True,
+    metavar="NAME",
+    help="The picture's field.",
 )
 @click.option(
     "--caption-field",
     "caption_fields",
     multiple=True,
     metavar="NAME",
-    help='A caption\'s field, given once or twice (two languages). Default: "caption" in a captions'
-    " file, both languages of scenes, the only text of a tfds data set.",
+    help="A caption's field, given once or twice (two languages). Default:"
+    f' "{defaults.CAPTION_FIELD}" in a captions file, both languages of scenes, the only text of a'
+    " tfds data set.",
 )
 @click.option(
     "--apart",
@@ -93,7 +103,8 @@ Examples:
 @click.option(
     "--allow-unknown",
     is_flag=True,
-    help="Keep captions with words that the text model cannot spell.",
+    help="Keep captions with words that the text model cannot spell, whatever the model's"
+    " configuration says.",
 )
 @click.option(
     "--size",
@@ -101,16 +112,14 @@ Examples:
     type=click.IntRange(1, 10**5),
     multiple=True,
     metavar="PIXELS",
-    help="Side of the picture that is made into tokens; may be repeated, ascending, for"
-    " super-resolution. Default: the base model's.",
+    help="Side of the square that is cut from each picture's middle and made into tokens; may be"
+    " repeated, ascending, for super-resolution. Default: the base model's.",
 )
 @click.option(
     "--stride",
     type=click.IntRange(1, 10**5),
-    default=8,
-    show_default=True,
     metavar="PIXELS",
-    help="Pixels of a token's side.",
+    help="Pixels of a token's side. Default, and the only one accepted: the model's.",
 )
 @click.option(
     "--text-slots",
@@ -136,60 +145,54 @@ Examples:
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 10**9),
-    default=64,
+    default=defaults.BATCH_SIZE,
     show_default=True,
     metavar="N",
-    help="Pictures that the tokenizer sees at once.",
+    help="Pictures that the tokenizer encodes at once.",
 )
 @click.option(
     "--shard-size",
     type=click.IntRange(1, 10**9),
-    default=4096,
+    default=defaults.SHARD_SIZE,
     show_default=True,
     metavar="N",
-    help="Inputs of a shard. Each shard is a file; a kill costs at most the shard in work.",
+    help="Inputs of a shard. Each shard is a file; a kill costs at most the one being written.",
 )
 @common.bundle_option
 def prepare_command(
     source: str,
     out: Path,
     pictures: bool,
-    split: str,
-    count: int | None,
-    images: Path | None,
-    image_field: str,
-    caption_fields: tuple[str, ...],
     apart: bool,
     allow_unknown: bool,
     sizes: tuple[int, ...],
-    stride: int,
+    stride: int | None,
     text_slots: int | None,
-    data_dir: Path | None,
-    download: bool,
     workers: int,
     batch_size: int,
     shard_size: int,
     bundle: Path | None,
+    **source_options: Any,
 ) -> None:
     """Turn SOURCE into array_record shards of token records, ready for training.
 
     SOURCE is a captions file (.jsonl or .tsv), the word scenes, or the name of a tfds data set;
-    with --pictures also a folder.
+    with --pictures also a folder, and what is linked in it.
 
     A record is one row of int32: texts, pads, the picture's tokens. With the published model that
     is 111 + 1 + 400. Inputs that cannot become one (an unreadable picture, an empty or over-long
     caption, a malformed line) are left out and listed in refused.jsonl, with the reason.
 
-    The same command goes on after a kill, and may run several times at once on one folder, to use
-    several devices: each run takes shards that no other holds. The records are the same however
-    they were made.
+    After a kill, the same command continues. Run several times at once on one folder, it uses
+    several devices: each run takes shards that no other holds. The records are the same either way.
     """
-    if len(caption_fields) > 2 or len(set(caption_fields)) < len(caption_fields):
+    fields = source_options["caption_fields"]
+    if len(fields) > 2 or len(set(fields)) < len(fields):
         raise click.UsageError("--caption-field can be given once or twice, with two names")
-    if pictures and (sizes or text_slots or apart or allow_unknown or bundle):
+    if pictures and (sizes or stride or text_slots or apart or allow_unknown or bundle):
         raise click.UsageError(
-            "--pictures keeps files as they are: it goes with no --size, --text-slots, --apart,"
-            " --allow-unknown or --bundle"
+            "--pictures keeps files as they are: it goes with no --size, --stride, --text-slots,"
+            " --apart, --allow-unknown or --bundle"
         )
     description = None
     if not pictures:
@@ -198,68 +201,87 @@ def prepare_command(
 
         description = bundles.read_description(folder)
     with common.refusing():
-        inputs = _source(
-            source, split, count, images, image_field, caption_fields, data_dir, download, pictures
-        )
+        inputs = _source(source, pictures=pictures, **source_options)
     common.check_writable(out)
-    if description is not None:
-        from cogview2_jax.data.records import RecordLayout
+    shared = {"shard_size": shard_size, "workers": workers}
+    if description is None:
+        from cogview2_jax.data.prepare import prepare_pictures
 
-        config = description.coglm_config
-        with common.refusing():
-            if stride not in description.tokenizer_config.strides:
-                known = ", ".join(map(str, description.tokenizer_config.strides))
-                raise ValueError(f"--stride must be one of {known}: got {stride}")
-            layout = RecordLayout(
-                text_slots or config.text_slots,
-                stride,
-                tuple(sizes) or (config.grid[0] * stride,),
-                config.vocabulary,
-            )
-        common.use_compilation_cache()
-        with common.refusing():
-            model = bundles.load(folder, networks=("tokenizer",))
+        _report(out, _prepared(out, inputs, prepare_pictures, **shared))
+        return
+    with common.refusing():
+        layout = _layout(description, sizes, stride, text_slots)
+    common.use_compilation_cache()
+    with common.refusing():
+        model = bundles.load(folder, networks=("tokenizer",))
+    from cogview2_jax.data.prepare import prepare_tokens
 
+    report = _prepared(
+        out,
+        inputs,
+        prepare_tokens,
+        layout=layout,
+        text_model=model.text_model,
+        tokenizer=model.tokenizer,
+        tokenizer_config=model.tokenizer_config,
+        batch_size=batch_size,
+        allow_unknown=allow_unknown or None,
+        apart=apart,
+        **shared,
+    )
+    _report(out, report)
+
+
+def _prepared(
+    out: Path, inputs: Source, prepare: Callable[..., Report], **arguments: Any
+) -> Report:
     from tqdm import tqdm
 
-    from cogview2_jax.data import prepare
+    name = click.format_filename(out.name)
+    with common.refusing(), tqdm(total=len(inputs), desc=name, unit=" inputs") as bar:
+        return prepare(inputs, out, progress=bar.update, **arguments)
 
-    with (
-        common.refusing(),
-        tqdm(total=len(inputs), desc=out.name, unit=" inputs") as bar,
-    ):
-        if description is None:
-            report = prepare.prepare_pictures(
-                inputs, out, shard_size=shard_size, workers=workers, progress=bar.update
-            )
-        else:
-            report = prepare.prepare_tokens(
-                inputs,
-                out,
-                layout,
-                model.text_model,
-                model.tokenizer,
-                model.tokenizer_config,
-                batch_size=batch_size,
-                allow_unknown=allow_unknown,
-                apart=apart,
-                shard_size=shard_size,
-                workers=workers,
-                progress=bar.update,
-            )
+
+def _report(out: Path, report: Report) -> None:
+    """Say how many records there are, and where the others are listed."""
+    name, listed = (click.format_filename(path) for path in (out, out / "refused.jsonl"))
     number = sum(report.refused.values())
     kinds = ", ".join(f"{count} {kind}" for kind, count in report.refused.items())
-    click.echo(f"{out}: {report.records} records of {report.inputs} inputs, {number} refused")
+    click.echo(f"{name}: {report.records} records of {report.inputs} inputs, {number} refused")
     if number:
-        click.echo(f"{out / 'refused.jsonl' if report.complete else 'refused'}: {kinds}")
+        click.echo(f"{listed if report.complete else 'refused'}: {kinds}")
+    if report.left_out:
+        where = f", see {listed}" if report.complete else ""
+        click.echo(f"not read as pictures: {report.left_out} other files or folders{where}")
     if not report.complete:
         click.echo("another run still works on the other shards; run this again to see the end")
     elif not report.records:
-        raise click.ClickException(f"no input became a record: see {out / 'refused.jsonl'}")
+        raise click.ClickException(f"no input became a record: see {listed}")
+
+
+def _layout(
+    description: Description, sizes: tuple[int, ...], stride: int | None, text_slots: int | None
+) -> RecordLayout:
+    from cogview2_jax.config import TOKEN_STRIDE
+    from cogview2_jax.data.records import RecordLayout
+
+    config = description.coglm_config
+    if stride not in (None, TOKEN_STRIDE):
+        raise ValueError(
+            f"--stride must be {TOKEN_STRIDE}, which the model draws with: got {stride}"
+        )
+    return RecordLayout(
+        text_slots or config.text_slots,
+        TOKEN_STRIDE,
+        sizes or (config.grid[0] * TOKEN_STRIDE,),
+        config.vocabulary,
+    )
 
 
 def _source(
     source: str,
+    *,
+    pictures: bool,
     split: str,
     count: int | None,
     images: Path | None,
@@ -267,14 +289,13 @@ def _source(
     caption_fields: tuple[str, ...],
     data_dir: Path | None,
     download: bool,
-    pictures: bool,
 ) -> Source:
     from cogview2_jax.data import sources
 
     found: Source
     path = Path(source)
     if path.suffix in (".jsonl", ".tsv") or path.is_file():
-        fields = caption_fields or ("caption",)
+        fields = caption_fields or (defaults.CAPTION_FIELD,)
         found = sources.CaptionsFile(path, images, fields, image_field, pictures_only=pictures)
     elif source == "scenes":
         if count is None:

@@ -61,7 +61,8 @@ Examples:
     "--text-model",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A SentencePiece model; default: that of the model that ships.",
+    help="A SentencePiece model; default: that of the model that ships. With the published preset"
+    " it reads text as the released tokenizer does: unknown words become <unk>.",
 )
 @click.option(
     "--captions",
@@ -125,7 +126,9 @@ def init(
             shipped = bundles.locate()
             model = bundles.read_text_model(shipped, bundles.read_description(shipped))
             origin = "as in the model that ships"
-        _set_vocabulary(content, model)
+        # The released tokenizer's way to read text goes with a text model that is not made here.
+        published = preset == "published" and text_model is not None
+        _set_vocabulary(content, model, as_published=True if published else None)
         advice = "its fields are those of the config.json of a bundle"
         description = bundles.parse_description(content, changes or Path(preset), advice)
         try:
@@ -169,16 +172,21 @@ def _with_vocabulary(content: dict[str, Any]) -> list[dict[str, Any]]:
     return [coglm, direct["coglm"], content["iterative_config"]]
 
 
-def _set_vocabulary(content: dict[str, Any], model: spm.SentencePieceProcessor) -> None:
+def _set_vocabulary(
+    content: dict[str, Any], model: spm.SentencePieceProcessor, as_published: bool | None
+) -> None:
     """Fill in the vocabularies. One that is there stays, to be checked with the rest."""
     from cogview2_jax.tokenizer import text
 
     size = content["tokenizer_config"]["codebook_size"]
     if not isinstance(size, int):
         raise ValueError(f"tokenizer_config.codebook_size must be int: got {size!r}")
-    vocabulary = dataclasses.asdict(text.vocabulary_for(model, size))
+    vocabulary = dataclasses.asdict(text.vocabulary_for(model, size, as_published=as_published))
     for part in _with_vocabulary(content):
-        part.setdefault("vocabulary", vocabulary)
+        given = part.setdefault("vocabulary", vocabulary)
+        if isinstance(given, dict):  # of version 0.1 it lacks these two
+            for name in ("first_chinese", "as_published"):
+                given.setdefault(name, vocabulary[name])
 
 
 def _read_changes(file: Path) -> Any:

@@ -27,10 +27,10 @@ TOKENS, PICTURES = "tokens", "pictures"
 
 @dataclass(frozen=True)
 class Manifest:
-    """The settings that decide what every record of a folder is.
+    """The settings that every record of a folder depends on.
 
-    `settings` holds, as JSON values, what else the records depend on: source, fields, tokenizer.
-    `layout` is None where `kind` is "pictures": such a record is a picture file as it was found.
+    `settings` holds the others as JSON values: source, fields, tokenizer. `layout` is None when
+    `kind` is "pictures": then a record is a picture file as it was found.
     """
 
     kind: str
@@ -53,8 +53,11 @@ class Manifest:
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
-    # Through JSON and back, so that what was read compares equal to what is about to be written.
+    # Through JSON and back: then it compares equal to a manifest that was read.
     content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(manifest)))
+    if layout := content["layout"]:
+        # How text was read is said in `settings`.
+        del layout["vocabulary"]["first_chinese"], layout["vocabulary"]["as_published"]
     return {"format": FORMAT} | content
 
 
@@ -68,7 +71,12 @@ def read(folder: Path) -> Manifest:
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
         if layout := content["layout"]:
-            vocabulary = Vocabulary(**layout.pop("vocabulary"))
+            settings = content["settings"]
+            vocabulary = Vocabulary(
+                **layout.pop("vocabulary"),
+                first_chinese=settings.get("first_chinese", Vocabulary.first_chinese),
+                as_published=settings.get("as_published", False),
+            )
             layout["sizes"] = tuple(layout["sizes"])
             content["layout"] = RecordLayout(**layout, vocabulary=vocabulary)
         return Manifest(**content)
@@ -78,13 +86,19 @@ def read(folder: Path) -> Manifest:
 
 
 def begin(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, or check that the one that is there says the same.
+    """Write the manifest, or check that the existing one has the same settings.
 
     Raises ValueError that names the first difference, OSError when the folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).exists():
         write_durably(folder / MANIFEST, (json.dumps(to_json(manifest), indent=2) + "\n").encode())
+    require_same(folder, manifest)
+
+
+def require_same(folder: Path, manifest: Manifest) -> None:
+    """Raises ValueError, which names the first difference, for a folder with other settings."""
+    if not (folder / MANIFEST).exists():
         return
     there, asked = to_json(read(folder)), to_json(manifest)
     if difference := _first_difference(there, asked):
@@ -96,7 +110,9 @@ def begin(folder: Path, manifest: Manifest) -> None:
 
 
 def write_durably(file: Path, content: bytes) -> None:
-    """The file appears whole or not at all, also when the machine goes down; for one writer."""
+    """Write a file so that it appears whole or not at all, even after a power cut. One process at
+    a time may write it.
+    """
     partial = file.with_name(f".{file.name}.partial")
     try:
         partial.write_bytes(content)

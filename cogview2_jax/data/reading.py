@@ -1,19 +1,21 @@
 """Prepared records → batches for training, with grain: shuffled, sharded by process, resumable.
 
-A data set here is a `grain.MapDataset` of batches that is read by step: `dataset[step]` is a
-function of the folder, the seed and the step, so a run resumes exactly by asking for the next one.
-With threads that read ahead:
+A data set here is a `grain.MapDataset` of batches, read by step: `dataset[step]` is a function of
+the folder, the seed and the step, so a run resumes exactly by asking for the next step. With
+threads that read ahead:
 
     batches = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=8)))
     state = batches.get_state()         # {"next_index": n}: keep it in the checkpoint
     batches.set_state({"next_index": n})
 
-Process p of n gets rows p·b/n to (p+1)·b/n of each global batch of b, so that the processes' rows
-one after the other are the same global batch whatever n is.
+Process p of n gets rows p·b/n to (p+1)·b/n of each global batch of b. Concatenated in the order of
+the processes they are the same global batch for every n.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,11 @@ from PIL import Image
 
 from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data.manifest import Manifest
-from cogview2_jax.data.sources import open_picture
+from cogview2_jax.tokenizer.pictures import open_picture
+
+# How records are split into those to train with and those for validation; the seed is a part of it.
+SPLIT = "random by picture"
+_SPLIT_SEED = 0
 
 
 class Records:
@@ -50,7 +56,8 @@ class Records:
                 reader.close()
             else:
                 raise ValueError(_damaged(file))
-        self._folder = folder
+        self.folder = folder
+        self.splits: dict[float, np.ndarray] = {}  # share → what `validation_numbers` has found
         self._source = ArrayRecordDataSource([str(file) for file in files])
         if not len(self._source):
             raise ValueError(f"{folder} has no records: all inputs were refused")
@@ -63,54 +70,87 @@ class Records:
             content: bytes = self._source[index]
         except RuntimeError as error:
             shard, _ = self._source._reader_idx_and_position(index)
-            file = self.manifest.shard_file(self._folder, shard)
+            file = self.manifest.shard_file(self.folder, shard)
             raise ValueError(_damaged(file)) from error
         return content
 
+    def read(self, numbers: Sequence[int]) -> list[bytes]:
+        """Several records at once, which is quicker than one after another."""
+        try:
+            contents: list[bytes] = self._source.__getitems__(numbers)
+        except RuntimeError:  # one at a time, to name the damaged file
+            contents = [self[number] for number in numbers]
+        return contents
+
 
 def tokens(
-    folder: Path,
+    folder: Path | Records,
     batch_size: int,
     *,
     seed: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     epochs: int | None = None,
-    held_out: float = 0.0,
+    validation_share: float = 0.0,
     validation: bool = False,
 ) -> Any:
     """Batches of token records: a `grain.MapDataset` of int32 [batch_size / process_count, length].
 
     `batch_size` is the global one. Each of `epochs` (None: without end) has its own order; rows
-    that do not fill the last batch are left out. Columns are those of `Records(folder).
-    manifest.layout`.
+    that do not fill the last batch are left out, but there is always one batch: where `epochs` have
+    fewer rows, further epochs fill it. Columns are those of `Records(folder).manifest.layout`.
 
-    The last `held_out` (a share of 0 to 1) of the records is kept for validation and is in no
-    batch; with `validation`, the batches are of it alone. Records in a row that show the same
-    picture are never split between the two, so the part held out may be some records larger.
+    `validation_share` (0 to 1) of the records are kept for validation and are in no batch; with
+    `validation`, the batches are of them only. See `validation_numbers` for which these are.
 
-    Raises ValueError for a batch that the processes cannot share or the part cannot fill and for a
-    part that is empty, and as `Records` does.
+    Raises ValueError for a batch that the processes cannot share equally and for records that
+    cannot be split, and as `Records` does.
     """
-    records = Records(folder)
+    records = _opened(folder)
     if records.manifest.layout is None:
-        raise ValueError(f"{folder} holds pictures, not tokens")
+        raise ValueError(f"{records.folder} holds pictures, not tokens")
 
     def row(number: int) -> np.ndarray:
         return np.frombuffer(records[number], "<i4").astype(np.int32)
 
-    part = _part(records, held_out, validation)
-    dataset = _shuffled(part, seed, epochs).map(row)
+    part = _part(records, validation_share, validation)
+    dataset = _shuffled(part, seed, epochs, batch_size).map(row)
     return _batches(dataset, batch_size, process_index, process_count)
 
 
-def num_training(records: Records, held_out: float) -> int:
-    """How many records, from the first, are not held out. Raises ValueError for none."""
-    return len(_part(records, held_out, validation=False))
+def validation_numbers(records: Records, share: float) -> np.ndarray:
+    """The numbers of the records that are kept for validation, ascending: int [about share · n].
+
+    They are drawn at random, the same for every seed, process and number of processes. A picture is
+    drawn with all its records: the neighbours that show it, whether they come from one input or
+    from several. So there may be some more or fewer than `share`; there is at least one if `share`
+    is above 0, and one is left to train with. Raises ValueError for a share of less than 0, of 1 or
+    more, and above 0 when all records show one picture.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"the share for validation must be at least 0 and below 1: got {share}")
+    if share not in records.splits:
+        records.splits[share] = _drawn_for_validation(records, share)
+    return records.splits[share]
+
+
+def training_numbers(records: Records, validation_share: float) -> Sequence[int] | np.ndarray:
+    """The numbers of the other records, ascending. Raises ValueError as `validation_numbers`."""
+    kept = validation_numbers(records, validation_share)
+    if not len(kept):
+        return range(len(records))
+    return np.delete(np.arange(len(records)), kept)
+
+
+def split_settings(validation_share: float) -> dict[str, Any]:
+    """JSON values that change whenever records are split in another way: a training run keeps them,
+    so that it does not continue with records that it was measured on.
+    """
+    return {"validation_split": SPLIT} if validation_share else {}
 
 
 def record_numbers(
-    folder: Path,
+    folder: Path | Records,
     batch_size: int,
     step: int,
     *,
@@ -118,22 +158,23 @@ def record_numbers(
     process_index: int = 0,
     process_count: int = 1,
     epochs: int | None = None,
-    held_out: float = 0.0,
+    validation_share: float = 0.0,
     validation: bool = False,
 ) -> np.ndarray:
     """The numbers in `Records(folder)` of the records of batch `step`: int [batch_size /
     process_count].
 
-    With the arguments that `tokens` or `pictures` was given, the rows of their batches in order,
-    to name the records that a run has met.
+    Given the arguments of `tokens` or `pictures`, these are the rows of their batches in order,
+    which name the records that a step of training has read.
     """
-    dataset = _shuffled(_part(Records(folder), held_out, validation), seed, epochs)
+    part = _part(_opened(folder), validation_share, validation)
+    dataset = _shuffled(part, seed, epochs, batch_size)
     numbers: np.ndarray = _batches(dataset, batch_size, process_index, process_count)[step]
     return numbers
 
 
 def pictures(
-    folder: Path,
+    folder: Path | Records,
     batch_size: int,
     side: int,
     *,
@@ -143,7 +184,7 @@ def pictures(
     epochs: int | None = None,
     smallest: int | None = None,
     flip: bool = True,
-    held_out: float = 0.0,
+    validation_share: float = 0.0,
     validation: bool = False,
 ) -> Any:
     """Batches of crops to train an image tokenizer with: a `grain.MapDataset` of uint8
@@ -151,19 +192,19 @@ def pictures(
 
     Each crop is a random square of the picture, from `smallest` pixels (default: `side`) to all of
     its shorter side, resized to `side`; half are mirrored, unless not `flip`. What is random
-    depends on the seed and the place in the data alone. The rest is as in `tokens`.
+    depends only on the seed and the place in the data. The rest is as in `tokens`.
     """
-    records = Records(folder)
+    records = _opened(folder)
     if records.manifest.kind != manifests.PICTURES:
-        raise ValueError(f"{folder} holds {records.manifest.kind}, not pictures")
+        raise ValueError(f"{records.folder} holds {records.manifest.kind}, not pictures")
     if side < 1 or (smallest is not None and smallest < 1):
         raise ValueError(f"side and smallest must be at least 1: got {side} and {smallest}")
 
     def crop(number: int, rng: np.random.Generator) -> np.ndarray:
         return random_crop(open_picture(records[number]), side, rng, smallest or side, flip)
 
-    part = _part(records, held_out, validation)
-    dataset = _shuffled(part, seed, epochs).random_map(crop)
+    part = _part(records, validation_share, validation)
+    dataset = _shuffled(part, seed, epochs, batch_size).random_map(crop)
     return _batches(dataset, batch_size, process_index, process_count)
 
 
@@ -179,35 +220,100 @@ def random_crop(
     left, top = (int(rng.integers(length - edge + 1)) for length in picture.size)
     way = Image.Resampling.BOX if edge > side else Image.Resampling.BICUBIC
     box = (left, top, left + edge, top + edge)
-    made = np.asarray(picture.convert("RGB").resize((side, side), way, box))
+    made = np.asarray(picture.resize((side, side), way, box))
     return np.ascontiguousarray(made[:, ::-1]) if flip and rng.random() < 0.5 else made
 
 
-def _part(records: Records, held_out: float, validation: bool) -> range:
-    """The numbers of the records that are trained with, or of those that are held out."""
-    if not 0 <= held_out < 1:
-        raise ValueError(f"held_out must be at least 0 and below 1: got {held_out}")
-    layout, total = records.manifest.layout, len(records)
-    start_of_picture = 4 * (layout.text_slots + 1) if layout else 0
-
-    def picture(number: int) -> bytes:
-        return records[number][start_of_picture:]
-
-    cut = total - round(held_out * total)
-    # The records of an input lie together. So do, often, inputs that name the same picture.
-    while 0 < cut < total and picture(cut - 1) == picture(cut):
-        cut -= 1
-    part = range(cut, total) if validation else range(cut)
-    if not part:
-        name = "for validation" if validation else "to train with"
-        raise ValueError(f"no records {name}: held_out is {held_out} of {total} records")
-    return part
+def _opened(folder: Path | Records) -> Records:
+    return folder if isinstance(folder, Records) else Records(folder)
 
 
-def _shuffled(part: range, seed: int, epochs: int | None) -> Any:
-    """Record numbers of `part`, each epoch in an order of its own."""
+def _drawn_for_validation(records: Records, share: float) -> np.ndarray:
+    total = len(records)
+    if not share:
+        return np.zeros(0, np.int64)
+    wanted = max(1, round(share * total))
+    kept, seen = np.zeros(total, bool), np.zeros(total, bool)
+    number, shortest = 0, range(total)
+    pictures = _Pictures(records)
+    for chosen in pictures.ahead(np.random.default_rng(_SPLIT_SEED).permutation(total)):
+        if number >= wanted:
+            break
+        if seen[chosen]:
+            continue
+        run = pictures.run(chosen)
+        seen[run.start : run.stop] = True
+        if len(run) < len(shortest):
+            shortest = run
+        if len(run) <= wanted and number + len(run) < total:
+            kept[run.start : run.stop] = True
+            number += len(run)
+    if not number:  # every picture has more records than are wanted
+        kept[shortest.start : shortest.stop] = True
+    if kept.all():
+        raise ValueError(
+            f"{total} records of one picture cannot be split: the share for validation must be 0,"
+            f" got {share}"
+        )
+    return np.flatnonzero(kept)
+
+
+class _Pictures:
+    """Which records show the same picture as their neighbours."""
+
+    def __init__(self, records: Records) -> None:
+        layout = records.manifest.layout
+        self._records, self._digests = records, dict[int, bytes]()
+        self._start = 4 * (layout.text_slots + 1) if layout else 0  # of the picture in a record
+
+    def ahead(self, numbers: np.ndarray) -> Iterator[int]:
+        """`numbers`, each once it and its neighbours are read: many at a time, which is quicker."""
+        for start in range(0, len(numbers), 64):
+            block = numbers[start : start + 64]
+            around = np.unique(np.concatenate([block - 1, block, block + 1]))
+            wanted = around[(around >= 0) & (around < len(self._records))].tolist()
+            contents = self._records.read(wanted)
+            self._digests = dict(zip(wanted, map(self._digest, contents), strict=True))
+            yield from block.tolist()
+
+    def run(self, number: int) -> range:
+        """The numbers of the records around `number` that show the same picture."""
+        shown = self._picture(number)
+        first, last = number, number
+        while first > 0 and self._picture(first - 1) == shown:
+            first -= 1
+        while last + 1 < len(self._records) and self._picture(last + 1) == shown:
+            last += 1
+        return range(first, last + 1)
+
+    def _picture(self, number: int) -> bytes:
+        if number not in self._digests:
+            self._digests[number] = self._digest(self._records[number])
+        return self._digests[number]
+
+    def _digest(self, record: bytes) -> bytes:
+        return hashlib.sha256(record[self._start :]).digest()
+
+
+def _part(
+    records: Records, validation_share: float, validation: bool
+) -> Sequence[int] | np.ndarray:
+    """The numbers of the records to train with, or of those for validation."""
+    if not validation:
+        return training_numbers(records, validation_share)
+    if not validation_share:
+        raise ValueError("there are no records for validation: their share must be above 0")
+    return validation_numbers(records, validation_share)
+
+
+def _shuffled(
+    part: Sequence[int] | np.ndarray, seed: int, epochs: int | None, batch_size: int
+) -> Any:
+    """Record numbers of `part`, each epoch in its own order, and `batch_size` of them or more."""
     import grain
 
+    if epochs is not None:
+        epochs = max(epochs, -(-batch_size // len(part)))
     return grain.MapDataset.source(part).seed(seed).shuffle().repeat(epochs)
 
 
@@ -219,10 +325,6 @@ def _batches(dataset: Any, batch_size: int, process_index: int, process_count: i
         )
     # Batches of what one process holds, and of these every n-th: rows stay in global order.
     whole = dataset[: len(dataset) // batch_size * batch_size]
-    if not len(whole):
-        raise ValueError(
-            f"batch_size must be at most the number of records, {len(dataset)}: got {batch_size}"
-        )
     return whole.batch(batch_size // process_count)[process_index::process_count]
 
 

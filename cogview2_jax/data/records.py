@@ -1,7 +1,7 @@
 """Training records: which columns of a row of int32 hold what.
 
-A record is what a data set holds of a picture: its texts and its image tokens in one row.
-Facts: the released `pretrain_coglm.py`.
+A record has the texts and the image tokens of one picture in one row, as in the released
+`pretrain_coglm.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cogview2_jax.config import CogLMConfig, Vocabulary
+from cogview2_jax.config import TOKEN_STRIDE, CogLMConfig, Vocabulary
 from cogview2_jax.networks.inputs import require_range, text_ids
 
 
@@ -27,7 +27,7 @@ class RecordLayout:
     """
 
     text_slots: int = 111
-    stride: int = 8
+    stride: int = TOKEN_STRIDE
     sizes: tuple[int, ...] = (160,)
     vocabulary: Vocabulary = Vocabulary()
 
@@ -42,7 +42,7 @@ class RecordLayout:
             raise ValueError(f"sizes must ascend, each once: got {list(self.sizes)}")
 
     @classmethod
-    def of(cls, config: CogLMConfig, stride: int = 8, *more: int) -> RecordLayout:
+    def of(cls, config: CogLMConfig, stride: int = TOKEN_STRIDE, *more: int) -> RecordLayout:
         """The layout of `make_record` for `config`, and of more sizes in pixels."""
         if config.grid[0] != config.grid[1]:
             raise ValueError(f"grid must be square: got {config.grid}")
@@ -58,7 +58,7 @@ class RecordLayout:
         return self.text_slots + 1 + sum(map(self.cells, self.sizes))
 
     def columns(self, size: int) -> slice:
-        """Where the image tokens of `size` lie in a record. Raises ValueError for another size."""
+        """The columns of the image tokens of `size`. Raises ValueError for another size."""
         if size not in self.sizes:
             raise ValueError(f"size must be one of {list(self.sizes)}: got {size}")
         before = self.sizes[: self.sizes.index(size)]
@@ -86,8 +86,8 @@ def make_record(
 def text_part(
     texts: Sequence[Sequence[int]], text_slots: int, vocabulary: Vocabulary
 ) -> np.ndarray:
-    """The text places of a training record, which do not depend on the image: int32 [text_slots +
-    1]. Raises ValueError as `make_record` does.
+    """The text columns of a training record: int32 [text_slots + 1]. Raises ValueError as
+    `make_record` does.
     """
     if len(texts) not in (1, 2):
         raise ValueError(f"texts must be one or two, one for each language: got {len(texts)}")
@@ -96,7 +96,7 @@ def text_part(
     for number, text in enumerate(texts):
         room = text_slots - end - 1
         part = text_ids(f"texts[{number}]", text, room, vocabulary)
-        if (part == vocabulary.pad).any():  # pads are what ends a text of a record
+        if (part == vocabulary.pad).any():  # a pad ends a text
             raise ValueError(f"texts[{number}] must not hold the pad id: got {vocabulary.pad}")
         made[end + 1 : end + 1 + len(part)] = part
         end += 1 + len(part)
@@ -104,8 +104,8 @@ def text_part(
 
 
 def text_spans(records: np.ndarray, config: CogLMConfig) -> np.ndarray:
-    """Where the texts of `records` [b, s] lie: int [b, 2, 2], (start, end) of each; the second is
-    empty if absent.
+    """The columns of the two texts of `records` [b, s]: int [b, 2, 2], (start, end) of each; the
+    second is empty if absent.
 
     Raises ValueError when a record is not as `make_record` makes it.
     """

@@ -41,7 +41,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     def __init__(self, *, data_dir: str | os.PathLike[str], lengths: Mapping[str, int]) -> None:
         """`lengths`: how many examples to write of each split of `scenes.SPLITS`.
 
-        Each choice of lengths has a folder of its own below `data_dir`. Raises ValueError on an
+        Each choice of lengths has its own folder below `data_dir`. Raises ValueError on an
         unknown split, on a length below one and when there is no split.
         """
         unknown = set(lengths) - set(scenes.SPLITS)

@@ -334,7 +334,8 @@ def text_ids(name: str, text: Sequence[int], room: int, vocabulary: Vocabulary) 
     ids = np.asarray(text)
     if ids.ndim != 1 or not 0 < ids.size <= room:
         raise ValueError(f"{name} must have 1 to {room} tokens: got {ids.size}")
-    require_range(name, ids, vocabulary.num_image, vocabulary.start_of_image)
+    # Start tokens too: whoever types one in a text gets its id, as published.
+    require_range(name, ids, vocabulary.num_image, vocabulary.size)
     return ids
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from cogview2_jax import bundle as bundles
 from cogview2_jax.bundle import Bundle
-from cogview2_jax.config import Grid, check_count, check_temperature
+from cogview2_jax.config import TOKEN_STRIDE, Grid, check_count, check_temperature
 from cogview2_jax.keys import one_key
 from cogview2_jax.networks import inputs
 from cogview2_jax.pipeline import editing, settings
@@ -40,7 +40,7 @@ from cogview2_jax.tokenizer.pictures import Picture, fit_picture, open_picture
 Array = jax.Array
 _Tree = TypeVar("_Tree")
 
-STRIDE = settings.STRIDE
+STRIDE = TOKEN_STRIDE
 STAGES = tuple(settings.STAGES)
 # Numbers of draws beyond any candidate's, so that no two stages share a key.
 _DIRECT_DRAW, _ITERATIVE_DRAW = 2**32 - 1, 2**32 - 2

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cogview2_jax.config import DirectSRConfig
-from cogview2_jax.pipeline.settings import STRIDE
+from cogview2_jax.config import TOKEN_STRIDE, DirectSRConfig
 from cogview2_jax.tokenizer.pictures import fit_picture
 
 Box = tuple[float, float, float, float]  # top, left, bottom, right: parts of the picture, 0 to 1
@@ -30,7 +29,7 @@ class Edit(NamedTuple):
 
 def picture_size(config: DirectSRConfig) -> tuple[int, int]:
     """Height and width of the pictures that the model draws."""
-    return config.grid[0] * STRIDE, config.grid[1] * STRIDE
+    return config.grid[0] * TOKEN_STRIDE, config.grid[1] * TOKEN_STRIDE
 
 
 def plan(box: Box, picture: tuple[int, int], config: DirectSRConfig) -> Edit:

@@ -14,7 +14,6 @@ import sentencepiece as spm
 from cogview2_jax import config as configs
 from cogview2_jax.keys import fold_in_all, one_key
 from cogview2_jax.networks import inputs
-from cogview2_jax.pipeline.settings import LANGUAGES
 from cogview2_jax.pipeline.stages import CaptionIds
 from cogview2_jax.tokenizer import text
 
@@ -44,21 +43,17 @@ def prompt_tokens(
 ) -> PromptTokens:
     """Prompts as every network reads them: super-resolution as much as it has slots for.
 
-    Raises ValueError, in one line, for no prompt, an empty or over-long one, and for words outside
-    the text model.
+    Raises ValueError, in one line, for no prompt and for one that `text.encode` refuses.
     """
     if not prompts:
         raise ValueError("prompts must have at least one: got none")
     vocabulary = base.vocabulary
-    ids = [
-        text.encode(model, prompt, vocabulary.num_image, max_tokens=base.max_text)
-        for prompt in prompts
-    ]
+    ids = [text.encode_prompt(model, prompt, vocabulary, base.max_text) for prompt in prompts]
     return PromptTokens(
         inputs.right_padded(ids, base.max_text, vocabulary),
         inputs.left_padded([row[:direct_slots] for row in ids], direct_slots, vocabulary),
         inputs.left_padded([row[:iterative_slots] for row in ids], iterative_slots, vocabulary),
-        np.array([not text.is_chinese(prompt) for prompt in prompts]),
+        np.array([text.is_english(row, vocabulary) for row in ids]),
     )
 
 
@@ -92,9 +87,8 @@ def caption_ids(
 
     Raises ValueError for another language and for one in which the text model has no word.
     """
-    if language not in LANGUAGES:
-        raise ValueError(f"language must be {' or '.join(LANGUAGES)}: got {language!r}")
-    allowed, words = _language_ids(model, vocabulary, language)
+    allowed = text.language_ids(model, vocabulary, language)
+    words = text.word_ids(model, vocabulary, language)
     if not words.any():
         raise ValueError(f"the text model has no word in {language}: ask for another language")
     first = allowed.copy()
@@ -105,26 +99,3 @@ def caption_ids(
 def _end_ids(model: spm.SentencePieceProcessor, vocabulary: configs.Vocabulary) -> list[int]:
     end = model.eos_id()
     return [vocabulary.pad] + ([vocabulary.num_image + end] if end >= 0 else [])
-
-
-def _language_ids(
-    model: spm.SentencePieceProcessor, vocabulary: configs.Vocabulary, language: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids that a caption in this language may have, with pad and end, and those that are words of
-    it: bool [num_text] each.
-    """
-    allowed = np.zeros(vocabulary.num_text, bool)
-    words = np.zeros(vocabulary.num_text, bool)
-    chinese_begins = text.first_chinese(model, vocabulary.num_image) - vocabulary.num_image
-    for number, piece in enumerate(model.id_to_piece(list(range(vocabulary.num_text)))):
-        if model.is_unknown(number) or model.is_control(number) or model.is_byte(number):
-            continue
-        letters = [letter for letter in piece.replace(text.LINE_BREAK, "") if letter.isalpha()]
-        if language == "en":
-            allowed[number] = number < chinese_begins
-            words[number] = allowed[number] and any(map(str.isalnum, piece))
-        else:
-            allowed[number] = all(map(text.is_chinese, letters))
-            words[number] = allowed[number] and bool(letters)
-    allowed[np.array(_end_ids(model, vocabulary)) - vocabulary.num_image] = True
-    return allowed, words

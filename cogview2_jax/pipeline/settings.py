@@ -8,7 +8,6 @@ STAGES = {
     "direct": ("coglm", "direct", "tokenizer"),
     "full": ("coglm", "direct", "iterative", "tokenizer"),
 }
-STRIDE = 8  # pixels per token: the middle one of the tokenizer's three, as published
 LANGUAGES = ("en", "zh")  # of captions
 
 NUM_IMAGES = 4  # of `generate`

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cogview2_jax.config import CogLMConfig, DirectSRConfig, IterativeSRConfig
+from cogview2_jax.config import TOKEN_STRIDE, CogLMConfig, DirectSRConfig, IterativeSRConfig
 from cogview2_jax.data.reading import Records
 from cogview2_jax.data.records import RecordLayout, english_texts, text_spans
 from cogview2_jax.networks import inputs
@@ -48,10 +48,15 @@ def require_layout(layout: RecordLayout, config: CogLMConfig, fine_cells: int = 
     """Raises ValueError, saying what to prepare instead, for records that do not fit a network:
     the base model's grid first, and for super-resolution a finer one.
     """
-    if layout.vocabulary != config.vocabulary:
+    if layout.vocabulary.id_space != config.vocabulary.id_space:
         raise ValueError(
             f"the records have {layout.vocabulary} and the model {config.vocabulary}:"
             " prepare them with --bundle of this model"
+        )
+    if layout.stride != TOKEN_STRIDE:
+        raise ValueError(
+            f"the records have a token for {layout.stride} pixels and the model draws one as"
+            f" {TOKEN_STRIDE}: prepare them with --stride {TOKEN_STRIDE}"
         )
     found = layout.cells(layout.sizes[0])
     if found != config.num_image_tokens:
@@ -72,13 +77,13 @@ def coglm(
     rng: np.random.Generator,
     rows: Rows,
     records: Records,
-    num_records: int,
+    prose_from: Sequence[int] | np.ndarray,
     config: CogLMConfig,
     first_chinese: int,
     tasks: CogLMOptions,
 ) -> TrainingSample:
-    """A batch of the three tasks. Pure text is made of the captions of the first `num_records` of
-    `records`, one after another.
+    """A batch of the three tasks. Pure text is made of captions of `records`, one after another: of
+    those with the numbers `prose_from`.
     """
     layout = records.manifest.layout
     assert layout is not None  # `reading.tokens` has refused pictures
@@ -105,7 +110,7 @@ def coglm(
     )
     for row in np.flatnonzero(rows.of(is_prose)):
         row_rng = np.random.default_rng(rows.of(seeds)[row])
-        text = _prose(row_rng, records, num_records, length, config)
+        text = _prose(row_rng, records, prose_from, length, config)
         spans = coglm_samples.text_span_samples(
             text[None], *coglm_samples.draw_spans(row_rng, 1, length), config
         )
@@ -171,12 +176,17 @@ def _cells(rows: Rows, layout: RecordLayout, cells: int) -> np.ndarray:
 
 
 def _prose(
-    rng: np.random.Generator, records: Records, num_records: int, length: int, config: CogLMConfig
+    rng: np.random.Generator,
+    records: Records,
+    numbers: Sequence[int] | np.ndarray,
+    length: int,
+    config: CogLMConfig,
 ) -> np.ndarray:
     """Captions drawn from the records, one after another, `length` tokens in all."""
     stream: list[int] = []
     while len(stream) < length:
-        row = np.frombuffer(records[int(rng.integers(num_records))], "<i4")[None, :length]
+        number = int(numbers[int(rng.integers(len(numbers)))])
+        row = np.frombuffer(records[number], "<i4")[None, :length]
         for begin, end in text_spans(row, config)[0]:
             stream += row[0, begin:end].tolist()
     return np.array(stream[:length], np.int32)

@@ -164,8 +164,20 @@ def first_difference(there: Any, asked: Any, name: str = "") -> tuple[str, Any, 
 
 
 def describe(config: Any) -> Settings:
-    """A dataclass as JSON values, for settings."""
-    content: Settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    """A dataclass as JSON values, for settings.
+
+    Of a vocabulary only the id space, as in runs of version 0.1: how captions were read is in the
+    settings of the records.
+    """
+    content: Settings = json.loads(
+        json.dumps(dataclasses.asdict(config), default=str), object_hook=_without_text_facts
+    )
+    return content
+
+
+def _without_text_facts(content: dict[str, Any]) -> dict[str, Any]:
+    if "num_image" in content:
+        return {k: v for k, v in content.items() if k not in ("first_chinese", "as_published")}
     return content
 
 

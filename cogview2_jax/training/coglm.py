@@ -51,7 +51,9 @@ def coglm_task(
     start, params = starting_params(own.start, {"model": bundle.coglm})
 
     def sample(rng: np.random.Generator, rows: Rows) -> Any:
-        return batches.coglm(rng, rows, data.records, data.num_training, config, first_chinese, own)
+        return batches.coglm(
+            rng, rows, data.records, data.training_numbers, config, first_chinese, own
+        )
 
     def loss(params: Params, batch: Any, key: jax.Array | None) -> Any:
         z_loss = 0.0 if key is None else options.z_loss

@@ -134,7 +134,7 @@ class ComputeOptions(Training):
         elif max(self.data or 1, self.fsdp, self.tensor) > 1:
             raise ValueError("data, fsdp and tensor need several devices: there is one")
         training = Training(self.dropout, self.remat)
-        return Execution(Precision(compute=jax.numpy.dtype(self.dtype).type), training, sharding)
+        return Execution(Precision(compute=self.dtype), training, sharding)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class TokenData(NamedTuple):
 
     records: reading.Records
     layout: RecordLayout
-    num_training: int
+    training_numbers: Sequence[int] | np.ndarray
     rows: Callable[[int], Rows]
     validation_rows: Callable[[int], Rows]
     validation_batches: int
@@ -91,29 +91,29 @@ class TokenData(NamedTuple):
 def token_data(folder: Path, options: Options, execution: Execution) -> TokenData:
     """The records in `folder`. Raises ValueError, in one line, where there are none."""
     part, parts = process_rows(execution.sharding, options.batch_size)
+    records = reading.Records(folder)
     tokens = functools.partial(
         reading.tokens,
-        folder,
+        records,
         options.batch_size,
         seed=options.seed,
         process_index=part,
         process_count=parts,
-        held_out=options.validation,
+        validation_share=options.validation,
     )
     training = tokens()
     unseen = validation_part(lambda: tokens(validation=True, epochs=1), options)
-    records = reading.Records(folder)
     layout = records.manifest.layout
     assert layout is not None  # `reading.tokens` has refused pictures
     first_row = part * (options.batch_size // parts)
     return TokenData(
         records,
         layout,
-        reading.num_training(records, options.validation),
+        reading.training_numbers(records, options.validation),
         lambda step: Rows(training[step], first_row, options.batch_size),
         lambda step: Rows(unseen[step], first_row, options.batch_size),
         len(unseen),
-        functools.partial(record_numbers, folder, options),
+        functools.partial(record_numbers, records, options),
     )
 
 
@@ -125,10 +125,10 @@ def validation_part(made: Callable[[], Any], options: Options, most: int = 16) -
     return batches[: min(len(batches), most)]
 
 
-def record_numbers(folder: Path, options: Options, step: int) -> list[int]:
+def record_numbers(records: reading.Records, options: Options, step: int) -> list[int]:
     """Which records a step's batch is made of."""
     numbers = reading.record_numbers(
-        folder, options.batch_size, step, seed=options.seed, held_out=options.validation
+        records, options.batch_size, step, seed=options.seed, validation_share=options.validation
     )
     return [int(number) for number in numbers]
 
@@ -160,7 +160,11 @@ def transformer_task(
         validation_batches=data.validation_batches,
         ids_of=data.ids_of,
         flops_per_sample=metrics.flops_per_sample(network),
-        settings={"records": checkpoint.describe(data.records.manifest), **settings},
+        settings={
+            "records": checkpoint.describe(data.records.manifest),
+            **reading.split_settings(options.validation),
+            **settings,
+        },
         **given,
     )
 

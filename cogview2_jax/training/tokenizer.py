@@ -11,7 +11,7 @@ import numpy as np
 
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.config import HVQVAEConfig
-from cogview2_jax.data import manifest, reading
+from cogview2_jax.data import reading
 from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import image as image_tokenizer
 from cogview2_jax.tokenizer.clusters import cluster_codebook
@@ -64,8 +64,9 @@ def tokenizer_task(
     shapes = jax.eval_shape(init, jax.random.key(0))
     trained = _trained(shapes, strides, own.keep_others, config)
     part, parts = process_rows(execution.sharding, options.batch_size)
+    records = reading.Records(pictures)
     crops_of = functools.partial(
-        reading.pictures, pictures, options.batch_size, side, held_out=options.validation
+        reading.pictures, records, options.batch_size, side, validation_share=options.validation
     )
     rows = functools.partial(crops_of, seed=options.seed, process_index=part, process_count=parts)
     crops = rows(flip=own.mirror)
@@ -116,11 +117,12 @@ def tokenizer_task(
         read=lambda step: marked(crops[step], step),
         read_validation=lambda step: marked(unseen[step], begin),
         validation_batches=len(unseen),
-        ids_of=functools.partial(record_numbers, pictures, options),
+        ids_of=functools.partial(record_numbers, records, options),
         tokens_per_sample=sum((side // stride) ** 2 for stride in strides),
         flops_per_sample=metrics.tokenizer_flops_per_sample(config, side, strides),
         settings={
-            "records": checkpoint.describe(manifest.read(pictures)),
+            "records": checkpoint.describe(records.manifest),
+            **reading.split_settings(options.validation),
             **checkpoint.describe(own),
             "start": start,
             "side": side,

@@ -1,11 +1,12 @@
 """Are the networks the published ones, number by number?
 
-    python -m experiments.parity.run --golden DIR [--json FILE]
+    python -m experiments.parity.run --golden DIR [--text-model FILE] [--json FILE]
 
-Runs every check that the recorded files of DIR allow and prints a table. Exit code 1 if a check
-fails, 2 if DIR has nothing to check.
+Runs every check that the recorded files of DIR allow, and with a text model those of its ids, and
+prints a table. Exit code 1 if a check fails, 2 if there is nothing to check.
 """
 
+import itertools
 import json
 import math
 import platform
@@ -18,7 +19,7 @@ from typing import Any
 import click
 import jax
 
-from experiments.parity import networks, operations
+from experiments.parity import networks, operations, texts
 from experiments.parity.golden import Check, Golden, Outcome, Skipped, failure, guarded
 
 CHECKS: Mapping[str, Callable[[Golden], Iterator[Outcome]]] = {
@@ -52,6 +53,17 @@ def outcomes(directory: Path) -> Iterator[tuple[str, Outcome, float]]:
             yield file, Skipped("", f"not looked at: {', '.join(unread)}"), 0.0
 
 
+def text_outcomes(model: Path, ids: Path) -> Iterator[tuple[str, Outcome, float]]:
+    """As `outcomes`, of the ids that the text model gives."""
+    began = time.monotonic()
+    try:
+        for outcome in texts.check_text_ids(model, ids):
+            yield ids.name, outcome, time.monotonic() - began
+            began = time.monotonic()
+    except Exception as error:  # whatever a damaged or foreign file leads to is a failed check
+        yield ids.name, failure("reading", error), time.monotonic() - began
+
+
 def line(file: str, outcome: Outcome) -> str:
     name = f"{file}: {outcome.name}" if outcome.name else file
     if isinstance(outcome, Skipped):
@@ -77,9 +89,18 @@ def as_json(file: str, outcome: Outcome, seconds: float) -> dict[str, Any]:
 @click.option(
     "--golden",
     "directory",
-    required=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of recorded files (tests/golden, or another in its format).",
+)
+@click.option(
+    "--text-model",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The published text model, ice_text.model.",
+)
+@click.option(
+    "--text-ids",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Recorded texts and their ids; default: text_ids.json beside the text model.",
 )
 @click.option(
     "--json",
@@ -87,11 +108,20 @@ def as_json(file: str, outcome: Outcome, seconds: float) -> dict[str, Any]:
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     help="Write everything there too.",
 )
-def main(directory: Path, json_path: Path | None) -> None:
-    """Compare the networks with recorded numbers of the published code."""
+def main(
+    directory: Path | None,
+    text_model: Path | None,
+    text_ids: Path | None,
+    json_path: Path | None,
+) -> None:
+    """Compare networks and text ids with recorded numbers of the published code."""
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise click.UsageError(f"the folder of {json_path} does not exist")
-    if not any((directory / f"{file}.npz").exists() for file in CHECKS):
+    if directory is None and text_model is None:
+        raise click.UsageError("give --golden, --text-model or both")
+    if text_ids is not None and text_model is None:
+        raise click.UsageError("--text-ids goes with --text-model")
+    if directory is not None and not any((directory / f"{file}.npz").exists() for file in CHECKS):
         files = ", ".join(f"{file}.npz" for file in CHECKS)
         raise click.UsageError(f"{directory} has none of {files}")
     began = time.monotonic()
@@ -99,7 +129,11 @@ def main(directory: Path, json_path: Path | None) -> None:
     made = []
     # On a GPU, float32 products are TF32 unless told not to be: ten bits, and no parity.
     with jax.default_matmul_precision("highest"):
-        for file, outcome, seconds in outcomes(directory):
+        found = [outcomes(directory)] if directory is not None else []
+        if text_model is not None:
+            ids = text_ids or text_model.with_name("text_ids.json")
+            found.append(text_outcomes(text_model, ids))
+        for file, outcome, seconds in itertools.chain(*found):
             click.echo(line(file, outcome))
             made.append((file, outcome, seconds))
     checks = [outcome for _, outcome, _ in made if isinstance(outcome, Check)]

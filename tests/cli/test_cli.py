@@ -77,7 +77,12 @@ BAD = {
         [*SCENES, "o", *(f"--caption-field={name}" for name in "abc")],
         "once or twice",
     ),
-    "no such stride": ([*SCENES, "o", "--stride", "6"], "--stride must be one of 4, 8, 16: got 6"),
+    "no such stride": ([*SCENES, "o", "--stride", "6"], "--stride must be 8, which the model"),
+    "another stride": ([*SCENES, "o", "--stride", "16"], "--stride must be 8, which the model"),
+    "pictures with a stride": (
+        [*SCENES, "o", "--pictures", "--stride", "8"],
+        "--pictures keeps files as they are",
+    ),
     "no such size": ([*SCENES, "o", "--size", "20"], "sizes must be multiples of stride 8: got"),
     "pictures with a size": (
         [*SCENES, "o", "--pictures", "--size", "32"],

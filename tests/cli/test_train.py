@@ -29,10 +29,6 @@ def test_train_writes_a_model_and_goes_on(run, tiny, tiny_folder, records, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ("coglm", "{records}", "--validation", 0.3, "--text-ratio", 0),
-            "at most the number of records, 3",
-        ),
         (("coglm", "{records}", "--accumulate", 3), "accumulate must divide batch_size 16: got 3"),
         (("coglm", "no such folder"), "holds no prepared records"),
         (("coglm", "{records}", "--fsdp", 2), "need several devices: there is one"),

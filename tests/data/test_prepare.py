@@ -1,5 +1,6 @@
 """Preparing: what is kept, what is refused, and that nothing else decides what the records are."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from cogview2_jax.data import manifest as manifests
-from cogview2_jax.data import prepare, reading, sources
+from cogview2_jax.data import prepare, reading, shards, sources
 from cogview2_jax.data.records import RecordLayout, english_texts, text_part
 from cogview2_jax.tokenizer import text
 from cogview2_jax.tokenizer.image import to_tokens
@@ -56,11 +57,10 @@ def refusals(folder: Path) -> list[dict]:
 
 def expected_row(tiny, number, caption, layout):
     vocabulary = layout.vocabulary
-    ids = text.encode(tiny.text_model, caption, vocabulary.num_image)
+    ids = text.encode(tiny.text_model, caption, vocabulary)
     parts = [text_part([ids], layout.text_slots, vocabulary)]
-    opened = sources.open_picture(picture(number))
     for size in layout.sizes:
-        pixels = fit_picture(opened, size, size)[None]
+        pixels = fit_picture(picture(number), size, size)[None]
         tokens = to_tokens(
             tiny.tokenizer, pixels, stride=layout.stride, config=tiny.tokenizer_config
         )
@@ -110,18 +110,19 @@ def test_two_sizes_and_two_languages(make, tiny, tmp_path):
     file.write_text(f"zh\timage\ten\n{CHINESE}\t0.jpg\ta small green star\n\t0.jpg\ta red circle\n")
     layout = RecordLayout(30, 8, SIZES, tiny.coglm_config.vocabulary)
     source = sources.CaptionsFile(file, fields=("en", "zh"))
-    assert make(source, tmp_path / "together", layout).records == 2
+    one = {"batch_size": 1}  # as many as `expected_row` encodes: one program for both
+    assert make(source, tmp_path / "together", layout, **one).records == 2
     rows = [np.frombuffer(each, "<i4") for each in contents(tmp_path / "together")]
     assert [len(row) for row in rows] == [30 + 1 + 16 + 144] * 2
     apart = expected_row(tiny, 0, "a red circle", layout)
     np.testing.assert_array_equal(rows[1], apart)
     np.testing.assert_array_equal(rows[0][layout.columns(96)], apart[layout.columns(96)])
-    english = text.encode(tiny.text_model, "a small green star", 64)
-    chinese = text.encode(tiny.text_model, CHINESE, 64)
+    english = text.encode(tiny.text_model, "a small green star", layout.vocabulary)
+    chinese = text.encode(tiny.text_model, CHINESE, layout.vocabulary)
     pad = layout.vocabulary.pad
     assert rows[0][: len(english) + len(chinese) + 2].tolist() == [*english, pad, *chinese, pad]
 
-    assert make(source, tmp_path / "apart", layout, apart=True).records == 3
+    assert make(source, tmp_path / "apart", layout, apart=True, **one).records == 3
     rows = [np.frombuffer(each, "<i4") for each in contents(tmp_path / "apart")]
     assert rows[1][: len(chinese) + 1].tolist() == [*chinese, pad]
 
@@ -134,6 +135,70 @@ def test_each_of_a_list_of_captions_is_refused_alone(make, tmp_path):
     report = make(sources.CaptionsFile(file), tmp_path / "records")
     assert report.records == 2
     assert [row["caption"] for row in refusals(tmp_path / "records")] == ["", "a zebra"]
+
+
+def test_a_folder_of_version_0_1_goes_on(make, tiny, captions_file, tmp_path):
+    """Its settings say where Chinese begins; its vocabulary has the four fields of then."""
+    make(sources.CaptionsFile(captions_file), tmp_path)
+    content = (tmp_path / manifests.MANIFEST).read_text()
+    vocabulary = tiny.coglm_config.vocabulary
+    stored = json.loads(content)
+    assert stored["layout"]["vocabulary"].keys() == {"num_image", "size", "pad", "unknown"}
+    assert stored["settings"]["first_chinese"] == vocabulary.first_chinese
+    assert "as_published" not in stored["settings"]
+    assert manifests.read(tmp_path).layout.vocabulary == vocabulary
+    # With another way to read text, a folder is refused.
+    other = dataclasses.replace(vocabulary, as_published=True)
+    layout = dataclasses.replace(RecordLayout.of(tiny.coglm_config), vocabulary=other)
+    with pytest.raises(ValueError, match="begun with settings.allow_unknown False, now it is True"):
+        make(sources.CaptionsFile(captions_file), tmp_path, layout)
+    with pytest.raises(ValueError, match="begun with settings.as_published None, now it is True"):
+        make(sources.CaptionsFile(captions_file), tmp_path, layout, allow_unknown=False)
+    assert (tmp_path / manifests.MANIFEST).read_text() == content
+
+
+HALF_PAIR = "a small green star \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("rows", "records", "kinds"),
+    [
+        ([{"caption": HALF_PAIR}], 2, ["malformed line"]),
+        ([{"caption": [SENTENCE, HALF_PAIR, SENTENCE]}], 4, ["malformed line"]),
+        ([{"caption": SENTENCE, "\udc00": 1}], 3, []),
+        ([{"image": "\ud83d.jpg", "caption": SENTENCE}], 2, ["missing image"]),
+        ([{"caption": "\udfff"}, {"caption": HALF_PAIR * 30}], 2, ["malformed line"] * 2),
+        ([{"image": "thin.png", "caption": SENTENCE}], 3, []),
+        ([{"image": "grey.png", "caption": SENTENCE}], 3, []),
+        ([{"image": "float.tif", "caption": SENTENCE}], 2, ["unreadable image"]),
+        ([{"caption": "\u3000"}], 2, ["empty caption"]),
+        ([{"caption": 10**400}], 2, ["malformed line"]),
+    ],
+)
+def test_one_bad_line_does_not_end_the_others(make, tmp_path, rows, records, kinds):
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    Image.new("RGB", (2_000_000, 1), "red").save(tmp_path / "thin.png")
+    Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(tmp_path / "grey.png")
+    Image.new("F", (40, 40)).save(tmp_path / "float.tif")
+    good = {"image": "0.jpg", "caption": SENTENCE}
+    lines = [json.dumps(row) for row in (good, *({"image": "0.jpg"} | row for row in rows), good)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    folder = tmp_path / "records"
+    report = make(sources.CaptionsFile(tmp_path / "captions.jsonl"), folder, shard_size=2)
+    assert report.complete and report.records == records
+    listed = refusals(folder)
+    assert [row["kind"] for row in listed] == kinds
+    assert all(row["reason"] and f"line {row['input'] + 1}" in row["name"] for row in listed)
+
+
+def test_fields_may_have_any_name(make, tmp_path):
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    file = tmp_path / "captions.jsonl"
+    file.write_text(json.dumps({"image": "0.jpg", "\ud83d": SENTENCE, "zh": HALF_PAIR}))
+    source = sources.CaptionsFile(file, fields=("\ud83d", "zh"))
+    assert make(source, tmp_path / "records", apart=True).records == 1
+    reason = "'zh' is not valid Unicode: half of a surrogate pair at character 19"
+    assert refusals(tmp_path / "records")[0]["reason"] == reason
 
 
 def test_workers_do_not_matter(made, make, captions_file, tmp_path):
@@ -214,7 +279,7 @@ def test_what_cannot_be_read_back_is_not_kept(tmp_path):
     file = tmp_path / "shard"
     file.write_bytes(b"\0" * 70_000)
     with pytest.raises(OSError, match="does not hold what was written"):
-        prepare._check(file, [b""])
+        shards.require_written(file, [b""])
 
 
 def test_a_folder_of_pictures_keeps_them_as_they_are(tmp_path):
@@ -224,10 +289,16 @@ def test_a_folder_of_pictures_keeps_them_as_they_are(tmp_path):
     (photos / "below" / "b.JPG").write_bytes(picture(1)[:300])
     (photos / "c.txt").write_text("no picture")
     (photos / "d.png").symlink_to("/dev/zero")
+    (photos / os.fsdecode(b"e\xff.png")).write_bytes(b"no picture")
     report = prepare.prepare_pictures(sources.PictureFolder(photos), tmp_path / "records")
-    assert report.records == 1
+    assert report.records == 1 and report.inputs == 4 and report.left_out == 1
     assert contents(tmp_path / "records") == [picture(0)]
-    assert [row["name"] for row in refusals(tmp_path / "records")] == ["below/b.JPG", "d.png"]
+    assert [(row["input"], row["name"], row["kind"]) for row in refusals(tmp_path / "records")] == [
+        (1, "below/b.JPG", "unreadable image"),
+        (2, "d.png", "missing image"),
+        (3, os.fsdecode(b"e\xff.png"), "unreadable image"),
+        (None, "c.txt", "other file"),
+    ]
 
 
 def test_what_a_kill_may_leave_behind_is_cleared(made, make, captions_file, tmp_path):
@@ -241,18 +312,6 @@ def test_what_a_kill_may_leave_behind_is_cleared(made, make, captions_file, tmp_
     (folder / f".{shard.name}.lock").touch()  # killed between the shard's name and the lock's end
     make(sources.CaptionsFile(captions_file), folder)
     assert_same(made[0], folder)
-
-
-def test_postscript_is_not_run():
-    with pytest.raises(sources.Refused, match="not a picture"):
-        sources.open_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-
-
-def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    (tmp_path / "a.jpg").write_bytes(picture(0))
-    report = prepare.prepare_pictures(sources.PictureFolder(tmp_path), tmp_path / "records")
-    assert report.refused == {"unreadable image": 1}
 
 
 def run_and_kill(command, out, at, cache):

@@ -8,7 +8,9 @@ from PIL import Image
 
 from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data import prepare, reading, sources
-from cogview2_jax.data.records import Manifest, RecordLayout
+from cogview2_jax.data.manifest import Manifest
+from cogview2_jax.data.records import RecordLayout
+from cogview2_jax.tokenizer.pictures import open_picture
 
 from .conftest import picture
 
@@ -98,45 +100,114 @@ def epoch(folder, **options):
     return [numbers(batches[step])[0] for step in range(len(batches))]
 
 
-def test_what_is_held_out_is_in_no_training_batch(folder):
-    training = epoch(folder, seed=1, held_out=0.2)
-    validation = epoch(folder, seed=1, held_out=0.2, validation=True)
-    assert sorted(training) == list(range(30)) and sorted(validation) == list(range(30, RECORDS))
-    assert sorted(epoch(folder)) == list(range(RECORDS))
+def test_records_are_trained_on_or_validated_on(folder):
+    training = epoch(folder, seed=1, validation_share=0.2)
+    validation = epoch(folder, seed=1, validation_share=0.2, validation=True)
+    assert len(validation) == 7 and sorted(training + validation) == list(range(RECORDS))
+    assert sorted(validation) != list(range(RECORDS - 7, RECORDS))
+    # From all over the folder: an ordered captions file is not validated on its last kind.
+    assert min(validation) < 12 and max(validation) > 24
+    assert sorted(epoch(folder, seed=2, validation_share=0.2)) == sorted(training)
+    records = reading.Records(folder)
+    assert reading.validation_numbers(records, 0.2).tolist() == sorted(validation)
+    assert list(reading.training_numbers(records, 0.2)) == sorted(training)
+    assert (
+        sorted(epoch(folder)) == list(reading.training_numbers(records, 0)) == list(range(RECORDS))
+    )
     assert training != sorted(training)
 
 
-def test_records_of_one_picture_are_not_split(tmp_path):
-    """Ten pictures with three captions each, as `--apart` and lists of captions make them."""
+def test_a_run_keeps_how_its_records_were_split():
+    assert reading.split_settings(0.0) == {}
+    assert reading.split_settings(0.1) == {"validation_split": "random by picture"}
+
+
+def records_of(folder, pictures, shards=1):
+    """A folder of records of these pictures (numbers), each with its own text."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     layout = RecordLayout(3, 8, (16,))
-    manifest = Manifest(manifests.TOKENS, 10, 10, layout, {})
-    manifests.begin(tmp_path, manifest)
-    writer = ArrayRecordWriter(str(manifest.shard_file(tmp_path, 0)), "group_size:1")
-    for number in range(30):
-        row = np.append(np.arange(4) + 100 * number, np.arange(4) + number // 3)
-        writer.write(row.astype("<i4").tobytes())
-    writer.close()
-    for share, first in ((0.1, 27), (0.13, 24), (0.17, 24), (0.19, 24), (0.21, 24), (0.23, 21)):
-        training = epoch(tmp_path, held_out=share)
-        validation = epoch(tmp_path, held_out=share, validation=True)
-        assert (sorted(training), sorted(validation)) == (
-            list(range(first)),
-            list(range(first, 30)),
-        )
-    with pytest.raises(ValueError, match="no records to train with: held_out is 0.95 of 30"):
-        reading.tokens(tmp_path, 1, held_out=0.95)
-    with pytest.raises(ValueError, match="no records for validation: held_out is 0.01 of 30"):
-        reading.tokens(tmp_path, 1, held_out=0.01, validation=True)
-    with pytest.raises(ValueError, match="at least 0 and below 1: got 1"):
-        reading.tokens(tmp_path, 1, held_out=1)
+    size = -(-len(pictures) // shards)
+    manifest = Manifest(manifests.TOKENS, len(pictures), size, layout, {})
+    manifests.begin(folder, manifest)
+    for shard in range(shards):
+        writer = ArrayRecordWriter(str(manifest.shard_file(folder, shard)), "group_size:1")
+        for number in manifest.inputs(shard):
+            row = np.append(np.arange(4) + 100 * number, np.arange(4) + pictures[number])
+            writer.write(row.astype("<i4").tobytes())
+        writer.close()
+    return folder
 
 
-def test_pictures_are_held_out_too(pictures):
-    part = reading.pictures(pictures, 2, 16, held_out=0.4, validation=True, epochs=1)
+@pytest.mark.parametrize("each", [2, 3, 5])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.13, 0.3, 0.5, 0.95])
+def test_records_of_one_picture_are_not_split(tmp_path, each, share):
+    """As `--apart`, lists of captions and lines that name one picture make them."""
+    shown = [i // each for i in range(30)]
+    records_of(tmp_path, shown, shards=4)  # pictures go over the ends of shards
+    training = epoch(tmp_path, validation_share=share)
+    validation = epoch(tmp_path, validation_share=share, validation=True)
+    assert sorted(training + validation) == list(range(30))
+    assert not {shown[i] for i in training} & {shown[i] for i in validation}
+    wanted = min(max(each, round(share * 30)), 30 - each)
+    assert abs(len(validation) - wanted) < each
+
+
+def test_the_share_is_reached_where_pictures_differ_in_records(tmp_path):
+    shown = np.repeat(np.arange(40), np.random.default_rng(0).integers(1, 6, 40)).tolist()
+    records_of(tmp_path, shown)
+    found = len(epoch(tmp_path, validation_share=0.25, validation=True))
+    assert abs(found - len(shown) / 4) < 5
+
+
+def test_a_single_picture_cannot_be_split(tmp_path):
+    records_of(tmp_path, [7] * 24)
+    for validation in (False, True):
+        with pytest.raises(ValueError, match="24 records of one picture cannot be split: .* 0.1"):
+            reading.tokens(tmp_path, 1, validation_share=0.1, validation=validation)
+    assert len(epoch(tmp_path)) == 24
+
+
+@pytest.mark.parametrize("share", [1, -0.1])
+def test_a_share_is_below_one(folder, share):
+    with pytest.raises(ValueError, match=f"at least 0 and below 1: got {share}"):
+        reading.tokens(folder, 1, validation_share=share)
+
+
+def test_without_a_share_there_is_nothing_to_validate_on(folder):
+    with pytest.raises(ValueError, match="no records for validation"):
+        reading.tokens(folder, 1, validation=True)
+
+
+@pytest.mark.parametrize("number", [1, 3, 24])
+def test_fewer_records_than_a_batch_fill_it(tmp_path, number):
+    records_of(tmp_path, list(range(number)))
+    training = reading.tokens(tmp_path, 16)
+    assert training[0].shape == training[1].shape == (16, 8)
+    once = reading.tokens(tmp_path, 16, epochs=1)
+    assert len(once) == 1 and once[0].shape == (16, 8)
+    counts = np.bincount(numbers(once[0]), minlength=number)
+    assert counts.max() - counts.min() <= 1  # every record as often
+    halves = [
+        reading.tokens(tmp_path, 16, epochs=1, process_index=i, process_count=2) for i in (0, 1)
+    ]
+    np.testing.assert_array_equal(np.concatenate([half[0] for half in halves]), once[0])
+    named = reading.record_numbers(tmp_path, 16, 0, epochs=1)
+    assert named.tolist() == numbers(once[0])
+
+
+def test_a_short_folder_is_validated_on(tmp_path):
+    records_of(tmp_path, list(range(24)))
+    unseen = reading.tokens(tmp_path, 16, validation_share=0.1, validation=True, epochs=1)
+    assert len(unseen) == 1 and len(set(numbers(unseen[0]))) == 2
+    training = reading.tokens(tmp_path, 16, validation_share=0.1, epochs=1)
+    assert not set(numbers(training[0])) & set(numbers(unseen[0]))
+
+
+def test_pictures_are_split_too(pictures):
+    part = reading.pictures(pictures, 2, 16, validation_share=0.4, validation=True, epochs=1)
     assert len(part) == 1  # two of six
-    assert len(reading.pictures(pictures, 2, 16, held_out=0.4, epochs=1)) == 2
+    assert len(reading.pictures(pictures, 2, 16, validation_share=0.4, epochs=1)) == 2
 
 
 @pytest.mark.parametrize(
@@ -144,8 +215,8 @@ def test_pictures_are_held_out_too(pictures):
     [
         {"seed": 1},
         {"process_index": 1, "process_count": 2, "epochs": 2},
-        {"held_out": 0.3, "seed": 2},
-        {"held_out": 0.5, "validation": True},
+        {"validation_share": 0.3, "seed": 2},
+        {"validation_share": 0.5, "validation": True},
     ],
 )
 def test_the_records_of_a_step_can_be_named(folder, options):
@@ -162,7 +233,7 @@ def test_the_pictures_of_a_step_can_be_named(pictures):
         for number, crop in zip(
             reading.record_numbers(pictures, 3, step, seed=4), crops[step], strict=True
         ):
-            whole = sources.open_picture(records[number])
+            whole = open_picture(records[number])
             # All of the shorter side: only the place across is left to chance.
             assert any(
                 (
@@ -204,8 +275,6 @@ def test_mistakes_are_one_line(folder, pictures, tmp_path):
         reading.tokens(folder, 9, process_count=2)
     with pytest.raises(ValueError, match="shared equally"):
         reading.tokens(folder, 8, process_index=2, process_count=2)
-    with pytest.raises(ValueError, match="at most the number of records"):
-        reading.tokens(folder, 38, epochs=1)
     with pytest.raises(ValueError, match="holds pictures"):
         reading.tokens(pictures, 4)
     with pytest.raises(ValueError, match="holds tokens"):

@@ -278,8 +278,8 @@ def test_the_order_tiles_any_grid():
     [
         (lambda: pad([TEXT, []]), r"texts\[1\] must have 1 to 8 tokens: got 0"),
         (lambda: pad([[60] * 9]), r"texts\[0\] must have 1 to 8 tokens: got 9"),
-        (lambda: pad([[60, 49]]), r"texts\[0\] must hold ids from 50 to 86: got 49"),
-        (lambda: pad([[87]]), r"texts\[0\] must hold ids from 50 to 86: got 87"),
+        (lambda: pad([[60, 49]]), r"texts\[0\] must hold ids from 50 to 89: got 49"),
+        (lambda: pad([[90]]), r"texts\[0\] must hold ids from 50 to 89: got 90"),
         (lambda: t2i(IMAGE.repeat(2)), "image must have at most 24 tokens: got 48"),
         (lambda: t2i(IMAGE, [True]), "text and is_text must have one shape"),
         (lambda: caption(IMAGE[1:]), r"image must have the 24 tokens of grid \(4, 6\): got 23"),

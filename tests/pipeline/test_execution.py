@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_bfloat16_draws_nearly_the_same(cv, stages, tiny, tiny_folder):
-    half = Execution(Precision(jnp.bfloat16, jnp.bfloat16))
+    half = Execution(Precision("bfloat16", "bfloat16"))
     rounded = cogview2_jax.load(tiny_folder, execution=half)
     for name in ("coglm", "direct", "iterative"):
         kinds = {leaf.dtype for leaf in jax.tree.leaves(rounded.bundle.params(name))}

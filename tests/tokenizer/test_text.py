@@ -1,20 +1,30 @@
-"""Text models: of the Scenes captions, and an ordinary SentencePiece model in place of the
-published one.
+"""Text models: of the Scenes captions, an ordinary SentencePiece model, and the published one where
+the environment variable COGVIEW2_PUBLISHED names the folder that has it.
 """
 
 import io
+import json
+import os
 import re
+import sys
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from cogview2_jax import bundle
+from cogview2_jax.bundle import SHIPPED
 from cogview2_jax.config import Vocabulary
 from cogview2_jax.data import scenes
-from cogview2_jax.tokenizer import text
+from cogview2_jax.tokenizer import cleaning, text
 
 NUM_IMAGE = 1024
+EXAMPLES = settings(max_examples=60, derandomize=True, database=None, deadline=None)
 CHINESE_WORDS = (
     "圆 圆形 正方形 三角形 菱形 星形 星星 心形 十字 半圆 大 小"
     " 红色 橙色 黄色 绿色 青色 蓝色 紫色 粉色 纯色 条纹 圆点 格子"
@@ -36,6 +46,11 @@ def content() -> bytes:
 @pytest.fixture(scope="module")
 def model(content):
     return text.load_text_model(content)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(model):
+    return text.vocabulary_for(model, NUM_IMAGE)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +76,10 @@ def pieces(model):
     return model.id_to_piece(list(range(model.vocab_size())))
 
 
-def test_every_caption_is_known_and_short(model):
+def test_every_caption_is_known_and_short(model, vocabulary):
     longest = 0
     for sentence in captions(1, 2000) + unseen_captions(2, 500):
-        ids = text.encode(model, sentence, NUM_IMAGE)
+        ids = text.encode(model, sentence, vocabulary)
         assert model.unk_id() + NUM_IMAGE not in ids
         longest = max(longest, len(ids))
     assert longest <= 22
@@ -92,8 +107,8 @@ def test_training_is_deterministic_and_names_no_path(content):
     assert not ModelProto.FromString(content).HasField("trainer_spec")
 
 
-def test_what_a_user_types_is_normalised(model):
-    plain = text.encode(model, "a red circle", NUM_IMAGE)
+def test_what_a_user_types_is_normalised(model, vocabulary):
+    plain = text.encode(model, "a red circle", vocabulary)
     for typed in (
         "A Red Circle",
         "a red circle.",
@@ -101,13 +116,13 @@ def test_what_a_user_types_is_normalised(model):
         "ａ ｒｅｄ　ＣＩＲＣＬＥ",
         "a red\u00a0circle",
     ):
-        assert text.encode(model, typed, NUM_IMAGE) == plain, typed
-    chinese = text.encode(model, "左边是红色圆，右边是蓝色圆", NUM_IMAGE)
-    assert text.encode(model, "左边是红色圆,右边是蓝色圆。", NUM_IMAGE) == chinese
+        assert text.encode(model, typed, vocabulary) == plain, typed
+    chinese = text.encode(model, "左边是红色圆，右边是蓝色圆", vocabulary)
+    assert text.encode(model, "左边是红色圆,右边是蓝色圆。", vocabulary) == chinese
 
 
-def test_a_chinese_word_has_one_id_everywhere(model):
-    start, inside = (text.encode(model, typed, NUM_IMAGE) for typed in ("红色圆", "大红色圆"))
+def test_a_chinese_word_has_one_id_everywhere(model, vocabulary):
+    start, inside = (text.encode(model, typed, vocabulary) for typed in ("红色圆", "大红色圆"))
     assert start[1:] == inside[2:]
 
 
@@ -125,14 +140,14 @@ def test_a_chinese_word_has_one_id_everywhere(model):
         ("a " * 23, "text must have at most 22 tokens: got 23"),
     ],
 )
-def test_text_that_cannot_be_used_is_refused_in_one_line(model, typed, message):
+def test_text_that_cannot_be_used_is_refused_in_one_line(model, typed, message, vocabulary):
     with pytest.raises(ValueError, match=message) as caught:
-        text.encode(model, typed, NUM_IMAGE, max_tokens=22)
+        text.encode(model, typed, vocabulary, max_tokens=22)
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_words_may_be_let_through(model):
-    ids = text.encode(model, "a red elephant", NUM_IMAGE, allow_unknown=True)
+def test_unknown_words_may_be_let_through(model, vocabulary):
+    ids = text.encode(model, "a red elephant", vocabulary, allow_unknown=True)
     assert ids[-1] == NUM_IMAGE + model.unk_id()
     assert text.unknown_words(model, "a red circle") == []
 
@@ -140,9 +155,8 @@ def test_unknown_words_may_be_let_through(model):
 @pytest.mark.parametrize(
     "sentence", ["a small red circle on the left", "大红色圆上方的蓝色条纹正方形"]
 )
-def test_decode_undoes_encode(model, sentence):
-    ids = text.encode(model, sentence, NUM_IMAGE)
-    pad = text.vocabulary_for(model, NUM_IMAGE).pad
+def test_decode_undoes_encode(model, sentence, vocabulary):
+    ids, pad = text.encode(model, sentence, vocabulary), vocabulary.pad
     assert text.decode(model, [*ids, pad, pad], NUM_IMAGE) == sentence
     assert text.decode(model, np.array(ids), NUM_IMAGE) == sentence
 
@@ -154,34 +168,33 @@ def test_decode_refuses_what_is_no_text(model):
             text.decode(model, [last, wrong], NUM_IMAGE)
 
 
-def test_the_vocabulary_has_the_published_order(model):
-    vocabulary = text.vocabulary_for(model, NUM_IMAGE)
+def test_the_vocabulary_has_the_published_order(model, vocabulary):
     published = Vocabulary()
     assert vocabulary.pad - NUM_IMAGE == published.pad - published.num_image
     assert vocabulary.unknown - NUM_IMAGE == published.unknown - published.num_image
     assert vocabulary.num_text == model.vocab_size()
     assert vocabulary.start_of_image == NUM_IMAGE + model.vocab_size()
-    border = text.first_chinese(model, NUM_IMAGE)
     for sentence in captions(3, 200):
-        ids = text.encode(model, sentence, NUM_IMAGE)
-        assert (max(ids) >= border) == text.is_chinese(sentence)
+        ids = text.encode(model, sentence, vocabulary)
+        assert text.is_english(ids, vocabulary) != text.is_chinese(sentence)
 
 
 def test_an_ordinary_model_works_too(ordinary):
     vocabulary = text.vocabulary_for(ordinary, 20_000)
     assert (vocabulary.unknown, vocabulary.pad) == (20_000, 20_003)
-    ids = text.encode(ordinary, "a circle", 20_000)
+    ids = text.encode(ordinary, "a circle", vocabulary)
     assert ids == [20_000 + piece for piece in ordinary.encode("a circle")]
     assert text.decode(ordinary, ids, 20_000) == "a circle"
 
 
 def test_line_breaks_are_spaces_unless_kept(ordinary):
+    vocabulary = text.vocabulary_for(ordinary, 20_000)
     line_break = 20_000 + ordinary.piece_to_id("<n>")
-    kept = text.encode(ordinary, "a circle\r\na star", 20_000, keep_line_breaks=True)
+    kept = text.encode(ordinary, "a circle\r\na star", vocabulary, keep_line_breaks=True)
     assert kept.count(line_break) == 1
     assert text.decode(ordinary, kept, 20_000) == "a circle\na star"
-    assert text.encode(ordinary, "a circle\na star", 20_000) == (
-        text.encode(ordinary, "a circle a star", 20_000)
+    assert text.encode(ordinary, "a circle\na star", vocabulary) == (
+        text.encode(ordinary, "a circle a star", vocabulary)
     )
 
 
@@ -208,7 +221,7 @@ def test_a_damaged_file_is_named(tmp_path, content):
     with pytest.raises(FileNotFoundError):
         text.load_text_model(tmp_path / "missing.model")
     path.write_bytes(content)
-    assert text.load_text_model(str(path)).vocab_size() > 0
+    assert text.load_text_model(str(path)).serialized_model_proto() == content
 
 
 def test_nothing_to_learn_from_is_refused():
@@ -229,12 +242,11 @@ def test_a_subword_model_spells_what_it_has_not_seen():
     model = text.load_text_model(content)
     assert model.vocab_size() <= 60
     assert [model.id_to_piece(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<pad>"]
-    text.vocabulary_for(model, 10)
+    vocabulary = text.vocabulary_for(model, 100)
     for sentence in (*OPEN, "ＴＨＥ park naps", "公园"):
-        ids = text.encode(model, sentence, 100)
-        english = max(ids) < text.first_chinese(model, 100)
-        assert english != text.is_chinese(sentence)
-    assert text.decode(model, text.encode(model, OPEN[0], 100), 100) == OPEN[0].lower()
+        ids = text.encode(model, sentence, vocabulary)
+        assert text.is_english(ids, vocabulary) != text.is_chinese(sentence)
+    assert text.decode(model, text.encode(model, OPEN[0], vocabulary), 100) == OPEN[0].lower()
 
 
 @pytest.mark.parametrize(
@@ -245,3 +257,221 @@ def test_a_subword_model_that_cannot_be_is_refused(sentences, pieces, message):
     with pytest.raises(ValueError, match=message) as caught:
         text.train_subword_model(sentences, pieces)
     assert "\n" not in str(caught.value)
+
+
+# --- Spaces, invisible marks and text that is not Unicode -----------------------------------------
+
+SPACES = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i))[0] == "Z"]
+SPACES += ["\t", "\n", "\v", "\f", "\r", "\x1c", "\x1f", "\x85", "\r\n", "\u2800", "\u3164"]
+INVISIBLE = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) == "Cf"]
+INVISIBLE += ["\ufe0e", "\ufe0f", "\U000e0101", "\u180b", "\u034f", "\x07", "\x7f"]
+
+
+def test_every_space_and_every_invisible_mark_is_read_as_such(model, vocabulary):
+    plain = text.encode(model, "a red circle", vocabulary)
+    for space in SPACES:
+        assert text.encode(model, f"a{space}red {space} circle{space}", vocabulary) == plain, space
+    for mark in INVISIBLE:
+        typed = f"{mark}a red{mark} cir{mark}cle{mark}"
+        assert text.encode(model, typed, vocabulary) == plain, ascii(mark)
+    for nothing in SPACES + INVISIBLE:
+        with pytest.raises(ValueError, match="at least one word"):
+            text.encode(model, nothing, vocabulary)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "a\u2009red\u2009circle",
+        "a\u202fred circle",
+        "a\u2003red circle",
+        "a red\u200c circle",
+        "a red cir\u2060cle",
+        "\u200ea red circle",
+    ],
+)
+def test_the_bundle_that_ships_reads_text_from_other_programs(typed):
+    shipped = text.load_text_model(SHIPPED / "text.model")
+    vocabulary = bundle.read_description(SHIPPED).coglm_config.vocabulary
+    assert vocabulary == text.vocabulary_for(shipped, 1024)
+    plain = text.encode_prompt(shipped, "a red circle", vocabulary, 22)
+    assert text.encode_prompt(shipped, typed, vocabulary, 22) == plain
+
+
+def test_models_are_made_of_clean_sentences():
+    marked = ["a cafe\u0301\u2009near\u200b the sea"]
+    plain = ["a café near the sea"]
+    assert text.train_text_model(marked) == text.train_text_model(plain)
+    assert text.train_subword_model(marked, 30) == text.train_subword_model(plain, 30)
+    model = text.load_text_model(text.train_text_model(plain))
+    vocabulary = text.vocabulary_for(model, NUM_IMAGE)
+    assert text.encode(model, marked[0], vocabulary) == text.encode(model, plain[0], vocabulary)
+
+
+@EXAMPLES
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+def test_cleaning_twice_is_cleaning_once(typed):
+    cleaned = cleaning.clean(typed)
+    assert cleaning.clean(cleaned) == cleaned
+    assert not set(cleaned) & {*SPACES, *INVISIBLE} - {" "}
+
+
+HALF_PAIRS = ["a red circle \ud83d", "a red circle \ude00", "a red circle \udcff and more"]
+
+
+@pytest.mark.parametrize("typed", HALF_PAIRS)
+@pytest.mark.parametrize("as_published", [False, True])
+def test_half_of_a_surrogate_pair_is_refused(model, typed, as_published):
+    vocabulary = text.vocabulary_for(model, NUM_IMAGE, as_published=as_published)
+    message = "^text is not valid Unicode: half of a surrogate pair at character 13$"
+    for call in (
+        lambda: text.encode(model, typed, vocabulary, allow_unknown=True),
+        lambda: text.encode(model, typed, vocabulary, keep_line_breaks=True),
+        lambda: text.encode_prompt(model, typed, vocabulary, 22),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    for train in (text.train_text_model, lambda made: text.train_subword_model(made, 60)):
+        with pytest.raises(
+            ValueError, match="^sentence 2 'a red circle .*': text is not valid Unicode"
+        ):
+            train(["a red circle", typed])
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("a red\0 circle", "text must not have a NUL: got one at character 5"),
+        ("a " * 5_000_000, "text must have at most 100,000 characters: got 10,000,000"),
+        ("龙" * 90_000, "text has words outside the text model: 龙+…$"),
+        (" ".join(map(str, range(9000))), "outside the text model: 0, 1, 2, 3, 4 and 8995 more$"),
+        (" " * 90_000, "text must have at least one word: got ' +…'$"),
+    ],
+    ids=["NUL", "10 MB", "one long word", "many words", "nothing but spaces"],
+)
+def test_text_that_no_prompt_can_be_is_refused_in_a_short_line(model, vocabulary, typed, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        text.encode_prompt(model, typed, vocabulary, 22)
+    assert len(str(caught.value)) < 120 and "\n" not in str(caught.value)
+
+
+@EXAMPLES
+@given(typed=st.text(st.characters()), as_published=st.booleans(), unknown=st.booleans())
+def test_any_text_has_ids_or_one_line_that_says_why_not(model, typed, as_published, unknown):
+    vocabulary = text.vocabulary_for(model, NUM_IMAGE, as_published=as_published)
+    try:
+        ids = text.encode(model, typed, vocabulary, allow_unknown=unknown or None)
+    except text.TextError as error:
+        assert len(str(error).splitlines()) == 1
+        assert error.kind != "unknown" or not (as_published or unknown)
+    else:
+        assert all(NUM_IMAGE <= number < vocabulary.size for number in ids)
+
+
+# --- Text as published ----------------------------------------------------------------------------
+
+
+def test_the_vocabulary_says_whether_unknown_words_are_read(model, vocabulary):
+    typed = "a red elephant"
+    with pytest.raises(ValueError, match="outside the text model: elephant$"):
+        text.encode(model, typed, vocabulary)
+    published = text.vocabulary_for(model, NUM_IMAGE, as_published=True)
+    known = text.encode(model, "a red", published)
+    space = NUM_IMAGE + model.piece_to_id(text.MARK)
+    assert text.encode(model, typed, published) == [*known, space, published.unknown]
+    with pytest.raises(ValueError, match="outside the text model: elephant$"):
+        text.encode(model, typed, published, allow_unknown=False)
+    assert text.encode(model, " ", published, allow_empty=True) == []
+    with pytest.raises(ValueError, match="at least one word"):
+        text.encode_prompt(model, " ", published, 22)
+
+
+def test_typed_start_tokens_are_single_ids_as_published(model, vocabulary):
+    published = text.vocabulary_for(model, NUM_IMAGE, as_published=True)
+    tokens = (published.start_of_image, published.start_of_english, published.start_of_chinese)
+    for name, number in zip(text.START_TOKENS, tokens, strict=True):
+        known = text.encode(model, "a red", published)
+        assert text.encode(model, f"a red{name}", published) == [*known, number]
+        with pytest.raises(ValueError, match="outside the text model"):
+            text.encode(model, f"a red{name}", vocabulary)
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The published text model, and what its tokenizer gives for odd texts."""
+    folder = os.environ.get("COGVIEW2_PUBLISHED")
+    if not folder:
+        pytest.skip("COGVIEW2_PUBLISHED names no folder with ice_text.model and text_ids.json")
+    recorded = json.loads((Path(folder) / "text_ids.json").read_text("utf-8"))
+    return text.load_text_model(Path(folder) / "ice_text.model"), recorded
+
+
+def test_the_published_model_has_the_published_vocabulary(published):
+    model, _ = published
+    vocabulary = text.vocabulary_for(model, 20_000)
+    assert vocabulary == Vocabulary()
+    ids = [text.encode(model, mark, vocabulary) for mark in ("。", "、", "it's 5.", "一只猫")]
+    assert ids[:2] == [[20_005, 83_823], [20_005, 83_824]]
+    assert [text.is_english(each, vocabulary) for each in ids] == [False, False, True, False]
+
+
+def test_ids_are_the_published_ones(published):
+    model, recorded = published
+    vocabulary = Vocabulary()
+    for row in recorded:
+        typed = row["text"]
+        assert text.encode(model, typed, vocabulary, allow_empty=True) == row["ids"], typed
+        kept = text.encode(model, typed, vocabulary, allow_empty=True, keep_line_breaks=True)
+        assert kept == row["keep_line_breaks"], typed
+        started = text.encode(model, typed + text.START_OF_IMAGE, vocabulary)
+        assert started == row["with_start"], typed
+        if row["ids"]:
+            prompt = text.encode_prompt(model, typed, vocabulary, 2000)
+            assert [*prompt, vocabulary.start_of_image] == row["with_start"], typed
+
+
+# --- The ids of a language ------------------------------------------------------------------------
+
+
+def names(model, allowed):
+    return {model.id_to_piece(int(number)) for number in np.flatnonzero(allowed)}
+
+
+def test_a_language_has_its_ids_and_the_common_ones():
+    sentences = ["Two dogs, 2 cats!", "两只狗，3只猫。", "кот 2"]
+    model = text.load_text_model(text.train_text_model(sentences, ignored=""))
+    vocabulary = text.vocabulary_for(model, 100)
+    common = {"▁", ",", "!", "。", "<pad>", "</s>"}
+    english, chinese = (
+        names(model, text.language_ids(model, vocabulary, language)) for language in ("en", "zh")
+    )
+    assert english == common | {"▁two", "▁dogs", "▁cats", "▁2", "▁кот", "3"}
+    assert chinese == common | {"▁2", "3", "两", "只", "狗", "猫"}
+    assert names(model, text.word_ids(model, vocabulary, "en")) == english - common
+    assert names(model, text.word_ids(model, vocabulary, "zh")) == set("两只狗猫")
+    with pytest.raises(ValueError, match="language must be en or zh: got 'de'"):
+        text.language_ids(model, vocabulary, "de")
+
+
+def test_captions_of_scenes_are_of_their_language(model, vocabulary):
+    rng = np.random.default_rng(5)
+    for language in ("en", "zh"):
+        allowed = text.language_ids(model, vocabulary, language)
+        words = text.word_ids(model, vocabulary, language)
+        for _ in range(100):
+            sentence = scenes.caption(scenes.sample_scene(rng), rng, language)
+            ids = np.array(text.encode(model, sentence, vocabulary)) - NUM_IMAGE
+            assert allowed[ids].all() and words[ids].any()
+
+
+def test_the_published_model_has_a_language_for_its_ids(published):
+    model, _ = published
+    vocabulary = Vocabulary()
+    english, chinese = (text.language_ids(model, vocabulary, language) for language in ("en", "zh"))
+    assert english.shape == chinese.shape == (130_000,)
+    assert (english & chinese)[:100].sum() == 98  # all common ones but <unk> and <s>
+    both = names(model, english & chinese)
+    assert {",", ".", "0", "9", "▁", "<n>", "<pad>"} <= both and "▁the" not in both
+    assert "▁cat" in names(model, english) and "猫" not in names(model, english)
+    assert {"猫", "。"} <= names(model, chinese)
+    assert not any(re.search("[a-zA-Zа-яぁ-ん]", name) for name in names(model, chinese) - both)

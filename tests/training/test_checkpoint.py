@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cogview2_jax.config import CogLMConfig
 from cogview2_jax.training import checkpoint
 
 
@@ -93,6 +94,11 @@ def test_another_network_is_refused(folder):
 def test_other_settings_are_refused(folder):
     with pytest.raises(ValueError, match="was begun with network.layers 2, now it is 3"):
         restore(folder, settings={"network": {"layers": 3}, "sizes": (1, 2)})
+
+
+def test_runs_of_version_0_1_describe_a_vocabulary_by_its_ids():
+    described = checkpoint.describe(CogLMConfig())
+    assert described["vocabulary"].keys() == {"num_image", "size", "pad", "unknown"}
 
 
 def test_a_foreign_folder_with_a_number_is_refused(folder):

@@ -164,7 +164,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(network, tiny, records
         if network == "coglm":
             mix = CogLMOptions(text_ratio=0.4, patch_size=2)
             first = source.manifest.settings["first_chinese"]
-            return batches.coglm(rng, rows, source, NUMBER, roomy, first, mix)
+            return batches.coglm(rng, rows, source, range(NUMBER), roomy, first, mix)
         if network == "direct":
             return batches.direct_sr(rng, rows, layout, tiny.direct_config)
         return batches.iterative_sr(rng, rows, layout, config, tiny.iterative_config)
@@ -195,6 +195,9 @@ def test_unfit_records_are_refused_with_what_to_prepare(tiny, records, pictures)
     coarse = dataclasses.replace(reading.Records(records).manifest.layout, sizes=(32,))
     with pytest.raises(ValueError, match="no picture of 144 tokens: .* --size 32 --size 96"):
         batches.require_layout(coarse, tiny.coglm_config, 144)
+    strided = RecordLayout.of(tiny.coglm_config, 16, 96)  # a grid of 4 × 4, of other tokens
+    with pytest.raises(ValueError, match="a token for 16 pixels .* draws one as 8: .* --stride 8"):
+        batches.require_layout(strided, tiny.coglm_config)
     with pytest.raises(ValueError, match="holds pictures, not tokens"):
         coglm_task(tiny, pictures, FEW)
     with pytest.raises(ValueError, match="text_ratio must be 0 for records of 97 tokens"):
@@ -205,16 +208,28 @@ def test_unfit_records_are_refused_with_what_to_prepare(tiny, records, pictures)
         tokenizer_task(tiny, pictures, FEW, TokenizerOptions("nothing", keep_others=True))
 
 
-def test_held_out_records_are_never_trained_on(records):
+def test_validation_records_are_never_trained_on(records):
     source = reading.Records(records)
-    kept = reading.num_training(source, 0.25)
+    kept = set(reading.validation_numbers(source, 0.25).tolist())
     rows = {source[i]: i for i in range(len(source))}
-    train = reading.tokens(records, 4, held_out=0.25, epochs=1)
-    unseen = reading.tokens(records, 4, held_out=0.25, validation=True, epochs=1)
+    train = reading.tokens(records, 4, validation_share=0.25, epochs=1)
+    unseen = reading.tokens(records, 4, validation_share=0.25, validation=True, epochs=1)
     numbers = [[rows[row.astype("<i4").tobytes()] for row in batch] for batch in train]
-    assert max(map(max, numbers)) < kept
-    assert numbers[2] == reading.record_numbers(records, 4, 2, held_out=0.25).tolist()
-    assert min(rows[row.astype("<i4").tobytes()] for row in unseen[0]) >= kept
+    assert not kept & {number for batch in numbers for number in batch}
+    named = reading.record_numbers(records, 4, 2, validation_share=0.25)
+    assert numbers[2] == named.tolist()
+    assert kept >= {rows[row.astype("<i4").tobytes()] for row in unseen[0]}
+
+
+def test_a_short_folder_trains_and_validates(tiny, tmp_path):
+    """Pictures enough for a batch, and 2 of 24 records to validate on."""
+    prepare.prepare_pictures(sources.Scenes(24), tmp_path)
+    options = Options(num_steps=1, batch_size=16, validation=0.1)
+    task = tokenizer_task(tiny, tmp_path, options, TokenizerOptions(side=32, strides=(8,)))
+    assert task.validation_batches == 1
+    pixels, _ = task.read_validation(0)
+    assert pixels.shape == (16, 32, 32, 3)
+    assert task.settings["validation_split"] == reading.SPLIT
 
 
 def test_the_bundle_that_ships_is_what_the_commands_start_from():

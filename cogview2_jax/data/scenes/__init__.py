@@ -17,7 +17,14 @@ from cogview2_jax.data.scenes.captions import (
     parse_caption,
 )
 from cogview2_jax.data.scenes.drawing import DEFAULT_STYLE, Style, draw
-from cogview2_jax.data.scenes.sampling import SPLITS, Example, example, example_scene, sample_scene
+from cogview2_jax.data.scenes.sampling import (
+    SPLITS,
+    Example,
+    captioned_scene,
+    example,
+    example_scene,
+    sample_scene,
+)
 from cogview2_jax.data.scenes.scene import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -66,6 +73,7 @@ __all__ = [
     "Style",
     "Verdict",
     "caption",
+    "captioned_scene",
     "check",
     "draw",
     "example",

@@ -47,7 +47,7 @@ class ObjectClaim:
 
 @dataclass(frozen=True)
 class Claims:
-    """What a caption says: of each object, and how the first of two lies to the second."""
+    """What a caption says about each object, and about where the first is from the second."""
 
     objects: tuple[ObjectClaim, ...]
     relation: str | None = None
@@ -174,7 +174,7 @@ def caption(
         fields |= {"p": place_words[p], "q": place_words[q]}
     if form == "relation":
         if relation is None:
-            raise ValueError("the two objects lie on a diagonal, which no relation names")
+            raise ValueError("the two objects are on a diagonal, which no relation names")
         fields["r"] = (
             pick(rng, _EN_RELATIONS[relation]) if language == "en" else _ZH_RELATIONS[relation]
         )

@@ -71,7 +71,7 @@ def _masks(shape: str, radius: int, outline: float) -> tuple[Image.Image, Image.
     points = [((half + x * radius) * scale, (half + y * radius) * scale) for x, y in contour]
     whole = Image.new("L", (2 * half * scale,) * 2)
     ImageDraw.Draw(whole).polygon(points, fill=255)
-    # The outline lies inside the shape: rub a stroke of twice its width off the edge, with discs
+    # The outline is inside the shape: rub a stroke of twice its width off the edge, with discs
     # to round the joints.
     inside = whole.copy()
     pen = ImageDraw.Draw(inside)

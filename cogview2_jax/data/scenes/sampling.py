@@ -1,6 +1,6 @@
 """Drawing scenes at random, and the examples of the splits.
 
-An example is a function of (split, index) alone, through a counter-based generator: splits have any
+An example is a function only of (split, index), through a counter-based generator: splits have any
 length and can be read in any order.
 """
 
@@ -111,9 +111,14 @@ def example_scene(split: str, index: int) -> Scene:
 
 def example(split: str, index: int) -> Example:
     """Example number `index` (>= 0) of `split`, always the same. Errors as in `example_scene`."""
-    drawn, rng = _scene(split, index)
-    captions = {language: caption(drawn, rng, language) for language in LANGUAGES}
-    return Example(draw(drawn), drawn, captions)
+    scene, captions = captioned_scene(split, index)
+    return Example(draw(scene), scene, captions)
+
+
+def captioned_scene(split: str, index: int) -> tuple[Scene, dict[str, str]]:
+    """The scene and the captions of `example`, without drawing it. Errors as in `example_scene`."""
+    scene, rng = _scene(split, index)
+    return scene, {language: caption(scene, rng, language) for language in LANGUAGES}
 
 
 def _scene(split: str, index: int) -> tuple[Scene, np.random.Generator]:
@@ -121,7 +126,7 @@ def _scene(split: str, index: int) -> tuple[Scene, np.random.Generator]:
         raise ValueError(f"unknown split {split!r}; one of {', '.join(SPLITS)}")
     if index < 0:
         raise ValueError(f"an example index starts at 0, not {index}")
-    # Philox is counter-based: the key alone selects the stream, and no example depends on another.
+    # Philox is counter-based: the key selects the stream, and no example depends on another.
     key = np.array([0x5CE2E500 + SPLITS[split], index], dtype=np.uint64)
     rng = np.random.Generator(np.random.Philox(key=key))
     return sample_scene(rng, pairs="unseen" if split == "composition" else "seen"), rng

@@ -1,0 +1,5 @@
+"""Defaults that the commands share with the functions. Light to import: help shows them."""
+
+IMAGE_FIELD, CAPTION_FIELD = "image", "caption"  # of a captions file
+BATCH_SIZE = 64  # pictures that the tokenizer encodes at once
+SHARD_SIZE = 4096  # inputs of a shard

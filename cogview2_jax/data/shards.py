@@ -1,0 +1,310 @@
+"""Shards of records: written whole or not at all, each by one process, with what was refused.
+
+The inputs are cut into shards by number. A shard is written under a temporary name, read back and
+renamed, so that a kill, a full disk or a failing machine costs at most the shards that were being
+written. Any number of processes may prepare one folder: each takes shards that no other holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cogview2_jax.data import manifest as manifests
+from cogview2_jax.data.manifest import Manifest
+from cogview2_jax.data.sources import Input, Refused, Source, left_out
+from cogview2_jax.tokenizer.pictures import PictureError
+
+OTHER_FILE = "other file"  # the kind of what a source does not read
+
+
+class Refusal(NamedTuple):
+    """One line of refused.jsonl. `input` is its number from 0, None for a file that is no input;
+    `caption` says which of several.
+    """
+
+    input: int | None
+    name: str
+    kind: str
+    reason: str
+    caption: str | None = None
+
+
+class Report(NamedTuple):
+    """Numbers of a folder. `complete` is false while another process still works on a shard.
+    `left_out` counts files that the source does not read.
+    """
+
+    inputs: int
+    records: int
+    refused: dict[str, int]  # kind -> number of refusals
+    left_out: int
+    complete: bool
+
+
+class Recipe(NamedTuple):
+    """How inputs become records.
+
+    `read` runs in a thread on one input and raises `Refused` or `PictureError`. It returns what
+    `write` needs, None when nothing of the input is left, and the refusals of single captions.
+    `write` runs in the main thread on up to `batch_size` of those and returns the records of each.
+    """
+
+    read: Callable[[Input], tuple[Any, list[tuple[str, Refused]]]]
+    write: Callable[[Sequence[Any]], list[list[bytes]]]
+    batch_size: int
+
+
+def write_shards(
+    source: Source,
+    folder: Path,
+    manifest: Manifest,
+    recipe: Recipe,
+    workers: int,
+    progress: Callable[[int], None],
+) -> Report:
+    """Write all shards of `manifest` that `folder` does not have. `progress` is called with numbers
+    of inputs as they are done, first with those of the shards that are there.
+
+    Raises ValueError for a folder that was begun with other settings, and OSError, in one line,
+    when something cannot be written.
+    """
+    with _one_line_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            manifests.begin(folder, manifest)
+    done = [shard for shard in range(manifest.num_shards) if _is_done(folder, manifest, shard)]
+    progress(sum(len(manifest.inputs(shard)) for shard in done))
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+        # Pillow warns of harmless oddities, and of sizes that `pictures` has its own limit for.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        try:
+            for shard in range(manifest.num_shards):
+                with _held(folder, manifest, shard) as mine:
+                    if mine and not _is_done(folder, manifest, shard):
+                        inputs = _Inputs(source, recipe, pool, workers, progress)
+                        _write_shard(inputs, folder, manifest, shard)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    with _one_line_errors(folder), _locked(folder):
+        return _summarise(source, folder, manifest)
+
+
+# --- Inputs that are read ahead -------------------------------------------------------------------
+
+
+class _Inputs(NamedTuple):
+    """How the inputs of a shard are read."""
+
+    source: Source
+    recipe: Recipe
+    pool: ThreadPoolExecutor
+    workers: int
+    progress: Callable[[int], None]
+
+    def read(self, index: int) -> tuple[Any, list[Refusal]]:
+        """What `recipe.write` needs of an input, or None, and what was refused of it."""
+        name = ""
+        try:
+            item = self.source[index]
+            name = item.name
+            made, refused = self.recipe.read(item)
+        except (Refused, PictureError) as one:
+            return None, [_refusal(index, one.name or name, one)]
+        return made, [_refusal(index, name, one, caption) for caption, one in refused]
+
+    def accepted(self, indices: range, refusals: list[Refusal]) -> Iterator[Any]:
+        """What `recipe.write` needs of each input that was not refused, in order. Refusals are
+        added to `refusals`.
+        """
+        ahead = self.workers + 2 * self.recipe.batch_size
+        for made, refused in _in_order(self.pool, self.read, indices, ahead):
+            refusals.extend(refused)
+            if made is not None:
+                yield made
+            self.progress(1)
+
+
+def _refusal(
+    index: int, name: str, refused: Refused | PictureError, caption: str | None = None
+) -> Refusal:
+    caption = None if caption is None else _short(caption)
+    return Refusal(index, _short(name), refused.kind, _short(refused.reason), caption)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[int], Any], indices: range, ahead: int
+) -> Iterator[Any]:
+    """`function` of each index, in order, with at most `ahead` in work."""
+    pending: deque[Future[Any]] = deque()
+    for index in indices:
+        pending.append(pool.submit(function, index))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+# --- One shard ------------------------------------------------------------------------------------
+
+
+def _write_shard(inputs: _Inputs, folder: Path, manifest: Manifest, shard: int) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    file = manifest.shard_file(folder, shard)
+    partial = file.with_name(f".{file.name}.partial")
+    refusals: list[Refusal] = []
+    written: list[bytes] = []  # digests
+    try:
+        with _one_line_errors(folder):
+            # One record a group: random access reads no neighbours.
+            writer = ArrayRecordWriter(str(partial), "group_size:1")
+        try:
+            items = inputs.accepted(manifest.inputs(shard), refusals)
+            while batch := list(islice(items, inputs.recipe.batch_size)):
+                for records in inputs.recipe.write(batch):
+                    for record in records:
+                        with _one_line_errors(folder):
+                            writer.write(record)
+                        written.append(hashlib.sha256(record).digest())
+        finally:
+            with _one_line_errors(folder):
+                writer.close()
+        report = {"records": len(written), "refused": [each._asdict() for each in refusals]}
+        with _one_line_errors(folder):
+            require_written(partial, written)
+            manifests.write_durably(_report_file(folder, manifest, shard), _json_line(report))
+            manifests.rename_durably(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def require_written(file: Path, digests: Sequence[bytes]) -> None:
+    """Raises OSError unless the records on the disk have these SHA-256 digests."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(file))
+    try:
+        intact = reader.num_records() == len(digests)
+        intact = intact and all(hashlib.sha256(reader.read()).digest() == each for each in digests)
+        reader.close()  # raises what was wrong when it was opened
+    except (RuntimeError, IndexError):
+        intact = False
+    if not intact:
+        raise OSError(f"{file.name} does not hold what was written to it: a full or failing disk")
+
+
+def _is_done(folder: Path, manifest: Manifest, shard: int) -> bool:
+    return manifest.shard_file(folder, shard).exists()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the others wait."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _held(folder: Path, manifest: Manifest, shard: int) -> Iterator[bool]:
+    """Whether only this process holds the shard until the end; the system frees it at a kill."""
+    file = manifest.shard_file(folder, shard)
+    if file.exists():
+        yield False
+        return
+    lock = file.with_name(f".{file.name}.lock")
+    with lock.open("wb") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            # Whoever opened it before this sees, once it has the lock, that the shard is done.
+            lock.unlink(missing_ok=True)
+
+
+# --- Reports --------------------------------------------------------------------------------------
+
+
+def _summarise(source: Source, folder: Path, manifest: Manifest) -> Report:
+    """Numbers of the shards that are done; when all are, also written, with all refusals."""
+    records, lines = 0, []
+    kinds: Counter[str] = Counter()
+    done = [shard for shard in range(manifest.num_shards) if _is_done(folder, manifest, shard)]
+    for shard in done:
+        report = _read_report(folder, manifest, shard)
+        records += report["records"]
+        kinds.update(refusal["kind"] for refusal in report["refused"])
+        lines += [_json_line(refusal) for refusal in report["refused"]]
+    others = left_out(source)
+    made = Report(
+        sum(len(manifest.inputs(shard)) for shard in done),
+        records,
+        dict(kinds.most_common()),
+        len(others),
+        len(done) == manifest.num_shards,
+    )
+    if made.complete:
+        for lock in folder.glob(".records-*.lock"):  # of runs killed just after their last shard
+            lock.unlink(missing_ok=True)
+        for name, reason in others:
+            lines.append(_json_line(Refusal(None, name, OTHER_FILE, reason)._asdict()))
+        content = json.dumps(made._asdict(), indent=2) + "\n"
+        manifests.write_durably(folder / manifests.REFUSED, b"".join(lines))
+        manifests.write_durably(folder / manifests.REPORT, content.encode())
+    return made
+
+
+def _report_file(folder: Path, manifest: Manifest, shard: int) -> Path:
+    return manifest.shard_file(folder, shard).with_suffix(".json")
+
+
+def _read_report(folder: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
+    file = _report_file(folder, manifest, shard)
+    try:
+        report: dict[str, Any] = json.loads(file.read_bytes())
+        return {"records": int(report["records"]), "refused": list(report["refused"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is missing or damaged: delete {manifest.shard_file(folder, shard).name},"
+            " and prepare will make both again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _one_line_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None)
+        # array_record says "write() failed: No space left on device; writing …; …"
+        reason = reason or str(error).split(";")[0].removeprefix("write() failed: ")
+        raise OSError(
+            f"cannot write to {folder}: {reason} (the same command continues from here)"
+        ) from error
+
+
+def _short(words: str, most: int = 300) -> str:
+    return words if len(words) <= most else words[: most - 1] + "…"
+
+
+def _json_line(content: Any) -> bytes:
+    # Half of a surrogate pair, which names of files and fields may have, becomes a JSON escape.
+    return (json.dumps(content, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

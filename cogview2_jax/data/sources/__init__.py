@@ -1,0 +1,38 @@
+"""Inputs of `prepare`, by number: a captions file with pictures, a folder of pictures, a prepared
+tfds data set, Scenes.
+
+A source has a length and gives input `i` as an `Input`, or raises `Refused` for what is wrong with
+that input, so that the work can be split by number and one bad input never stops the others.
+Sources are read by many threads at once. A failing machine (too many open files, a failing disk) is
+no reason to refuse an input: that error is raised as it is.
+"""
+
+from cogview2_jax.data.sources.captions_file import CaptionsFile
+from cogview2_jax.data.sources.inputs import (
+    Captions,
+    First,
+    Input,
+    LeftOut,
+    Refused,
+    Source,
+    caption_sets,
+    left_out,
+)
+from cogview2_jax.data.sources.picture_folder import PictureFolder
+from cogview2_jax.data.sources.scenes import Scenes
+from cogview2_jax.data.sources.tfds import Tfds
+
+__all__ = [
+    "Captions",
+    "CaptionsFile",
+    "First",
+    "Input",
+    "LeftOut",
+    "PictureFolder",
+    "Refused",
+    "Scenes",
+    "Source",
+    "Tfds",
+    "caption_sets",
+    "left_out",
+]

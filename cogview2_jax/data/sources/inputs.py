@@ -1,0 +1,96 @@
+"""What every source gives: inputs by number, each with its captions, or the reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from cogview2_jax.tokenizer.pictures import Picture
+
+Captions = dict[str, str]  # field -> text
+
+
+class Input(NamedTuple):
+    """One input. Each of `captions` is one set, in one language or two, and makes a record."""
+
+    name: str
+    picture: Picture
+    captions: tuple[Captions, ...]
+
+
+class Refused(Exception):
+    """What is wrong with one input: a short `kind` to count by, and one line that says why."""
+
+    def __init__(self, kind: str, reason: str, name: str = "") -> None:
+        super().__init__(reason)
+        self.kind, self.reason, self.name = kind, reason, name
+
+
+class LeftOut(NamedTuple):
+    """A file or folder that a source found and does not read, and the reason."""
+
+    name: str
+    reason: str
+
+
+class Source(Protocol):
+    """`fingerprint`: JSON values that change whenever the inputs do. A source may have `left_out`,
+    the files that it does not read.
+    """
+
+    @property
+    def fingerprint(self) -> dict[str, Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Input: ...
+
+
+def left_out(source: Source) -> Sequence[LeftOut]:
+    """What a source found and does not read."""
+    found: Sequence[LeftOut] = getattr(source, "left_out", ())
+    return found
+
+
+def caption_sets(values: Mapping[str, Any]) -> tuple[Captions, ...]:
+    """Captions by field, each None, a text or a list of texts, as sets with one text a field.
+
+    Lists go side by side; a single text goes with each of a list. No fields make no sets. Raises
+    Refused.
+    """
+    if not values:
+        return ()
+    lists: dict[str, list[Any]] = {}
+    for field, value in values.items():
+        if value is not None:
+            lists[field] = value if isinstance(value, list) else [value]
+            if not all(isinstance(text, str) for text in lists[field]):
+                raise Refused("malformed line", f"{field!r} must be a text or a list of texts")
+    lengths = {len(texts) for texts in lists.values()}
+    if not lengths or lengths == {0}:
+        raise Refused("empty caption", f"no caption in {', '.join(values)}")
+    if 0 in lengths or len(lengths - {1}) > 1:
+        numbers = ", ".join(f"{len(texts)} of {field!r}" for field, texts in lists.items())
+        raise Refused("malformed line", f"captions do not go together: {numbers}")
+    return tuple(
+        {field: texts[i % len(texts)] for field, texts in lists.items()}
+        for i in range(max(lengths))
+    )
+
+
+class First:
+    """The first `length` inputs of a source, or all where it has fewer."""
+
+    def __init__(self, source: Source, length: int) -> None:
+        self._source, self._length = source, min(length, len(source))
+        self.left_out = left_out(source)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return self._source.fingerprint
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Input:
+        return self._source[index]
