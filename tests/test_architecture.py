@@ -20,7 +20,7 @@ FLOORS = (
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# `cogview2_jax.load` and the classes it re-exports.
+# Of `cogview2_jax.load`.
 PACKAGE_IMPORTS = {"bundle", "pipeline", "sharding"}
 
 
