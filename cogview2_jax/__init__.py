@@ -12,34 +12,31 @@ Importing this is quick and loads nothing: the networks come with the first `loa
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cogview2_jax.bundle import Bundle
     from cogview2_jax.pipeline.cogview import CogView
+    from cogview2_jax.sharding import Execution
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "CogView", "__version__", "load"]
 
 
-def load(path: str | os.PathLike[str] | None = None) -> CogView:
+def load(
+    path: str | os.PathLike[str] | None = None, *, execution: Execution | None = None
+) -> CogView:
     """The model in the bundle folder `path`, or the one that ships with the package.
+
+    A model may lack networks that are still to be trained: it does what it can with those it has.
+    `execution` says how to compute, by default in float32 on one device; in bfloat16, or on a mesh:
+
+        half = Execution(Precision("bfloat16", "bfloat16"))
+        cut = Execution(sharding=Sharding(make_mesh(tensor=2)))
 
     Raises FileNotFoundError or ValueError, in one line, for a missing or damaged bundle.
     """
     from cogview2_jax import bundle
     from cogview2_jax.pipeline.cogview import CogView
+    from cogview2_jax.sharding import Execution
 
-    return CogView(bundle.load(path))
-
-
-def __getattr__(name: str) -> Any:
-    if name == "CogView":
-        from cogview2_jax.pipeline.cogview import CogView
-
-        return CogView
-    if name == "Bundle":
-        from cogview2_jax.bundle import Bundle
-
-        return Bundle
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    execution = Execution() if execution is None else execution
+    return CogView(bundle.load(path, execution=execution), execution)

@@ -9,17 +9,15 @@ labels come with the tokenizer, and the file of weights with the first network.
 
 Nothing in it is code: the weights are read by `safetensors`, which runs none. Reading is strict. A
 field or a tensor too many, too few or of another shape is refused in one line that names the file,
-what was wrong with it and what to do. In memory parameters are float32.
+what was wrong with it and what to do.
 """
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import json
 import os
 import shutil
-import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,30 +36,23 @@ from cogview2_jax.config import (
     IterativeSRConfig,
     Sampling,
 )
+from cogview2_jax.description import ADVICE, CONFIGS, check_description
+from cogview2_jax.description import Description as Description
+from cogview2_jax.description import parse_description as parse_description
+from cogview2_jax.description import to_json as to_json
+from cogview2_jax.errors import one_line
+from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import text
 
-FORMAT = 1
 CONFIG, TEXT_MODEL, WEIGHTS = "config.json", "text.model", "weights.safetensors"
 CLUSTER_LABELS = "cluster_labels"
 SHIPPED = Path(__file__).parent / "bundles" / "scenes"
-_ADVICE = "copy or download the bundle again"
 
 Params = dict
 
 
-class Description(NamedTuple):
-    """What config.json says. Cheap to read: it needs neither the weights nor the networks."""
-
-    coglm_config: CogLMConfig
-    direct_config: DirectSRConfig
-    iterative_config: IterativeSRConfig
-    tokenizer_config: HVQVAEConfig
-    sampling: Sampling
-    made_with: dict[str, str]  # package -> version
-
-
 class Bundle(NamedTuple):
-    """A model in memory. The parameters are float32; the four trees share nothing.
+    """A model in memory. The four trees of parameters share nothing.
 
     The tree of a network that is not there is empty, and so are the labels without a tokenizer.
     """
@@ -92,7 +83,6 @@ class Bundle(NamedTuple):
         return int(self.cluster_labels.max(initial=-1)) + 1
 
 
-_CONFIGS = ("coglm_config", "direct_config", "iterative_config", "tokenizer_config", "sampling")
 # Each network, in the order of training, and the command that trains it.
 TRAINED_BY = {
     "tokenizer": "cogview2 train tokenizer",
@@ -112,9 +102,9 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
     """
     path = Path(path).absolute()
     made_with = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
-    configs: dict[str, Any] = {name: getattr(bundle, name) for name in _CONFIGS}
+    configs: dict[str, Any] = {name: getattr(bundle, name) for name in CONFIGS}
     description = Description(**configs, made_with=made_with | {"cogview2_jax": __version__})
-    _check_description(description, path)
+    check_description(description, path)
     _check_text_model(bundle.text_model, bundle.coglm_config, path)
     tensors = _tensors(bundle)
     _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, bundle, path)
@@ -134,7 +124,7 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
             path.rename(replaced)
         partial.rename(path)
     except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or _one_line(error)
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise OSError(f"bundle {path} could not be written: {reason}") from error
     finally:
         if replaced.exists() and not path.exists():
@@ -144,42 +134,74 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
 
 
 def load(
-    path: str | os.PathLike[str] | None = None, networks: Collection[str] = NETWORKS
+    path: str | os.PathLike[str] | None = None,
+    networks: Collection[str] | None = None,
+    execution: Execution = Execution(),
 ) -> Bundle:
     """The bundle in the folder `path`, or the one that ships with the package.
 
-    Parameters of networks other than `networks` are not read: their trees are empty.
+    Reads the `networks` that are named, all of which must be there, or by default those that are
+    there, at least one. The trees of others are empty. Parameters are placed as `place` does it.
 
     Raises FileNotFoundError for a missing folder or file and ValueError for a damaged or
-    ill-fitting one and for one that lacks any of `networks`, each in one line.
+    ill-fitting one and for missing networks, each in one line.
     """
-    if unknown := sorted(set(networks) - set(NETWORKS)):
+    if unknown := sorted(set(networks or ()) - set(NETWORKS)):
         raise ValueError(f"networks must be of {', '.join(NETWORKS)}: got {unknown[0]!r}")
     folder = locate(path)
     description = read_description(folder)
     bundle = untrained(description, read_text_model(folder, description))
-    # Shapes first: they lie in the header, so an unfit file is refused before it is read.
+    # Shapes first: they are in the header, so an unfit file is refused before it is read.
     shapes = _stored_shapes(folder)
     _check_shapes(shapes, bundle, folder)
     there = _networks_of(shapes)
+    if networks is None:
+        networks = there or NETWORKS
     if missing := [name for name in NETWORKS if name in networks and name not in there]:
         what = f"lacks {', '.join(missing)}" + ("" if shapes else f" (no file {WEIGHTS})")
         raise ValueError(f"bundle {folder} {what}: `{TRAINED_BY[missing[0]]}` trains {missing[0]}")
-    if not shapes:
-        return bundle
-    file = folder / WEIGHTS
-    wanted = {CLUSTER_LABELS, *networks}
-    with _damage_in(file), safetensors.safe_open(file, framework="numpy") as stored:
-        tensors = {name: stored.get_tensor(name) for name in shapes if _head(name) in wanted}
-    labels = tensors.pop(CLUSTER_LABELS, bundle.cluster_labels).astype(np.int32)
-    if labels.min(initial=0) < 0:
-        raise ValueError(f"{file} is damaged (a negative cluster label): {_ADVICE}")
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise ValueError(f"{file} is damaged (tensor {name!r} is not finite): {_ADVICE}")
-    # On the host, all at once: a conversion on the device would be one program for each shape.
-    trees = _nest({name: tensor.astype(np.float32) for name, tensor in tensors.items()})
-    return bundle._replace(**jax.device_put(trees), cluster_labels=labels)
+    tensors = _read_tensors(folder, [name for name in shapes if _head(name) in networks])
+    trees: dict[str, Any] = nest(tensors)
+    bundle = bundle._replace(**trees)
+    if CLUSTER_LABELS in shapes:
+        (labels,) = _read_tensors(folder, [CLUSTER_LABELS]).values()
+        if labels.min(initial=0) < 0:
+            raise ValueError(f"{folder / WEIGHTS} is damaged (a negative cluster label): {ADVICE}")
+        bundle = bundle._replace(cluster_labels=labels.astype(np.int32))
+    return place(bundle, execution)
+
+
+def place(bundle: Bundle, execution: Execution) -> Bundle:
+    """The bundle with its parameters on the devices, as `execution` computes with them.
+
+    The transformers' parameters take the dtype `execution.precision.params`, and on a mesh each is
+    cut as its logical axes say. The tokenizer's stay float32 and whole on every device: it is small
+    and decides on pixels. Raises ValueError for a parameter that the mesh cannot cut evenly.
+    """
+    from cogview2_jax.networks import coglm, direct_sr, iterative_sr
+
+    axes_of = {
+        "coglm": lambda: coglm.parameter_axes(bundle.coglm_config),
+        "direct": lambda: direct_sr.parameter_axes(bundle.direct_config),
+        "iterative": lambda: iterative_sr.parameter_axes(bundle.iterative_config),
+    }
+    sharding = execution.sharding
+
+    def placed(name: str) -> Params:
+        tree: Params = getattr(bundle, name)
+        if not tree:
+            return tree
+        dtype = jax.numpy.dtype(execution.precision.params if name in axes_of else "float32")
+        # On the host where it can be: on the device, each shape would compile a program.
+        tree = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype != dtype else leaf, tree)
+        if sharding is None:
+            return jax.device_put(tree)
+        if name in axes_of:
+            return jax.device_put(tree, sharding.of_tree(tree, axes_of[name]()))
+        return jax.device_put(tree, sharding.named())
+
+    trees: dict[str, Any] = {name: placed(name) for name in NETWORKS}
+    return bundle._replace(**trees)
 
 
 def networks_in(path: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
@@ -232,10 +254,10 @@ def read_description(folder: Path) -> Description:
     file = _file(folder, CONFIG)
     try:
         content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged (not JSON: {_one_line(error)}): {_ADVICE}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged (not JSON: {one_line(error)}): {ADVICE}") from error
     if not isinstance(content, dict) or "format" not in content:
-        raise ValueError(f"{file} is not the configuration of a bundle: {_ADVICE}")
+        raise ValueError(f"{file} is not the configuration of a bundle: {ADVICE}")
     _add_text_facts(content, folder)
     return parse_description(content, file)
 
@@ -257,39 +279,6 @@ def _add_text_facts(content: dict[str, Any], folder: Path) -> None:
             found |= {"first_chinese": made.first_chinese, "as_published": made.as_published}
 
 
-def to_json(description: Description) -> dict[str, Any]:
-    """The content of config.json, which `parse_description` reads."""
-    configs = {name: dataclasses.asdict(getattr(description, name)) for name in _CONFIGS}
-    content = {"format": FORMAT, "made_with": description.made_with, **configs}
-    as_read: dict[str, Any] = json.loads(json.dumps(content))  # lists, not tuples
-    return as_read
-
-
-def parse_description(content: Mapping[str, Any], file: Path, advice: str = _ADVICE) -> Description:
-    """The configuration that `content` of `file` says, as in config.json, checked.
-
-    Raises ValueError, in one line, for fields too many, too few, of another type or that do not go
-    together.
-    """
-    if content["format"] != FORMAT:
-        raise ValueError(
-            f"{file} has format {content['format']!r}, this version reads {FORMAT}:"
-            " use the version of cogview2_jax that it was made with"
-        )
-    try:
-        _require_keys(content, {"format", "made_with", *_CONFIGS}, "the file")
-        types = typing.get_type_hints(Description)
-        configs = {name: _read(types[name], content[name], name) for name in _CONFIGS}
-        made_with = content["made_with"]
-        if not isinstance(made_with, dict):
-            raise ValueError("made_with must be an object")
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{file} is unfit ({_one_line(error)}): {advice}") from error
-    description = Description(**configs, made_with=made_with)
-    _check_description(description, file)
-    return description
-
-
 def read_text_model(folder: Path, description: Description) -> spm.SentencePieceProcessor:
     """text.model of the bundle at `folder`, checked with the vocabulary. Raises as `load` does."""
     model = _read_text_model(folder)
@@ -301,7 +290,7 @@ def _read_text_model(folder: Path) -> spm.SentencePieceProcessor:
     try:
         return text.load_text_model(_file(folder, TEXT_MODEL))
     except ValueError as error:
-        raise ValueError(f"{error}: {_ADVICE}") from error
+        raise ValueError(f"{error}: {ADVICE}") from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -332,24 +321,6 @@ def expected_shapes(
 # --- Checks ---------------------------------------------------------------------------------------
 
 
-def _check_description(description: Description, where: Path) -> None:
-    coglm, direct, iterative, tokenizer, sampling, _ = description
-    pairs = {
-        "direct_config.coglm.grid": (direct.coglm.grid, coglm.grid),
-        "direct_config.coglm.vocabulary": (direct.coglm.vocabulary, coglm.vocabulary),
-        "iterative_config.grid": (iterative.grid, direct.grid),
-        "iterative_config.vocabulary": (iterative.vocabulary, coglm.vocabulary),
-        "tokenizer_config.codebook_size": (tokenizer.codebook_size, coglm.vocabulary.num_image),
-        "the length of sampling.iterative_top_k": (
-            len(sampling.iterative_top_k),
-            iterative.rounds,
-        ),
-    }
-    for name, (found, expected) in pairs.items():
-        if found != expected:
-            raise ValueError(f"{where}: {name} must be {expected}: got {found}")
-
-
 def _check_text_model(model: spm.SentencePieceProcessor, config: CogLMConfig, where: Path) -> None:
     expected = config.vocabulary
     found = text.vocabulary_for(model, expected.num_image)
@@ -373,13 +344,13 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], bundle: Bundle, where: 
         parts.add(CLUSTER_LABELS)
     needed = {name for name in expected if _head(name) in parts}
     if missing := sorted(needed - shapes.keys()):
-        raise ValueError(f"{file} lacks tensor {_first(missing)}: {_ADVICE}")
+        raise ValueError(f"{file} lacks tensor {_first(missing)}: {ADVICE}")
     if unknown := sorted(shapes.keys() - expected.keys()):
-        raise ValueError(f"{file} has tensor {_first(unknown)}, no part of the model: {_ADVICE}")
+        raise ValueError(f"{file} has tensor {_first(unknown)}, no part of the model: {ADVICE}")
     for name, found in shapes.items():
         if found != expected[name]:
             raise ValueError(
-                f"{file}: tensor {name!r} must have shape {expected[name]}: got {found}; {_ADVICE}"
+                f"{file}: tensor {name!r} must have shape {expected[name]}: got {found}; {ADVICE}"
             )
 
 
@@ -392,12 +363,25 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
 
 
+def _read_tensors(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Tensors by name. Raises ValueError for a damaged file and for values that are not finite."""
+    file, tensors = folder / WEIGHTS, {}
+    if not names:
+        return {}
+    with _damage_in(file), safetensors.safe_open(file, framework="numpy") as stored:
+        for name in names:
+            tensors[name] = stored.get_tensor(name)
+            if not np.isfinite(tensors[name]).all():
+                raise ValueError(f"{file} is damaged (tensor {name!r} is not finite): {ADVICE}")
+    return tensors
+
+
 @contextlib.contextmanager
 def _damage_in(file: Path) -> Iterator[None]:
     try:
         yield
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({_one_line(error)}): {_ADVICE}") from error
+        raise ValueError(f"{file} is damaged ({one_line(error)}): {ADVICE}") from error
 
 
 def _networks_of(names: Iterable[str]) -> set[str]:
@@ -415,15 +399,11 @@ def _first(names: list[str]) -> str:
 def _file(folder: Path, name: str) -> Path:
     file = folder / name
     if not file.is_file():
-        raise FileNotFoundError(f"bundle {folder} has no file {name}: {_ADVICE}")
+        raise FileNotFoundError(f"bundle {folder} has no file {name}: {ADVICE}")
     return file
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-# --- Trees and JSON -------------------------------------------------------------------------------
+# --- Trees of parameters --------------------------------------------------------------------------
 
 
 def _tensors(bundle: Bundle) -> dict[str, np.ndarray]:
@@ -447,7 +427,8 @@ def _flat(tree: Any) -> Iterator[tuple[str, Any]]:
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
-def _nest(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def nest(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays named as in the file of weights, "coglm/layers/…", as trees: network → parameters."""
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
         *parents, last = name.split("/")
@@ -456,37 +437,3 @@ def _nest(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
-
-
-def _require_keys(content: Mapping[str, Any], names: set[str], where: str) -> None:
-    if missing := sorted(names - content.keys()):
-        raise ValueError(f"{where} lacks {missing[0]!r}")
-    if unknown := sorted(content.keys() - names):
-        raise ValueError(f"{where} has an unknown field {unknown[0]!r}")
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value` out of JSON as the type `kind` says: a dataclass, tuple, bool, int or float."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be an object: got {value!r}")
-        types = typing.get_type_hints(kind)
-        _require_keys(value, {field.name for field in dataclasses.fields(kind)}, where)
-        fields = {name: _read(types[name], value[name], f"{where}.{name}") for name in value}
-        return typing.cast(type, kind)(**fields)
-    if typing.get_origin(kind) is tuple:
-        kinds = typing.get_args(kind)
-        if not isinstance(value, list):
-            raise ValueError(f"{where} must be a list: got {value!r}")
-        if kinds[-1] is ...:
-            kinds = kinds[:1] * len(value)
-        if len(kinds) != len(value):
-            raise ValueError(f"{where} must have {len(kinds)} entries: got {len(value)}")
-        return tuple(
-            _read(part, item, f"{where}[{number}]")
-            for number, (part, item) in enumerate(zip(kinds, value, strict=True))
-        )
-    accepted = (int, float) if kind is float else (kind,)
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, accepted):
-        raise ValueError(f"{where} must be {kind.__name__}: got {value!r}")
-    return kind(value)

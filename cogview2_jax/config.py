@@ -9,6 +9,7 @@ code's).
 
 import dataclasses
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,6 +89,23 @@ def _wanted(value: Any, about: dataclasses.Field) -> str | None:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int. Raises ValueError unless it is a whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number: got {value!r}")
+    _require(int(value) >= least, f"{name} must be at least {least}: got {value}")
+    return int(value)
+
+
+def check_temperature(name: str, value: Any) -> float:
+    """`value` as a float. Raises ValueError unless it is finite and not negative; 0 is greedy."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number: got {value!r}")
+    number = float(value)
+    _require(0 <= number < math.inf, f"{name} must be finite and at least 0 (greedy): got {value}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -343,6 +361,10 @@ class HVQVAEConfig:
 class ClusterSampling:
     """Two-step sampling (section 3.3): one of the `top_clusters` most probable clusters, then a
     token inside it.
+
+    Temperatures are finite and at least 0. `temperature` 0 takes the most probable token;
+    `within_temperature` 0 draws a cluster and takes its most probable token. `top_clusters` above
+    the number of clusters keeps all of them.
     """
 
     temperature: float = 1.15
@@ -350,20 +372,19 @@ class ClusterSampling:
     within_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "within_temperature"):
-            value = getattr(self, name)
-            _require(value > 0, f"{name} must be above 0: got {value}")
-        _require(
-            self.top_clusters >= 1, f"top_clusters must be at least 1: got {self.top_clusters}"
-        )
+        check_temperature("temperature", self.temperature)
+        check_count("top_clusters", self.top_clusters)
+        check_temperature("within_temperature", self.within_temperature)
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the pipeline draws at each stage.
 
-    `text_upweight` is added to every score whose key is a text token. The base stage draws every
-    picture `candidates` times, and the one goes on whose caption fits best (post-selection).
+    `text_upweight` is added to every score whose key is a text token. The base stage draws each
+    picture `candidates` times, and the best-scoring candidate is kept (post-selection).
+    `iterative_temperature` 0 takes the most probable token; an `iterative_top_k` above the number
+    of image tokens keeps all of them.
     """
 
     base: ClusterSampling = field(default_factory=ClusterSampling)
@@ -376,4 +397,14 @@ class Sampling:
     candidates: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.candidates >= 1, f"candidates must be at least 1: got {self.candidates}")
+        check_temperature("iterative_temperature", self.iterative_temperature)
+        _require(
+            isinstance(self.iterative_top_k, tuple) and len(self.iterative_top_k) > 0,
+            f"iterative_top_k must be a tuple, one for each round: got {self.iterative_top_k!r}",
+        )
+        for number, top_k in enumerate(self.iterative_top_k):
+            check_count(f"iterative_top_k[{number}]", top_k)
+        upweight: Any = self.text_upweight
+        finite = isinstance(upweight, numbers.Real) and math.isfinite(upweight)
+        _require(finite, f"text_upweight must be a finite number: got {upweight!r}")
+        check_count("candidates", self.candidates)

@@ -1,8 +1,9 @@
 """The command line: `cogview2 generate`, `caption`, `infill`, `init`, `info`, `data`, `train`.
 
 Every mistake of the user's ends in one line on stderr and exit code 2, before anything is computed
-or written. Files appear complete or not at all. Heavy modules are imported where they are needed,
-so that help and refusals come at once.
+or written. Exit code 1 means that some of several inputs could not be used, and the others were.
+Files appear complete or not at all, and replace no other command's. Heavy modules are imported
+where they are needed, so that help and refusals come at once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from cogview2_jax.cli import data, model, pictures, train
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Exits with 0, 2 after a mistake of the user's, 130 when interrupted."""
+    """Run the command line.
+
+    Exits with 0; 1 when some inputs could not be used; 2 after a mistake; 130 when interrupted.
+    """
     try:
         code = cli.main(args=arguments, prog_name="cogview2", standalone_mode=False)
     except click.ClickException as error:

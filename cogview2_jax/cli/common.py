@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview2_jax import __version__
+from cogview2_jax import __version__, errors
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from cogview2_jax.pipeline.cogview import CogView
 
 VERSIONS = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors", "sentencepiece")
@@ -27,6 +30,14 @@ bundle_option = click.option(
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Folder of a model; default: the one that ships.",
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(("float32", "bfloat16")),
+    default="float32",
+    show_default=True,
+    help="What the transformers compute in. bfloat16 takes half the memory and is quick on a GPU or"
+    " TPU; pictures differ in details.",
 )
 
 
@@ -39,10 +50,7 @@ def refusing(what: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        message = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        raise click.ClickException(what + message) from error
+        raise click.ClickException(what + errors.reason(error)) from error
 
 
 def check_model(bundle: Path | None, prompts: Sequence[str] = ()) -> Path:
@@ -59,6 +67,41 @@ def check_model(bundle: Path | None, prompts: Sequence[str] = ()) -> Path:
         with refusing(f"prompt {textwrap.shorten(prompt[:200], 40, placeholder='…')!r}: "):
             text.encode_prompt(model, prompt, config.vocabulary, config.max_text)
     return folder
+
+
+def picture_problem(file: Path, error: Exception) -> str:
+    """What is wrong with a picture file, in one line that begins with its name."""
+    return f"{file}: {getattr(error, 'reason', None) or getattr(error, 'strerror', None) or error}"
+
+
+def open_picture(file: Path) -> Image.Image:
+    """A picture file, upright and in RGB. Raises ClickException, with its name."""
+    from cogview2_jax.tokenizer import pictures
+
+    try:
+        return pictures.open_picture(file)
+    except (pictures.PictureError, OSError) as error:
+        raise click.ClickException(picture_problem(file, error)) from error
+
+
+def check_box(folder: Path, box: tuple[float, float, float, float], picture: Image.Image) -> None:
+    """Raises ClickException for a box that the model in `folder` cannot draw in this picture."""
+    from cogview2_jax import bundle as bundles
+    from cogview2_jax.pipeline import editing
+
+    with refusing():
+        config = bundles.read_description(folder).direct_config
+        editing.plan(box, (picture.height, picture.width), config)
+
+
+def candidates(folder: Path, asked: int | None) -> int:
+    """How often each picture is drawn: as asked, or as the model in `folder` says."""
+    from cogview2_jax import bundle as bundles
+
+    if asked is not None:
+        return asked
+    with refusing():
+        return bundles.read_description(folder).sampling.candidates
 
 
 def check_writable(out: Path) -> None:
@@ -79,14 +122,38 @@ def check_writable(out: Path) -> None:
 # --- The model and its compilations ---------------------------------------------------------------
 
 
-def load(folder: Path, networks: Collection[str]) -> tuple[CogView, Path | None]:
+def load(
+    folder: Path, networks: Collection[str], dtype: str = "float32"
+) -> tuple[CogView, Path | None]:
     """The model with these of its networks, and where compiled programs are kept."""
     cache = use_compilation_cache()
     from cogview2_jax import bundle as bundles
+    from cogview2_jax.config import Precision
     from cogview2_jax.pipeline.cogview import CogView
+    from cogview2_jax.sharding import Execution
 
+    execution = Execution(Precision(dtype, dtype))
     with refusing():
-        return CogView(bundles.load(folder, networks)), cache
+        return CogView(bundles.load(folder, networks, execution), execution), cache
+
+
+def choose_stage(folder: Path, asked: str | None) -> str:
+    """The stage to draw: as asked, or the last one that the model has networks for, which is said
+    on stderr where it is not the last of all.
+    """
+    from cogview2_jax import bundle as bundles
+    from cogview2_jax.pipeline import reach, settings
+
+    with refusing(f"{folder}: "):
+        networks = bundles.networks_in(folder)
+        if asked is not None:
+            reach.require_stage(asked, networks)
+            return asked
+        stage = reach.last_stage(networks)
+    complete = list(settings.STAGES)[-1]
+    if stage != complete:
+        click.echo(f"cogview2: {reach.what_is_missing(complete, networks)}", err=True)
+    return stage
 
 
 def use_compilation_cache() -> Path | None:
@@ -126,6 +193,67 @@ def versions() -> dict[str, str]:
 
 
 # --- What is written ------------------------------------------------------------------------------
+
+overwrite_option = click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace files in --out that another command made. The same command again needs no leave.",
+)
+
+
+def model_id(folder: Path) -> str:
+    """Changes whenever the model in `folder` does: its configuration, text model or weights."""
+    from cogview2_jax import bundle as bundles
+
+    digest = hashlib.sha256()
+    for name in (bundles.CONFIG, bundles.TEXT_MODEL):
+        digest.update((folder / name).read_bytes())
+    # Gigabytes, so not their content.
+    weights = (folder / bundles.WEIGHTS).stat()
+    digest.update(f"{weights.st_size} {weights.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def circumstances(folder: Path, dtype: str) -> dict[str, Any]:
+    """What results depend on but for the command's own settings, as a report has it."""
+    return {
+        "bundle": str(folder),
+        "model_id": model_id(folder),
+        "dtype": dtype,
+        "device": devices()[0],
+        "versions": versions(),
+    }
+
+
+def require_free(
+    out: Path, files: Collection[str], report: str, settings: Mapping[str, Any], overwrite: bool
+) -> None:
+    """Raises ClickException where `out` has files of these names that another command made.
+
+    `report` is the JSON file of the command, one of `files`; whoever wrote one with the same
+    `settings` was the same command.
+    """
+    there = sorted(name for name in files if (out / name).exists())
+    if overwrite or not there:
+        return
+    before: Any = None
+    if report in there:
+        with contextlib.suppress(ValueError, OSError):
+            before = json.loads((out / report).read_bytes())
+    why = "is there already"
+    if isinstance(before, dict):
+        now = json.loads(to_json(settings))
+        changed = [name for name, value in now.items() if before.get(name) != value]
+        if not changed:
+            return
+        name = changed[0]
+        plain = not isinstance(now[name], (dict, list))
+        was = f" {before.get(name)}, now {now[name]}" if plain else ""
+        why = f"was made with other settings ({name}{was})"
+    raise click.ClickException(
+        f"{out / (report if report in there else there[0])} {why}: give another --out, or"
+        " --overwrite to replace it"
+    )
 
 
 def write_all(out: Path, files: Mapping[str, bytes]) -> list[Path]:

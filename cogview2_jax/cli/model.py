@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cogview2_jax import errors
 from cogview2_jax.cli import common
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def init(
         try:
             counts = parameter_counts(description)
         except Exception as error:  # sizes that no network can have end in any error of jax or flax
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = errors.first_line(error)
             raise ValueError(
                 f"{changes or preset}: no networks of these sizes: {reason}"
             ) from error

@@ -2,53 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
+import hashlib
 import sys
 import time
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
-from cogview2_jax.cli import common
+from cogview2_jax.cli import common, sheets
+from cogview2_jax.pipeline import settings
 
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image, ImageFont
-
-# Parts of a run that the progress bar counts, by the last stage asked for.
-PARTS = {
-    "base": ("base", "pixels"),
-    "direct": ("base", "direct", "pixels"),
-    "full": ("base", "direct", "iterative", "pixels"),
-}
-NETWORK_OF = {
-    "base": "coglm",
-    "direct": "direct",
-    "iterative": "iterative",
-    "pixels": "tokenizer",
-}
 MOST_IMAGES = 64  # of one prompt at once: 200 MB of activations a network
-_LABEL_HEIGHT, _LABEL_MARGIN, _GAP, _COLUMNS = 22, 6, 4, 8
-_CHINESE_FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansSC-Regular.otf",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "PingFang.ttc",
-    "msyh.ttc",
-)
+# What the progress bar calls a network that runs.
+_PART_OF = {"coglm": "base", "direct": "direct", "iterative": "iterative", "tokenizer": "pixels"}
+_LAST = list(settings.STAGES)[-1]
+
+
+def _num_images(default: int) -> Callable[[Any], Any]:
+    return click.option(
+        "--num-images",
+        type=click.IntRange(1, MOST_IMAGES),
+        default=default,
+        show_default=True,
+        metavar="N",
+        help="Pictures of each prompt, each drawn from its own random numbers.",
+    )
+
 
 _candidates_option = click.option(
     "--candidates",
     type=click.IntRange(1, MOST_IMAGES),
     metavar="N",
-    help="Draw every picture N times at the base stage and keep the one whose caption fits best."
-    "  [default: what the bundle says]",
+    help="Draw every picture N times at the base stage and keep the best: the one that the model"
+    " itself finds the prompt the likeliest caption of.  [default: what the bundle says]",
 )
 _seed_option = click.option(
     "--seed",
@@ -57,6 +45,12 @@ _seed_option = click.option(
     show_default=True,
     metavar="N",
     help="The same seed gives the same pictures, exactly.",
+)
+_stage_option = click.option(
+    "--stage",
+    type=click.Choice(tuple(settings.STAGES)),
+    help="Last stage to run: the base model (enlarged), direct super-resolution, or direct and"
+    " iterative (full).  [default: the last one that the model has networks for]",
 )
 _out_option = click.option(
     "--out",
@@ -80,54 +74,87 @@ Examples:
 """
 )
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
-@click.option(
-    "--num-images",
-    type=click.IntRange(1, MOST_IMAGES),
-    default=4,
-    show_default=True,
-    metavar="N",
-    help="Pictures of each prompt.",
-)
+@_num_images(settings.NUM_IMAGES)
 @_seed_option
-@click.option(
-    "--stage",
-    type=click.Choice(tuple(PARTS)),
-    default="full",
-    show_default=True,
-    help="Last stage to run: the base model (enlarged), direct, or direct and iterative"
-    " super-resolution.",
-)
+@_stage_option
 @_candidates_option
+@common.dtype_option
 @_out_option
+@common.overwrite_option
 @common.bundle_option
 def generate(
     prompts: tuple[str, ...],
     num_images: int,
     seed: int,
-    stage: str,
+    stage: str | None,
     candidates: int | None,
+    dtype: str,
     out: Path,
+    overwrite: bool,
     bundle: Path | None,
 ) -> None:
     """Draw pictures of each PROMPT, in English or Chinese.
 
     Writes every picture, a labelled grid of all and a JSON file with prompts, seed, versions and
     timings. A picture depends on its prompt, the seed and its number alone, so --num-images 8
-    begins with the pictures of --num-images 4.
+    begins with the pictures of --num-images 4. A prompt that the model cannot read is refused
+    before anything is drawn.
     """
     begin = time.perf_counter()
     folder = common.check_model(bundle, prompts)
     common.check_writable(out)
-    cv, _ = common.load(folder, [NETWORK_OF[part] for part in PARTS[stage]])
-    timings = {"load": time.perf_counter() - begin}
-    candidates = cv.bundle.sampling.candidates if candidates is None else candidates
+    chosen = common.choose_stage(folder, stage)
+    names = sheets.stems(prompts, seed, "" if chosen == _LAST else chosen)
+    whole = names[0] if len(names) == 1 else f"{names[0]}_and_{len(names) - 1}_more"
+    grid, report = f"{whole}_grid.png", f"{whole}.json"
+    rows = [
+        {"prompt": prompt, "pictures": [f"{name}_{i}.png" for i in range(num_images)]}
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+    best_of = common.candidates(folder, candidates)
+    description = {
+        "seed": seed,
+        "num_images": num_images,
+        "prompts": rows,
+        "grid": grid,
+        "stage": chosen,
+        "candidates": best_of,
+    } | common.circumstances(folder, dtype)
+    files = [name for row in rows for name in row["pictures"]] + [grid, report]
+    common.require_free(out, files, report, description, overwrite)
 
+    cv, _ = common.load(folder, settings.STAGES[chosen], dtype)
+    timings = {"load": time.perf_counter() - begin}
+    made = _draw(cv, prompts, num_images, seed, chosen, best_of, timings)
+    timings["total"] = time.perf_counter() - begin
+    contents = {
+        name: sheets.png(picture)
+        for row, pictures in zip(rows, made, strict=True)
+        for name, picture in zip(row["pictures"], pictures, strict=True)
+    }
+    contents[grid] = sheets.png(sheets.labelled_grid(prompts, made))
+    seconds = {part: round(value, 3) for part, value in timings.items()}
+    contents[report] = common.to_json(description | {"seconds": seconds})
+    common.require_free(out, files, report, description, overwrite)  # others write too
+    for file in common.write_all(out, contents):
+        click.echo(file)
+
+
+def _draw(
+    cv: Any,
+    prompts: tuple[str, ...],
+    num_images: int,
+    seed: int,
+    stage: str,
+    candidates: int,
+    timings: dict[str, float],
+) -> list[Any]:
+    """The pictures of each prompt, with a progress bar. Adds the seconds of every part."""
     import jax
     from tqdm import tqdm
 
-    key = jax.random.key(seed)
+    parts = [_PART_OF[network] for network in settings.STAGES[stage]]
     made = []
-    parts = PARTS[stage]
     with tqdm(total=len(prompts) * len(parts), unit="stage", file=sys.stderr) as bar:
         bar.set_description(f"{parts[0]:9s}")
         last = time.perf_counter()
@@ -143,7 +170,7 @@ def generate(
         for prompt in prompts:
             pictures = cv.generate_stages(
                 [prompt],
-                key,
+                jax.random.key(seed),
                 num_images,
                 candidates=candidates,
                 stages=(stage,),
@@ -151,32 +178,7 @@ def generate(
             )
             made.append(pictures[stage][0])
         bar.set_description("done")
-
-    names = _stems(prompts, seed, stage)
-    files: dict[str, bytes] = {}
-    rows = []
-    for prompt, name, pictures in zip(prompts, names, made, strict=True):
-        images = {f"{name}_{i}.png": _png(picture) for i, picture in enumerate(pictures)}
-        files |= images
-        rows.append({"prompt": prompt, "pictures": list(images)})
-    whole = names[0] if len(names) == 1 else f"{names[0]}_and_{len(names) - 1}_more"
-    files[f"{whole}_grid.png"] = _png(_grid(prompts, made))
-    timings["total"] = time.perf_counter() - begin
-    report = {
-        "prompts": rows,
-        "grid": f"{whole}_grid.png",
-        "seed": seed,
-        "num_images": num_images,
-        "stage": stage,
-        "candidates": candidates,
-        "bundle": str(folder),
-        "device": common.devices()[0],
-        "versions": common.versions(),
-        "seconds": {part: round(seconds, 3) for part, seconds in timings.items()},
-    }
-    files[f"{whole}.json"] = common.to_json(report)
-    for file in common.write_all(out, files):
-        click.echo(file)
+    return made
 
 
 # --- caption and infill ---------------------------------------------------------------------------
@@ -191,14 +193,37 @@ Examples:
 """,
 )
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--language", type=click.Choice(("en", "zh")), default="en", show_default=True)
+@click.option(
+    "--language",
+    type=click.Choice(settings.LANGUAGES),
+    default=settings.LANGUAGES[0],
+    show_default=True,
+    help="Language of the captions: English or Chinese.",
+)
+@common.dtype_option
 @common.bundle_option
-def caption_command(pictures: tuple[Path, ...], language: str, bundle: Path | None) -> None:
-    """Say what each picture shows, the most probable word each time."""
-    opened = [_open_picture(picture) for picture in pictures]
-    cv, _ = common.load(common.check_model(bundle), ("tokenizer", "coglm"))
-    for file, picture in zip(pictures, opened, strict=True):
-        click.echo(f"{file}: {cv.caption(picture, language=language)}")
+def caption_command(
+    pictures: tuple[Path, ...], language: str, dtype: str, bundle: Path | None
+) -> None:
+    """Say what each picture shows, the most probable word each time.
+
+    Pictures are opened one after the other. One that cannot be used is named on stderr, the others
+    are captioned, and the exit code is 1.
+    """
+    cv, _ = common.load(common.check_model(bundle), ("tokenizer", "coglm"), dtype)
+    from cogview2_jax.tokenizer.pictures import PictureError, open_picture
+
+    failed = False
+    for file in pictures:
+        try:
+            opened = open_picture(file)
+        except (PictureError, OSError) as error:
+            click.echo(f"cogview2: {common.picture_problem(file, error)}", err=True)
+            failed = True
+        else:
+            click.echo(f"{file}: {cv.caption(opened, language=language)}")
+    if failed:
+        raise click.exceptions.Exit(1)
 
 
 @click.command(
@@ -206,6 +231,7 @@ def caption_command(pictures: tuple[Path, ...], language: str, bundle: Path | No
     epilog="""\b
 Examples:
   cogview2 infill "a red circle above a blue star" picture.png --box 0.5 0 1 1
+  cogview2 infill "a large green star" wide.jpg --box 0 0 1 0.33 --num-images 4
 """,
 )
 @click.argument("prompt")
@@ -215,18 +241,15 @@ Examples:
     type=(float, float, float, float),
     required=True,
     metavar="TOP LEFT BOTTOM RIGHT",
-    help="What to draw anew, as parts of the picture's height and width from 0 to 1.",
+    help="What to draw anew, as parts of the whole picture's height and width from 0 to 1.",
 )
-@click.option(
-    "--num-images",
-    type=click.IntRange(1, MOST_IMAGES),
-    default=1,
-    show_default=True,
-    metavar="N",
-)
+@_num_images(settings.NUM_INFILLED)
 @_seed_option
+@_stage_option
 @_candidates_option
+@common.dtype_option
 @_out_option
+@common.overwrite_option
 @common.bundle_option
 def infill_command(
     prompt: str,
@@ -234,128 +257,57 @@ def infill_command(
     box: tuple[float, float, float, float],
     num_images: int,
     seed: int,
+    stage: str | None,
     candidates: int | None,
+    dtype: str,
     out: Path,
+    overwrite: bool,
     bundle: Path | None,
 ) -> None:
-    """Draw a part of PICTURE anew, so that all of it fits PROMPT."""
+    """Draw a part of PICTURE anew, so that all of it fits PROMPT.
+
+    PICTURE may have any shape and size, and the result has the same. The model sees a square around
+    the box, as wide as the picture's shorter side (or as the box, where that is longer); nothing
+    outside of it changes. Writes the pictures and a JSON file with the settings.
+    """
     begin = time.perf_counter()
     folder = common.check_model(bundle, (prompt,))
-    opened = _open_picture(picture)
-    from cogview2_jax import bundle as bundles
-    from cogview2_jax.pipeline.cogview import coarse_mask
-
-    with common.refusing():
-        coarse_mask(box, bundles.read_description(folder).coglm_config.grid)
+    opened = common.open_picture(picture)
+    common.check_box(folder, box, opened)
     common.check_writable(out)
-    cv, _ = common.load(folder, tuple(NETWORK_OF.values()))
-    candidates = cv.bundle.sampling.candidates if candidates is None else candidates
+    chosen = common.choose_stage(folder, stage)
+    name = f"{sheets.slug(picture.stem)}_{sheets.stems([prompt], seed, '')[0]}"
+    name += "" if chosen == _LAST else f"_{chosen}"
+    files, report = [f"{name}_{i}.png" for i in range(num_images)], f"{name}.json"
+    best_of = common.candidates(folder, candidates)
+    description = {
+        "prompt": prompt,
+        "picture": str(picture),
+        "picture_sha256": hashlib.sha256(picture.read_bytes()).hexdigest(),
+        "box": box,
+        "seed": seed,
+        "num_images": num_images,
+        "pictures": files,
+        "stage": chosen,
+        "candidates": best_of,
+    } | common.circumstances(folder, dtype)
+    common.require_free(out, [*files, report], report, description, overwrite)
 
+    cv, _ = common.load(folder, settings.STAGES[chosen], dtype)
     import jax
 
     made = cv.infill(
-        prompt, opened, box, num_images, key=jax.random.key(seed), candidates=candidates
+        prompt,
+        opened,
+        box,
+        num_images,
+        key=jax.random.key(seed),
+        stage=chosen,
+        candidates=best_of,
     )
-    name = f"{_slug(picture.stem)}_{_slug(prompt)}_seed{seed}"
-    files = {f"{name}_{i}.png": _png(each) for i, each in enumerate(made)}
-    report = {
-        "prompt": prompt,
-        "picture": str(picture),
-        "box": box,
-        "pictures": list(files),
-        "seed": seed,
-        "candidates": candidates,
-        "bundle": str(folder),
-        "device": common.devices()[0],
-        "versions": common.versions(),
-        "seconds": {"total": round(time.perf_counter() - begin, 3)},
-    }
-    for file in common.write_all(out, files | {f"{name}.json": common.to_json(report)}):
+    contents = {name: sheets.png(each) for name, each in zip(files, made, strict=True)}
+    seconds = {"total": round(time.perf_counter() - begin, 3)}
+    contents[report] = common.to_json(description | {"seconds": seconds})
+    common.require_free(out, [*files, report], report, description, overwrite)
+    for file in common.write_all(out, contents):
         click.echo(file)
-
-
-# --- Pictures and their files ---------------------------------------------------------------------
-
-
-def _open_picture(file: Path) -> Image.Image:
-    from cogview2_jax.tokenizer import pictures
-
-    with common.refusing():
-        return pictures.open_picture(file)
-
-
-def _stems(prompts: Sequence[str], seed: int, stage: str) -> list[str]:
-    """A file name for each prompt, without ending, no two alike."""
-    stems: list[str] = []
-    for prompt in prompts:
-        stem = f"{_slug(prompt)}_seed{seed}" + ("" if stage == "full" else f"_{stage}")
-        same = sum(other == stem or other.startswith(f"{stem}_v") for other in stems)
-        stems.append(f"{stem}_v{same + 1}" if same else stem)
-    return stems
-
-
-def _slug(text: str) -> str:
-    """Letters and digits of `text` in at most 48 bytes, with "-" between words."""
-    words = re.sub(r"\W+", "-", unicodedata.normalize("NFKC", text).lower()).strip("-_")
-    return words.encode()[:48].decode(errors="ignore").rstrip("-_") or "prompt"
-
-
-def _png(picture: np.ndarray | Image.Image) -> bytes:
-    from PIL import Image
-
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
-
-
-def _grid(prompts: Sequence[str], rows: Sequence[np.ndarray]) -> Image.Image:
-    """The pictures of each prompt, [n, y, x, 3], under its words."""
-    from PIL import Image, ImageDraw
-
-    number, height, width = rows[0].shape[:3]
-    columns = min(number, _COLUMNS)
-    lines_of_pictures = -(-number // columns)
-    total = columns * (width + _GAP) - _GAP
-    labels = [_label(prompt, i, total) for i, prompt in enumerate(prompts, 1)]
-    tops = [len(lines) * _LABEL_HEIGHT + _LABEL_MARGIN for lines, _ in labels]
-    below = lines_of_pictures * (height + _GAP)
-    grid = Image.new("RGB", (total, sum(tops) + len(rows) * below - _GAP), "white")
-    pen = ImageDraw.Draw(grid)
-    y = 0
-    for (lines, font), top, pictures in zip(labels, tops, rows, strict=True):
-        for i, line in enumerate(lines):
-            pen.text((_LABEL_MARGIN, y + 2 + i * _LABEL_HEIGHT), line, fill="black", font=font)
-        for i, picture in enumerate(pictures):
-            row, column = divmod(i, columns)
-            place = (column * (width + _GAP), y + top + row * (height + _GAP))
-            grid.paste(Image.fromarray(picture), place)
-        y += top + below
-    return grid
-
-
-def _label(
-    prompt: str, number: int, width: int
-) -> tuple[list[str], ImageFont.FreeTypeFont | ImageFont.ImageFont]:
-    """The lines of a label at most `width` pixels wide, and their font.
-
-    A Chinese prompt on a machine without a Chinese font is shown by its number in the JSON file.
-    """
-    from PIL import ImageFont
-
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont = ImageFont.load_default(16)
-    if max(map(ord, prompt)) > 0x24F:  # beyond what Pillow's own font has
-        for name in _CHINESE_FONTS:
-            with contextlib.suppress(OSError):
-                font = ImageFont.truetype(name, 16)
-                break
-        else:
-            prompt = f"prompt {number}"
-    room = width - 2 * _LABEL_MARGIN
-    lines = [""]
-    # Chinese breaks anywhere, English between words.
-    for piece in re.findall(r"[^\W\u3000-\uffff]+\S*\s*|.", prompt):
-        if lines[-1] and font.getlength(lines[-1] + piece.rstrip()) > room:
-            lines.append("")
-        lines[-1] += piece
-    return lines, font

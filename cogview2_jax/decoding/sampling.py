@@ -1,20 +1,26 @@
 """Logits → token: two-step cluster sampling, top-k, and their greedy forms (section 3.3 and
 appendix of the paper).
 
-Everything is a pure function over the last axis, for any leading dimensions, in float32. Row `i`
-of the flattened leading dimensions is drawn from its own key, made from `key` and `i` alone: a
-larger batch begins with the draws of a smaller one, and drawing in blocks changes nothing.
+Every function works over the last axis, for any leading dimensions, in float32. Row `i` of the
+flattened leading dimensions has its own random key, which depends only on `key` and `i`. So the
+first rows of a larger batch equal a smaller batch, and drawing in blocks changes no draw.
 
-Published: `coglm_strategy.py` (stage 1), `sr_pipeline/dsr_sampling.py` (direct SR),
-`sr_pipeline/itersr_sampling.py` (iterative SR). Numbers to match: `tests/golden/sampling.npz`.
+Settings that are Python or NumPy numbers are checked: a count must be a whole number from 1 on, a
+temperature finite and at least 0, where 0 means greedy. Anything else raises ValueError. Traced
+settings are taken as they are.
+
+Published: `coglm_strategy.py` (base stage), `sr_pipeline/dsr_sampling.py` (direct SR),
+`sr_pipeline/itersr_sampling.py` (iterative SR). Recorded numbers: `tests/golden/sampling.npz`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cogview2_jax.config import ClusterSampling
+from cogview2_jax.config import ClusterSampling, check_count, check_temperature
+from cogview2_jax.keys import one_key
 
 
 def cluster_sums(values: jax.Array, labels: jax.Array, num_clusters: int) -> jax.Array:
@@ -27,9 +33,10 @@ def cluster_sums(values: jax.Array, labels: jax.Array, num_clusters: int) -> jax
         raise ValueError(
             f"labels must be one per token: got {labels.shape} for logits of {values.shape[-1]}"
         )
-    # A product with a one-hot matrix instead of a scatter: on a GPU a scatter adds in an order
-    # that changes from run to run, and so may the greedy cluster. 20,000 × 500 float32 is 40 MB,
-    # shared by all rows. HIGHEST: TF32 would keep ten bits of each probability.
+    num_clusters = check_count("num_clusters", num_clusters)
+    # A product with a one-hot matrix, not a scatter: on a GPU the order of a scatter's additions
+    # changes from run to run, and with it, at near ties, the greedy cluster. The matrix has 40 MB
+    # for 20,000 × 500 float32, once for all rows. HIGHEST: TF32 would keep 10 bits of each addend.
     members = jax.nn.one_hot(labels, num_clusters, dtype=jnp.float32)
     return jnp.matmul(values.astype(jnp.float32), members, precision=jax.lax.Precision.HIGHEST)
 
@@ -37,23 +44,29 @@ def cluster_sums(values: jax.Array, labels: jax.Array, num_clusters: int) -> jax
 def cluster_probabilities(
     logits: jax.Array, labels: jax.Array, num_clusters: int, sampling: ClusterSampling
 ) -> jax.Array:
-    """The exact distribution that `sample_clusters` draws from: [..., v] float32, each row sums to
-    one.
+    """The distribution that `sample_clusters` draws from: float32 [..., v], each row sums to 1.
 
-    `logits` [..., v], `labels` int [v] in [0, num_clusters). With p = softmax(logits / T), a
-    cluster weighs the sum of its p; the `top_clusters` heaviest are kept (all of them when there
-    are fewer; of equal ones the lower label) and renormalised; inside a cluster a token weighs
-    softmax(logits / T / T₂).
+    `logits` [..., v], `labels` int [v] in [0, num_clusters). With p = softmax(logits / T), the
+    probability of a cluster is the sum of p over its members. The `top_clusters` most probable
+    clusters are kept (all if there are fewer; of equal ones those with lower labels) and
+    renormalised. Inside a cluster, the probabilities are softmax(logits / T / T₂) of its members.
+    A temperature of 0 is the limit: T = 0 leaves the most probable token, T₂ = 0 the most probable
+    token of each cluster (of equal ones, the lowest id).
     """
+    if _is_zero(sampling.temperature):
+        return _one_hot(greedy(logits), logits)
     scaled = logits.astype(jnp.float32) / sampling.temperature
     sums = cluster_sums(jax.nn.softmax(scaled), labels, num_clusters)
     kept, kept_labels = jax.lax.top_k(sums, min(sampling.top_clusters, num_clusters))
     kept = kept / kept.sum(-1, keepdims=True)
     of_cluster = jnp.put_along_axis(jnp.zeros_like(sums), kept_labels, kept, -1, inplace=False)
 
+    if _is_zero(sampling.temperature * sampling.within_temperature):
+        of_token = jnp.take(of_cluster, labels, axis=-1)
+        return jnp.where(_first_of_cluster(scaled, labels, num_clusters), of_token, 0)
     within = scaled / sampling.within_temperature
-    # Each cluster has its own maximum taken off: with one for the row, a light cluster would be 0
-    # / 0.
+    # Subtract each cluster's own maximum: with the maximum of the row, all weights of an improbable
+    # cluster could underflow to 0, and their normalised form would be 0 / 0.
     largest = jax.ops.segment_max(jnp.moveaxis(within, -1, 0), labels, num_clusters)
     weights = jnp.exp(within - jnp.moveaxis(largest[labels], 0, -1))
     total = cluster_sums(weights, labels, num_clusters)
@@ -69,13 +82,17 @@ def sample_clusters(
     *,
     block: int | None = None,
 ) -> jax.Array:
-    """Draw a cluster, then a token inside it: int32 [...] from `logits` [..., v]. See
-    `cluster_probabilities`.
+    """Draw a cluster, then a token inside it (see `cluster_probabilities`): int32 [...] from
+    `logits` [..., v].
 
-    `block` rows at a time are drawn (default: all at once), which changes no draw. Beside their
-    logits, 3,600 rows of 20,000 take 1.2 GB at once and 0.14 GB in blocks of 300.
+    `block` bounds how many rows are drawn at once (default: all). It bounds the memory and changes
+    no draw: in addition to their logits, 3,600 rows of 20,000 take 1.2 GB at once and 0.14 GB in
+    blocks of 300.
     """
-    top = min(sampling.top_clusters, num_clusters)
+    top = min(sampling.top_clusters, check_count("num_clusters", num_clusters))
+    if _is_zero(sampling.temperature):
+        one_key(key)  # refused as at any other temperature
+        return greedy(logits)
 
     def draw(key: jax.Array, row: jax.Array) -> jax.Array:
         cluster_key, token_key = jax.random.split(key)
@@ -84,6 +101,8 @@ def sample_clusters(
             cluster_sums(jax.nn.softmax(scaled), labels, num_clusters), top
         )
         chosen = kept_labels[jax.random.categorical(cluster_key, jnp.log(sums))]
+        if _is_zero(sampling.temperature * sampling.within_temperature):
+            return jnp.argmax(jnp.where(labels == chosen, scaled, -jnp.inf))
         within = jnp.where(labels == chosen, scaled / sampling.within_temperature, -jnp.inf)
         return jax.random.categorical(token_key, within)
 
@@ -96,42 +115,46 @@ def greedy_clusters(
     """The most probable member of the most probable cluster: int32 [...]. Of equal ones, the
     lowest id.
 
-    This is the limit of one kept cluster and T₂ → 0; `temperature` still decides which cluster is
-    heaviest.
+    It is the limit of `sample_clusters` with one kept cluster and T₂ → 0. `temperature` affects
+    which cluster is the most probable; 0 takes the most probable token of all.
     """
+    if _is_greedy(temperature):
+        return greedy(logits)
     scaled = logits.astype(jnp.float32) / temperature
     best = jnp.argmax(cluster_sums(jax.nn.softmax(scaled), labels, num_clusters), -1)
-    return _greedy(jnp.where(labels == best[..., None], scaled, -jnp.inf))
+    return greedy(jnp.where(labels == best[..., None], scaled, -jnp.inf))
 
 
 def greedy(logits: jax.Array) -> jax.Array:
     """The most probable token, int32 [...] from [..., v]. Of equal ones, the lowest id."""
-    return _greedy(logits)
+    return jnp.argmax(logits, -1).astype(jnp.int32)
 
 
 def top_k_probabilities(
     logits: jax.Array, k: int | jax.Array, temperature: float = 1.0, *, max_k: int | None = None
 ) -> jax.Array:
     """softmax(logits / temperature) over the `k` most probable tokens: [..., v] float32. See
-    `top_k_logits`.
+    `top_k_logits`. Temperature 0 leaves the most probable token.
     """
-    return jax.nn.softmax(top_k_logits(logits, k, max_k=max_k) / temperature)
+    kept = top_k_logits(logits, k, max_k=max_k)
+    if _is_greedy(temperature):
+        return _one_hot(greedy(logits), logits)
+    return jax.nn.softmax(kept / temperature)
 
 
 def top_k_logits(logits: jax.Array, k: int | jax.Array, *, max_k: int | None = None) -> jax.Array:
     """`logits` [..., v] as float32, with −inf below the k-th largest of each row.
 
-    Tokens equal to the k-th largest are all kept, as published, so more than `k` may stay and no
-    order decides. `k` may be a traced scalar (LoPAR changes it by round); then `max_k`, a static
-    bound on it, spares a full sort. A `k` above the vocabulary keeps everything. Raises ValueError
-    when `k` or `max_k` is below 1, or a static `k` is above `max_k`.
+    All tokens equal to the k-th largest are kept, as published, so more than `k` may remain. `k`
+    may be a traced scalar (LoPAR changes it by round); then a static bound `max_k` avoids a full
+    sort. A `k` above the vocabulary keeps everything. Raises ValueError for `k` or `max_k` below 1
+    and for a static `k` above `max_k`.
     """
     size = logits.shape[-1]
-    if max_k is not None and max_k < 1:
-        raise ValueError(f"max_k must be at least 1: got {max_k}")
-    if isinstance(k, int):
-        if k < 1:
-            raise ValueError(f"k must be at least 1: got {k}")
+    if max_k is not None:
+        max_k = check_count("max_k", max_k)
+    if not _is_traced(k):
+        k = check_count("k", _number(k))
         if max_k is not None and k > max_k:
             raise ValueError(f"k must not be above max_k: got {k} and {max_k}")
         max_k = k
@@ -151,12 +174,16 @@ def sample_top_k(
     max_k: int | None = None,
     block: int | None = None,
 ) -> jax.Array:
-    """Draw one of the `k` most probable tokens: int32 [...] from `logits` [..., v]. See
-    `top_k_logits`.
+    """Draw one of the `k` most probable tokens (see `top_k_logits`): int32 [...] from `logits`
+    [..., v].
 
-    `block` rows at a time are drawn (default: all at once), which bounds the memory and changes no
-    draw.
+    `block` bounds how many rows are drawn at once (default: all). It bounds the memory and changes
+    no draw. Temperature 0 takes the most probable token.
     """
+    if _is_greedy(temperature):
+        one_key(key)  # refused as at any other temperature
+        top_k_logits(logits, k, max_k=max_k)
+        return greedy(logits)
 
     def draw(key: jax.Array, row: jax.Array) -> jax.Array:
         return jax.random.categorical(key, top_k_logits(row, k, max_k=max_k) / temperature)
@@ -171,7 +198,8 @@ def _draw_rows(
     block: int | None,
 ) -> jax.Array:
     rows = logits.reshape(-1, logits.shape[-1])
-    keys = jax.random.split(key, rows.shape[0])
+    keys = jax.random.split(one_key(key), rows.shape[0])
+    block = block if block is None else check_count("block", block)
     if block is None or block >= rows.shape[0]:
         drawn = jax.vmap(draw)(keys, rows)
     else:
@@ -179,5 +207,34 @@ def _draw_rows(
     return drawn.astype(jnp.int32).reshape(logits.shape[:-1])
 
 
-def _greedy(logits: jax.Array) -> jax.Array:
-    return jnp.argmax(logits, -1).astype(jnp.int32)
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def _number(value: Any) -> Any:
+    """A setting that is not traced, as a Python or NumPy number."""
+    return value.item() if isinstance(value, jax.Array) and not value.shape else value
+
+
+def _is_zero(temperature: float) -> bool:
+    # float32 logits divided by less would overflow, and inf − inf is no probability.
+    return temperature < 1e-30
+
+
+def _is_greedy(temperature: Any) -> bool:
+    if _is_traced(temperature):
+        return False
+    return _is_zero(check_temperature("temperature", _number(temperature)))
+
+
+def _one_hot(tokens: jax.Array, logits: jax.Array) -> jax.Array:
+    return jax.nn.one_hot(tokens, logits.shape[-1], dtype=jnp.float32)
+
+
+def _first_of_cluster(values: jax.Array, labels: jax.Array, num_clusters: int) -> jax.Array:
+    """The largest of `values` [..., v] in each cluster, of equal ones the first: bool [..., v]."""
+    last = jnp.moveaxis(values, -1, 0)  # segments are along the first axis
+    ids = jnp.arange(len(last)).reshape(-1, *[1] * (last.ndim - 1))
+    largest = jax.ops.segment_max(last, labels, num_clusters)[labels]
+    first = jax.ops.segment_min(jnp.where(last == largest, ids, len(last)), labels, num_clusters)
+    return jnp.moveaxis(ids == first[labels], 0, -1)

@@ -1,17 +1,30 @@
 """A bundle with the whole pipeline as methods: strings and pictures in and out."""
 
+import dataclasses
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from cogview2_jax import config as configs
+from cogview2_jax import bundle as bundles
 from cogview2_jax.bundle import Bundle
+from cogview2_jax.config import TOKEN_STRIDE, Grid, check_count, check_temperature
+from cogview2_jax.keys import one_key
 from cogview2_jax.networks import inputs
-from cogview2_jax.pipeline.prompts import PromptTokens, caption_text, image_keys, prompt_tokens
+from cogview2_jax.pipeline import editing, settings
+from cogview2_jax.pipeline.editing import Box
+from cogview2_jax.pipeline.prompts import (
+    PromptTokens,
+    caption_ids,
+    caption_text,
+    image_keys,
+    prompt_tokens,
+)
+from cogview2_jax.pipeline.reach import last_stage, require_stage, what_is_missing
 from cogview2_jax.pipeline.stages import (
     caption_score,
     decode_caption,
@@ -22,63 +35,61 @@ from cogview2_jax.pipeline.stages import (
 )
 from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import image as image_tokenizer
-from cogview2_jax.tokenizer.pictures import Picture, fit_picture
+from cogview2_jax.tokenizer.pictures import Picture, fit_picture, open_picture
 
 Array = jax.Array
-Box = tuple[float, float, float, float]
+_Tree = TypeVar("_Tree")
 
-STRIDE = configs.TOKEN_STRIDE
-STAGES = ("base", "direct", "full")
+STRIDE = TOKEN_STRIDE
+STAGES = tuple(settings.STAGES)
 # Numbers of draws beyond any candidate's, so that no two stages share a key.
 _DIRECT_DRAW, _ITERATIVE_DRAW = 2**32 - 1, 2**32 - 2
-
-
-def coarse_mask(box: Box, grid: configs.Grid) -> np.ndarray:
-    """The cells of `grid` whose centres lie in `box`, (top, left, bottom, right): bool [y, x].
-
-    Raises ValueError for a box that is empty, leaves the picture or holds no centre.
-    """
-    top, left, bottom, right = box
-    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
-        raise ValueError(
-            f"box must be (top, left, bottom, right) with 0 <= top < bottom <= 1"
-            f" and 0 <= left < right <= 1: got {tuple(box)}"
-        )
-    rows, columns = ((np.arange(side) + 0.5) / side for side in grid)
-    inside_rows = (rows >= top) & (rows < bottom)
-    mask = inside_rows[:, None] & ((columns >= left) & (columns < right))
-    if not mask.any():
-        raise ValueError(f"box must hold the centre of a cell of the {grid} grid: got {tuple(box)}")
-    return mask
 
 
 @dataclass(frozen=True)
 class CogView:
     """A bundle with the whole pipeline as methods; see `cogview2_jax.load`.
 
-    Prompts may be English or Chinese. Pictures are uint8 [y, x, 3]. The same key gives the same
-    pictures. The first call of a kind compiles, later ones of the same `num_images` do not. A
-    wrong argument raises ValueError in one line.
+    Prompts may be English or Chinese. Pictures come in as `open_picture` takes them (paths, bytes,
+    PIL images, uint8 arrays) and go out as uint8 [y, x, 3]. The same key gives the same pictures; a
+    key is one of `jax.random.key`, or an older one of `jax.random.PRNGKey`. The first call of a
+    kind compiles, later ones of the same `num_images` do not. A wrong argument raises ValueError in
+    one line.
+
+    `execution` says how the transformers are computed: its precision, and the mesh that batches and
+    parameters are cut over. Images do not depend on it but for rounding. The parameters in `bundle`
+    are placed accordingly.
     """
 
     bundle: Bundle
     execution: Execution = Execution()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bundle", bundles.place(self.bundle, self.execution))
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks that are there, in the order of training."""
+        return tuple(name for name in bundles.NETWORKS if getattr(self.bundle, name))
+
     def generate(
         self,
         prompt: str,
-        num_images: int = 4,
+        num_images: int = settings.NUM_IMAGES,
         *,
         key: Array,
-        stage: str = "full",
+        stage: str | None = None,
         candidates: int | None = None,
     ) -> np.ndarray:
         """Pictures of a prompt: uint8 [num_images, y, x, 3], 192×192 with the bundle that ships.
 
-        `stage` is the last one to run: "base" (its small picture enlarged), "direct" or "full".
-        Each picture is the best of `candidates` drawn by the base stage, judged by `caption_score`
-        (the paper's post-selection); None takes the number of the bundle's `sampling`.
+        `stage` is the last one to run: "base" (its small picture enlarged), "direct" or "full". By
+        default that is the last one that the model has networks for, with a warning when that is
+        not "full". Each picture is the best-scoring of `candidates` drawn by the base stage, judged
+        by `caption_score` (the paper's post-selection); None takes the number of the bundle's
+        `sampling`.
         """
+        stage = self._last_stage(stage)
         made = self.generate_stages(
             [prompt], key=key, num_images=num_images, candidates=candidates, stages=(stage,)
         )
@@ -88,7 +99,7 @@ class CogView:
         self,
         prompts: Sequence[str],
         key: Array,
-        num_images: int = 4,
+        num_images: int = settings.NUM_IMAGES,
         *,
         candidates: int | None = None,
         stages: Sequence[str] = STAGES,
@@ -99,24 +110,21 @@ class CogView:
         Those of "base" are enlarged bicubically to the size of the others. `progress` is called
         with "base", "direct", "iterative" and "pixels" as each is finished.
         """
-        if not stages or not set(stages) <= set(STAGES):
-            raise ValueError(f"stages must be of {', '.join(STAGES)}: got {', '.join(stages)}")
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1: got {num_images}")
-        bundle = self.bundle
-        tokens = self._tokens(prompts).repeat(num_images)
-        keys = self._keys(prompts, key, num_images)
+        if not stages:
+            raise ValueError(f"stages must be of {', '.join(STAGES)}: got none")
+        for stage in stages:
+            require_stage(stage, self.networks)
+        num_images = check_count("num_images", num_images)
+        tokens, keys = self._drawing(prompts, key, num_images)
 
         def draw(candidate: int) -> Array:
             return decode_image(
-                bundle.params("coglm"),
+                self.bundle.params("coglm"),
                 *tokens.base,
                 keys(candidate),
-                bundle.cluster_labels,
-                config=bundle.coglm_config,
-                execution=self.execution,
-                sampling=bundle.sampling,
-                num_clusters=bundle.num_clusters,
+                self.bundle.cluster_labels,
+                config=self.bundle.coglm_config,
+                **self._sampling,
             )
 
         grids = {"base": self._best_of(tokens, draw, candidates)}
@@ -130,87 +138,105 @@ class CogView:
                 tokens, grids["direct"], everywhere, keys(_ITERATIVE_DRAW)
             )
             progress("iterative")
-        made = {stage: self._pictures(grids[stage], stage) for stage in stages}
+        made = {stage: self._pixels(grids[stage], stage) for stage in stages}
         progress("pixels")
-        shape = (len(prompts), num_images, *self._size, 3)
-        return {stage: pictures.reshape(shape) for stage, pictures in made.items()}
+        count = len(prompts) * num_images
+        return {
+            stage: np.stack(
+                [fit_picture(picture, *self._size) for picture in pictures[:count]]
+            ).reshape(len(prompts), num_images, *self._size, 3)
+            for stage, pictures in made.items()
+        }
 
     def infill(
         self,
         prompt: str,
         picture: Picture,
         box: Box,
-        num_images: int = 1,
+        num_images: int = settings.NUM_INFILLED,
         *,
         key: Array,
+        stage: str | None = None,
         candidates: int | None = None,
     ) -> np.ndarray:
-        """The picture with what is in `box` drawn anew: uint8 [num_images, y, x, 3].
+        """The picture with what is in `box` drawn anew: uint8 [num_images, y, x, 3], its own size.
 
-        `box` is (top, left, bottom, right) in 0…1; whole coarse cells are replaced, those whose
-        centre it holds. Only their fine cells are super-resolved, and the whole picture passes
-        once through the tokenizer (the published editing, without its crop round the box).
-        `candidates` is as in `generate`.
+        `box` is (top, left, bottom, right) in 0…1 of the whole picture, upright. The model sees a
+        crop around the box, with the shape of its own pictures and as large as the picture allows;
+        what is outside of it stays as it is (see `editing`). Whole coarse cells of the crop are
+        replaced, those whose centre the box holds, and only their fine cells are super-resolved.
+        `stage` and `candidates` are as in `generate`.
         """
-        bundle, config = self.bundle, self.bundle.coglm_config
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1: got {num_images}")
-        mask = coarse_mask(box, config.grid)
-        tokens = self._tokens([prompt])
-        ids, is_text = (array[0] for array in tokens.base)
-        coarse = self._picture_tokens(picture, config.grid)[0]
-        filling = inputs.infill(mask, ids[is_text].tolist(), coarse, config)
-        ratio = bundle.direct_config.ratio
-        may_change = mask.repeat(ratio, axis=0).repeat(ratio, axis=1).reshape(-1)
+        config = self.bundle.coglm_config
+        stage = self._last_stage(stage)
+        num_images = check_count("num_images", num_images)
+        opened = open_picture(picture)
+        edit = editing.plan(box, (opened.height, opened.width), self.bundle.direct_config)
+        tokens, keys = self._drawing([prompt], key, num_images)
+        rows = len(tokens.english)
+        ids, is_text = (np.asarray(array)[0] for array in tokens.base)
+        crop = editing.cut(opened, edit)
+        coarse = self._picture_tokens(crop, config.grid)[0]
+        filling = inputs.infill(edit.mask, ids[is_text].tolist(), coarse, config)
 
         def of_each(array: np.ndarray) -> Any:
-            return np.repeat(array[None], num_images, axis=0)
-
-        tokens = tokens.repeat(num_images)
-        keys = self._keys([prompt], key, num_images)
+            return self._cut_over_mesh(np.repeat(array[None], rows, axis=0))
 
         def draw(candidate: int) -> Array:
             return decode_infilling(
-                bundle.params("coglm"),
-                # The first four fields are those of a layout.
+                self.bundle.params("coglm"),
+                # The first four fields are those of the network's input.
                 inputs.NetworkInput(*(of_each(array) for array in filling[:4])),
                 of_each(filling.slot_of_cell),
                 keys(candidate),
-                bundle.cluster_labels,
+                self.bundle.cluster_labels,
                 config=config,
-                execution=self.execution,
-                sampling=bundle.sampling,
-                num_clusters=bundle.num_clusters,
+                **self._sampling,
             )
 
-        filled = self._best_of(tokens, draw, candidates)
-        drawn = self._direct(tokens, filled, keys(_DIRECT_DRAW))
-        kept = self._picture_tokens(picture, bundle.direct_config.grid)
-        start = np.where(may_change, drawn, kept)
-        full = self._iterative(tokens, start, of_each(may_change), keys(_ITERATIVE_DRAW))
-        return self._pictures(full, "full")
+        made = self._best_of(tokens, draw, candidates)
+        if stage != "base":
+            ratio = self.bundle.direct_config.ratio
+            may_change = edit.mask.repeat(ratio, axis=0).repeat(ratio, axis=1).reshape(-1)
+            drawn = self._direct(tokens, made, keys(_DIRECT_DRAW))
+            kept = self._picture_tokens(crop, self.bundle.direct_config.grid)
+            made = np.where(may_change, drawn, kept)
+        if stage == "full":
+            made = self._iterative(tokens, made, of_each(may_change), keys(_ITERATIVE_DRAW))
+        return editing.paste(opened, self._pixels(made, stage)[:num_images], edit)
 
     def caption(
         self,
         picture: Picture,
         *,
-        language: str = "en",
+        language: str = settings.LANGUAGES[0],
         key: Array | None = None,
-        top_k: int = 10,
-        temperature: float = 1.0,
+        top_k: int = settings.TOP_K,
+        temperature: float = settings.TEMPERATURE,
     ) -> str:
-        """A caption of a picture, in English ("en") or Chinese ("zh").
+        """A caption of a picture, in English ("en") or Chinese ("zh"), of at least one word.
 
-        The most probable word each time, or, with a `key`, one of the `top_k` most probable.
+        The most probable token each time, or, with a `key`, one of the `top_k` most probable; at
+        `temperature` 0 again the most probable. Only tokens of the language are drawn.
         """
-        if language not in ("en", "zh"):
-            raise ValueError(f"language must be en or zh: got {language}")
         config = self.bundle.coglm_config
+        top_k = check_count("top_k", top_k)
+        temperature = check_temperature("temperature", temperature)
+        if top_k > (most := config.vocabulary.num_text):
+            raise ValueError(
+                f"top_k must be at most {most}, the text pieces there are: got {top_k}"
+            )
+        allowed = caption_ids(self.bundle.text_model, config.vocabulary, language)
+        keys = (jax.random.key(0) if key is None else one_key(key))[None]
+        image, english, keys = self._whole_batch(
+            (self._picture_tokens(picture, config.grid), np.array([language == "en"]), keys)
+        )
         ids = decode_caption(
             self.bundle.params("coglm"),
-            self._picture_tokens(picture, config.grid),
-            np.array([language == "en"]),
-            jax.random.key(0)[None] if key is None else key[None],
+            image,
+            english,
+            allowed,
+            keys,
             config=config,
             execution=self.execution,
             top_k=1 if key is None else top_k,
@@ -228,15 +254,34 @@ class CogView:
             raise ValueError("pictures must have at least one: got none")
         grid = self.bundle.coglm_config.grid
         coarse = np.concatenate([self._picture_tokens(picture, grid) for picture in pictures])
-        scores = self._scores(self._tokens([prompt]).repeat(len(coarse)), coarse)
+        tokens, coarse = self._whole_batch((self._tokens([prompt]).repeat(len(coarse)), coarse))
+        scores = self._scores(tokens, coarse)[: len(pictures)]
         return np.argsort(-scores, kind="stable"), scores
 
     # Parts of the above, host arrays in and out.
 
     @property
     def _size(self) -> tuple[int, int]:
-        rows, columns = self.bundle.direct_config.grid
-        return rows * STRIDE, columns * STRIDE
+        return editing.picture_size(self.bundle.direct_config)
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        """What the stages that draw clusters share."""
+        return {
+            "execution": self.execution,
+            # Static, and the number of candidates is nothing to compile anew for.
+            "sampling": dataclasses.replace(self.bundle.sampling, candidates=1),
+            "num_clusters": self.bundle.num_clusters,
+        }
+
+    def _last_stage(self, asked: str | None) -> str:
+        if asked is not None:
+            require_stage(asked, self.networks)
+            return asked
+        last = last_stage(self.networks)
+        if last != STAGES[-1]:
+            warnings.warn(what_is_missing(STAGES[-1], self.networks), stacklevel=3)
+        return last
 
     def _tokens(self, prompts: Sequence[str]) -> PromptTokens:
         bundle = self.bundle
@@ -248,9 +293,35 @@ class CogView:
             bundle.iterative_config.text_slots,
         )
 
-    def _keys(self, prompts: Sequence[str], key: Array, num_images: int) -> Callable[[int], Array]:
+    def _drawing(
+        self, prompts: Sequence[str], key: Array, num_images: int
+    ) -> tuple[PromptTokens, Callable[[int], Array]]:
+        """The tokens of every image of every prompt, and its keys by the number of the draw."""
+        key = one_key(key)
+        tokens = self._whole_batch(self._tokens(prompts).repeat(num_images))
         hashes = np.array([zlib.crc32(prompt.encode()) for prompt in prompts], np.uint32)
-        return lambda draw: image_keys(key, hashes, num_images, np.uint32(draw))
+        return tokens, lambda draw: self._whole_batch(
+            image_keys(key, hashes, num_images, np.uint32(draw))
+        )
+
+    def _whole_batch(self, tree: _Tree) -> _Tree:
+        """Arrays [b, …] on the mesh, the last row repeated until it cuts the batch evenly."""
+        sharding = self.execution.sharding
+        if sharding is None:
+            return tree
+        parts = sharding.parts("batch")
+
+        def whole(array: Any) -> Any:
+            return array[np.minimum(np.arange(-(-len(array) // parts) * parts), len(array) - 1)]
+
+        return self._cut_over_mesh(jax.tree.map(whole, tree))
+
+    def _cut_over_mesh(self, tree: _Tree) -> _Tree:
+        sharding = self.execution.sharding
+        if sharding is None:
+            return tree
+        placed: _Tree = jax.device_put(tree, sharding.named("batch"))
+        return placed
 
     def _best_of(
         self, tokens: PromptTokens, draw: Callable[[int], Array], candidates: int | None
@@ -258,8 +329,7 @@ class CogView:
         """Base tokens, int32 [b, cells]: of what `draw(candidate)` makes, each image's best."""
         if candidates is None:
             candidates = self.bundle.sampling.candidates
-        if candidates < 1:
-            raise ValueError(f"candidates must be at least 1: got {candidates}")
+        candidates = check_count("candidates", candidates)
         drawn = [draw(candidate) for candidate in range(candidates)]
         if candidates == 1:
             return np.asarray(drawn[0])
@@ -269,7 +339,7 @@ class CogView:
     def _scores(self, tokens: PromptTokens, coarse: np.ndarray) -> np.ndarray:
         scores = caption_score(
             self.bundle.params("coglm"),
-            coarse,
+            self._cut_over_mesh(coarse),
             *tokens.base,
             tokens.english,
             config=self.bundle.coglm_config,
@@ -278,17 +348,14 @@ class CogView:
         return np.asarray(scores)
 
     def _direct(self, tokens: PromptTokens, coarse: np.ndarray, keys: Array) -> np.ndarray:
-        bundle = self.bundle
         fine = super_resolve_direct(
-            bundle.params("direct"),
+            self.bundle.params("direct"),
             *tokens.direct,
-            coarse,
+            self._cut_over_mesh(coarse),
             keys,
-            bundle.cluster_labels,
-            config=bundle.direct_config,
-            execution=self.execution,
-            sampling=bundle.sampling,
-            num_clusters=bundle.num_clusters,
+            self.bundle.cluster_labels,
+            config=self.bundle.direct_config,
+            **self._sampling,
         )
         return np.asarray(fine)
 
@@ -298,8 +365,8 @@ class CogView:
         refined = super_resolve_iterative(
             self.bundle.params("iterative"),
             *tokens.iterative,
-            fine,
-            may_change,
+            self._cut_over_mesh(fine),
+            self._cut_over_mesh(may_change),
             keys,
             config=self.bundle.iterative_config,
             execution=self.execution,
@@ -307,18 +374,19 @@ class CogView:
         )
         return np.asarray(refined)
 
-    def _pictures(self, ids: np.ndarray, stage: str) -> np.ndarray:
+    def _pixels(self, ids: np.ndarray, stage: str) -> np.ndarray:
+        """Image tokens of a stage as the tokenizer draws them: uint8 [b, y, x, 3]."""
         config = self.bundle.coglm_config if stage == "base" else self.bundle.direct_config
         pictures = image_tokenizer.to_pixels(
             self.bundle.params("tokenizer"),
-            ids,
+            self._cut_over_mesh(ids),
             grid=config.grid,
             stride=STRIDE,
             config=self.bundle.tokenizer_config,
         )
-        return np.stack([fit_picture(picture, *self._size) for picture in np.asarray(pictures)])
+        return np.asarray(pictures)
 
-    def _picture_tokens(self, picture: Picture, grid: configs.Grid) -> np.ndarray:
+    def _picture_tokens(self, picture: Picture, grid: Grid) -> np.ndarray:
         pixels = fit_picture(picture, grid[0] * STRIDE, grid[1] * STRIDE)
         ids = image_tokenizer.to_tokens(
             self.bundle.params("tokenizer"),

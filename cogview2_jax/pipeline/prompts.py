@@ -1,4 +1,6 @@
-"""Strings → the slots of each network, ids → strings, and the key of every picture."""
+"""Strings → the slots of each network, ids → strings, the ids that a caption may have, and the key
+of every picture.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -10,8 +12,9 @@ import numpy as np
 import sentencepiece as spm
 
 from cogview2_jax import config as configs
+from cogview2_jax.keys import fold_in_all, one_key
 from cogview2_jax.networks import inputs
-from cogview2_jax.pipeline.stages import fold_in_all
+from cogview2_jax.pipeline.stages import CaptionIds
 from cogview2_jax.tokenizer import text
 
 Array = jax.Array
@@ -61,7 +64,7 @@ def image_keys(key: Array, prompt_hashes: Array, num_images: int, draw: Array) -
     `prompt_hashes` is uint32 [prompts]. What an image is drawn from depends on the key, its
     prompt, its number and `draw` (the number of the candidate, or the stage) alone.
     """
-    of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_hashes)
+    of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(one_key(key), prompt_hashes)
     numbers = jnp.arange(num_images)
     of_image = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_prompt, numbers)
     return fold_in_all(of_image.reshape(-1), draw)
@@ -71,6 +74,28 @@ def caption_text(
     ids: np.ndarray, model: spm.SentencePieceProcessor, vocabulary: configs.Vocabulary
 ) -> str:
     """Generated text ids as a string, up to the first pad or end piece."""
-    ends = np.isin(ids, [vocabulary.pad, vocabulary.num_image + model.eos_id()])
+    ends = np.isin(ids, _end_ids(model, vocabulary))
     stop = int(np.argmax(ends)) if ends.any() else len(ids)
     return text.decode(model, ids[:stop].tolist(), vocabulary.num_image)
+
+
+@functools.lru_cache(maxsize=8)
+def caption_ids(
+    model: spm.SentencePieceProcessor, vocabulary: configs.Vocabulary, language: str
+) -> CaptionIds:
+    """The text ids that a caption in `language` ("en" or "zh") may have, slot by slot.
+
+    Raises ValueError for another language and for one in which the text model has no word.
+    """
+    allowed = text.language_ids(model, vocabulary, language)
+    words = text.word_ids(model, vocabulary, language)
+    if not words.any():
+        raise ValueError(f"the text model has no word in {language}: ask for another language")
+    first = allowed.copy()
+    first[np.array(_end_ids(model, vocabulary)) - vocabulary.num_image] = False
+    return CaptionIds(first, words, allowed)
+
+
+def _end_ids(model: spm.SentencePieceProcessor, vocabulary: configs.Vocabulary) -> list[int]:
+    end = model.eos_id()
+    return [vocabulary.pad] + ([vocabulary.num_image + end] if end >= 0 else [])

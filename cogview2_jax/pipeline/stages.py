@@ -1,9 +1,9 @@
 """The stages as pure, jitted functions of parameters, arrays and keys.
 
-The configuration is static: one compilation serves every prompt up to the limit and every seed, a
-new batch size compiles anew. Image i of a batch is drawn from `keys[i]` alone, so what is beside it
-in the batch does not matter (but for the last bits of float32, which may differ between batch
-sizes).
+The configuration is static: one compilation serves every prompt up to the limit and every seed; a
+new batch size compiles anew. Image i of a batch is drawn from `keys[i]` alone, so the rest of the
+batch does not matter (but for the last bits of float32, which may differ between batch sizes).
+`keys` are a key for each image, [b]; older keys, uint32 [b, 2], are taken too.
 
 Paper (arXiv 2204.14217) sections 3.2 and 3.3; the released `cogview2_text2image.py` and
 `cogview2_completion.py`.
@@ -11,6 +11,7 @@ Paper (arXiv 2204.14217) sections 3.2 and 3.3; the released `cogview2_text2image
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from cogview2_jax import config as configs
 from cogview2_jax.decoding import loops
 from cogview2_jax.decoding.sampling import greedy, sample_clusters, sample_top_k
+from cogview2_jax.keys import fold_in_all, key_batch
 from cogview2_jax.networks import coglm, direct_sr, inputs, iterative_sr
 from cogview2_jax.networks.attention import KVCache
 from cogview2_jax.sharding import Execution
@@ -26,6 +28,19 @@ Array = jax.Array
 Params = dict
 
 _ROWS_AT_ONCE = 600  # of logits in cluster sampling: bounds its memory at the published sizes
+
+
+class CaptionIds(NamedTuple):
+    """Which text ids a caption may have: bool [num_text] each, or [b, num_text].
+
+    `first` in the first slot; then `words` alone until there is one; then `later`. With the pad and
+    end pieces in `later` only, a caption has a word before it ends.
+    """
+
+    first: Any
+    words: Any
+    later: Any
+
 
 # --- The base model -------------------------------------------------------------------------------
 
@@ -96,6 +111,7 @@ def decode_caption(
     params: Params,
     image: Array,
     english: Array,
+    allowed: CaptionIds,
     keys: Array,
     *,
     config: configs.CogLMConfig,
@@ -103,14 +119,25 @@ def decode_caption(
     temperature: float = 1.0,
     execution: Execution = Execution(),
 ) -> Array:
-    """Text ids of captions: `image` int32 [b, cells], `english` bool [b] → int32 [b, max_text].
+    """Text ids of captions, int32 [b, max_text].
 
-    `top_k` 1 takes the most probable token each time. The caption ends before its first pad.
+    `top_k` 1 or `temperature` 0 take the most probable token each time. The caption ends before its
+    first pad or end piece.
+
+    Args:
+        image: int32 [b, cells].
+        english: bool [b]; the others are Chinese.
+        allowed: which ids each caption may have.
+        keys: key array [b], one for each caption.
     """
     batch, vocabulary = image.shape[0], config.vocabulary
+    keys = key_batch(keys)
     unknown = jnp.full((batch, config.max_text), -1)
     layout, _ = inputs.captioning(image, unknown, jnp.ones(unknown.shape, bool), english, config)
     ids = (vocabulary.num_image, vocabulary.num_image + vocabulary.num_text)
+    first, words, later = (
+        jnp.broadcast_to(jnp.asarray(part), (batch, vocabulary.num_text)) for part in allowed
+    )
 
     def draw(logits: Array, i: Array) -> Array:
         if top_k == 1:
@@ -118,9 +145,16 @@ def decode_caption(
         one = functools.partial(sample_top_k, k=top_k, temperature=temperature)
         return jax.vmap(one)(fold_in_all(keys, i), logits)
 
+    def restrict(logits: Array, said: Array, token: Array) -> tuple[Array, Array]:
+        here = jnp.take_along_axis(words, token[:, None] - vocabulary.num_image, axis=1)
+        said = said | here[:, 0]
+        return jnp.where(jnp.where(said[:, None], later, words), logits, -jnp.inf), said
+
     bias = jnp.zeros((1, layout.tokens.shape[1]))
-    first = config.num_image_tokens + 1
-    return _fill(params, layout, bias, first, first, draw, ids, config, execution)
+    begin = config.num_image_tokens + 1
+    return _fill(
+        params, layout, bias, begin, begin, draw, ids, config, execution, (first, restrict)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "execution"))
@@ -161,12 +195,17 @@ def _fill(
     ids: tuple[int, int],
     config: configs.CogLMConfig,
     execution: Execution,
+    restriction: tuple[Array, Callable[[Array, Array, Array], tuple[Array, Array]]] | None = None,
 ) -> Array:
     """The slots from `first` on, int32 [b, s − first], those that hold −1 drawn in turn.
 
-    Slots before `prefix` (at least `first`) run at once under the layout's mask, then every slot
-    from `first` on runs by itself over the cache. `draw` is (logits [b, v] of `ids`, i) → [b],
+    Slots before `prefix` (at least `first`) run at once under the layout's mask, then the slots
+    from `first` on run one at a time over the cache. `draw` is (logits [b, v] of `ids`, i) → [b],
     counted from 0.
+
+    A `restriction` says which ids may be drawn: those in the first slot, bool [b, v], and for every
+    later one (logits [b, v], state [b], the token before [b]) → (logits, state); the state begins
+    as False.
     """
     known = layout.tokens
     tokens = jnp.maximum(known, 0)  # what stands for an unknown token is seen by nobody
@@ -185,7 +224,10 @@ def _fill(
     )
     logits = functools.partial(coglm.logits, params, config=config, ids=ids, execution=execution)
 
-    def step(cache: KVCache, tokens: Array, i: Array) -> tuple[Array, KVCache]:
+    def step(
+        carry: tuple[KVCache, Array], tokens: Array, i: Array
+    ) -> tuple[Array, tuple[KVCache, Array]]:
+        cache, state = carry
         slot = first + i
         hidden, cache = coglm.extend(
             params,
@@ -200,7 +242,10 @@ def _fill(
             bias=bias,
             execution=execution,
         )
-        return logits(hidden[:, 0]), cache
+        found = logits(hidden[:, 0])
+        if restriction is not None:
+            found, state = restriction[1](found, state, tokens)
+        return found, (cache, state)
 
     def sample(logits: Array, i: Array) -> Array:
         drawn = draw(logits, i) + ids[0]
@@ -208,21 +253,21 @@ def _fill(
         return jnp.where(here < 0, drawn, here)
 
     start = logits(hidden[:, first - 1])
-    return loops.decode(step, sample, start, cache, length - first)[0]
+    if restriction is not None:
+        start = jnp.where(restriction[0], start, -jnp.inf)
+    carry = cache, jnp.zeros(batch, bool)
+    return loops.decode(step, sample, start, carry, length - first)[0]
 
 
 def _cluster_sampler(
     keys: Array, labels: Array, num_clusters: int, settings: configs.ClusterSampling
 ) -> Callable[[Array, Array], Array]:
+    keys = key_batch(keys)
+
     def one(key: Array, logits: Array) -> Array:
         return sample_clusters(key, logits, labels, num_clusters, settings, block=_ROWS_AT_ONCE)
 
     return lambda logits, i: jax.vmap(one)(fold_in_all(keys, i), logits)
-
-
-def fold_in_all(keys: Array, number: Array) -> Array:
-    """A key array [b], `number` folded into each."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def _image_ids(config: configs.CogLMConfig) -> tuple[int, int]:
@@ -273,9 +318,15 @@ def super_resolve_iterative(
     """Fine tokens refined in rounds of local parallel auto-regression: int32 [b, fine cells].
 
     `text`, `is_text` [b, text_slots] from `inputs.left_padded`; `fine` int32 [b, fine cells];
-    `may_change` bool [b, fine cells], the cells that a round may reset (all of them, but when
-    editing).
+    `may_change` bool [b, fine cells], the cells that a round may reset: all of them, except in
+    infilling.
     """
+    keys = key_batch(keys)
+    if len(sampling.iterative_top_k) != config.rounds:
+        raise ValueError(
+            f"iterative_top_k must be one for each of {config.rounds} rounds:"
+            f" got {sampling.iterative_top_k}"
+        )
     reset = jnp.asarray(inputs.lopar_schedule(config))[:, None] & may_change
     top_k = jnp.asarray(sampling.iterative_top_k)
 

@@ -198,9 +198,3 @@ def test_wrong_arguments_are_named(golden):
         sampling.sample_top_k(jax.random.key(0), logits, 9, max_k=5)
     with pytest.raises(ValueError, match="max_k must be at least 1: got 0"):
         sampling.top_k_logits(logits, 3, max_k=0)
-    with pytest.raises(ValueError, match="temperature must be above 0: got 0"):
-        ClusterSampling(0)
-    with pytest.raises(ValueError, match="within_temperature must be above 0: got -1"):
-        ClusterSampling(within_temperature=-1)
-    with pytest.raises(ValueError, match="top_clusters must be at least 1: got 0"):
-        ClusterSampling(top_clusters=0)

@@ -1,0 +1,122 @@
+"""What config.json of a bundle says: the configurations of its networks, read strictly.
+
+A field too many, too few or of another type is refused in one line that names it, and so are
+configurations that do not fit each other.
+"""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cogview2_jax.config import (
+    CogLMConfig,
+    DirectSRConfig,
+    HVQVAEConfig,
+    IterativeSRConfig,
+    Sampling,
+)
+from cogview2_jax.errors import one_line
+
+FORMAT = 1
+ADVICE = "copy or download the bundle again"
+CONFIGS = ("coglm_config", "direct_config", "iterative_config", "tokenizer_config", "sampling")
+
+
+class Description(NamedTuple):
+    """The content of config.json."""
+
+    coglm_config: CogLMConfig
+    direct_config: DirectSRConfig
+    iterative_config: IterativeSRConfig
+    tokenizer_config: HVQVAEConfig
+    sampling: Sampling
+    made_with: dict[str, str]  # package -> version
+
+
+def to_json(description: Description) -> dict[str, Any]:
+    """The content of config.json, which `parse_description` reads."""
+    configs = {name: dataclasses.asdict(getattr(description, name)) for name in CONFIGS}
+    content = {"format": FORMAT, "made_with": description.made_with, **configs}
+    as_read: dict[str, Any] = json.loads(json.dumps(content))  # lists, not tuples
+    return as_read
+
+
+def parse_description(content: Mapping[str, Any], file: Path, advice: str = ADVICE) -> Description:
+    """The content of config.json, read from `file`, checked.
+
+    Raises ValueError, in one line, for fields too many, too few, of another type or that do not fit
+    each other.
+    """
+    if content["format"] != FORMAT:
+        raise ValueError(
+            f"{file} has format {content['format']!r}, this version reads {FORMAT}:"
+            " use the version of cogview2_jax that it was made with"
+        )
+    try:
+        _require_keys(content, {"format", "made_with", *CONFIGS}, "the file")
+        types = typing.get_type_hints(Description)
+        configs = {name: _from_json(types[name], content[name], name) for name in CONFIGS}
+        made_with = content["made_with"]
+        if not isinstance(made_with, dict):
+            raise ValueError("made_with must be an object")
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{file} is unfit ({one_line(error)}): {advice}") from error
+    description = Description(**configs, made_with=made_with)
+    check_description(description, file)
+    return description
+
+
+def check_description(description: Description, where: Path) -> None:
+    """Raises ValueError where two configurations do not fit each other."""
+    coglm, direct, iterative, tokenizer, sampling, _ = description
+    pairs = {
+        "direct_config.coglm.grid": (direct.coglm.grid, coglm.grid),
+        "direct_config.coglm.vocabulary": (direct.coglm.vocabulary, coglm.vocabulary),
+        "iterative_config.grid": (iterative.grid, direct.grid),
+        "iterative_config.vocabulary": (iterative.vocabulary, coglm.vocabulary),
+        "tokenizer_config.codebook_size": (tokenizer.codebook_size, coglm.vocabulary.num_image),
+        "the length of sampling.iterative_top_k": (
+            len(sampling.iterative_top_k),
+            iterative.rounds,
+        ),
+    }
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            raise ValueError(f"{where}: {name} must be {expected}: got {found}")
+
+
+def _require_keys(content: Mapping[str, Any], names: set[str], where: str) -> None:
+    if missing := sorted(names - content.keys()):
+        raise ValueError(f"{where} lacks {missing[0]!r}")
+    if unknown := sorted(content.keys() - names):
+        raise ValueError(f"{where} has an unknown field {unknown[0]!r}")
+
+
+def _from_json(kind: Any, value: Any, where: str) -> Any:
+    """`value` out of JSON as the type `kind` says: a dataclass, tuple, bool, int or float."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be an object: got {value!r}")
+        types = typing.get_type_hints(kind)
+        _require_keys(value, {field.name for field in dataclasses.fields(kind)}, where)
+        fields = {name: _from_json(types[name], value[name], f"{where}.{name}") for name in value}
+        return typing.cast(type, kind)(**fields)
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list: got {value!r}")
+        if kinds[-1] is ...:
+            kinds = kinds[:1] * len(value)
+        if len(kinds) != len(value):
+            raise ValueError(f"{where} must have {len(kinds)} entries: got {len(value)}")
+        return tuple(
+            _from_json(part, item, f"{where}[{number}]")
+            for number, (part, item) in enumerate(zip(kinds, value, strict=True))
+        )
+    accepted = (int, float) if kind is float else (kind,)
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, accepted):
+        raise ValueError(f"{where} must be {kind.__name__}: got {value!r}")
+    return kind(value)

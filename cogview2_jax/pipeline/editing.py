@@ -1,0 +1,135 @@
+"""The geometry of infilling: from a box in a picture of any shape to the cells that are drawn, and
+back.
+
+The model sees a crop with the shape of its own pictures: the largest that fits into the picture,
+around the box. Where the box is longer than that, the crop grows beyond the picture, which is then
+continued by its border. What is outside of the crop is never touched.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cogview2_jax.config import TOKEN_STRIDE, DirectSRConfig
+from cogview2_jax.tokenizer.pictures import fit_picture
+
+Box = tuple[float, float, float, float]  # top, left, bottom, right: parts of the picture, 0 to 1
+
+
+class Edit(NamedTuple):
+    """A crop in pixels of the picture, which may reach beyond it, and what is drawn in it."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mask: np.ndarray  # bool [y, x], the coarse cells that are drawn anew
+
+
+def picture_size(config: DirectSRConfig) -> tuple[int, int]:
+    """Height and width of the pictures that the model draws."""
+    return config.grid[0] * TOKEN_STRIDE, config.grid[1] * TOKEN_STRIDE
+
+
+def plan(box: Box, picture: tuple[int, int], config: DirectSRConfig) -> Edit:
+    """The crop of a picture around `box`, and its coarse cells whose centres the box holds.
+
+    `picture` is its height and width. Raises ValueError for a box that is empty, leaves the
+    picture, holds no centre, or is much longer than the picture's shorter side.
+    """
+    try:
+        top, left, bottom, right = (float(edge) for edge in box)
+        valid = 0 <= top < bottom <= 1 and 0 <= left < right <= 1
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            "box must be (top, left, bottom, right) with 0 <= top < bottom <= 1"
+            f" and 0 <= left < right <= 1: got {box}"
+        )
+    model, grid = picture_size(config), config.coglm.grid
+    edges = (top, bottom), (left, right)
+    fits = min(side / ours for side, ours in zip(picture, model, strict=True))
+    needed = max(
+        (end - begin) * side / ours
+        for (begin, end), side, ours in zip(edges, picture, model, strict=True)
+    )
+    size = [max(round(max(fits, needed) * ours), 1) for ours in model]
+    if any(length > cells * side for length, cells, side in zip(size, grid, picture, strict=True)):
+        raise ValueError(
+            f"box is {max(size)} pixels long, more than {max(grid)} times the shorter side of a"
+            f" picture of {picture[0]} × {picture[1]}; give a shorter box"
+        )
+    starts = [
+        _start(begin, end, side, length)
+        for (begin, end), side, length in zip(edges, picture, size, strict=True)
+    ]
+    inside = [
+        _cells(begin, end, side, start, length, cells)
+        for (begin, end), side, start, length, cells in zip(
+            edges, picture, starts, size, grid, strict=True
+        )
+    ]
+    mask = inside[0][:, None] & inside[1]
+    if not mask.any():
+        height, width = (length / cells for length, cells in zip(size, grid, strict=True))
+        raise ValueError(
+            f"box must hold the centre of a cell, {height:g} × {width:g} pixels of this picture:"
+            f" got {box}; give a larger box"
+        )
+    return Edit(starts[0], starts[1], size[0], size[1], mask)
+
+
+def cut(picture: Image.Image, edit: Edit) -> np.ndarray:
+    """The crop of a picture in RGB: uint8 [height, width, 3]; beyond the picture, its border."""
+    rows = np.arange(edit.top, edit.top + edit.height).clip(0, picture.height - 1)
+    columns = np.arange(edit.left, edit.left + edit.width).clip(0, picture.width - 1)
+    part = picture.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
+    return np.asarray(part)[np.ix_(rows - rows[0], columns - columns[0])]
+
+
+def paste(picture: Image.Image, drawn: np.ndarray, edit: Edit) -> np.ndarray:
+    """Pictures with what was drawn in its place: uint8 [b, y, x, 3] from `drawn` [b, y', x', 3].
+
+    Where the model drew the crop pixel for pixel, all of the crop is replaced, so that the drawn
+    cells and those around them fit each other. Where the model draws at another size, only the
+    drawn cells are, and all others keep the picture's own pixels.
+    """
+    original = np.asarray(picture)
+    place, inside = [], []
+    for start, length, side in (
+        (edit.top, edit.height, original.shape[0]),
+        (edit.left, edit.width, original.shape[1]),
+    ):
+        first, last = max(start, 0), min(start + length, side)
+        place.append(slice(first, last))
+        inside.append(slice(first - start, last - start))
+    pixels = tuple(
+        (2 * np.arange(length) + 1) * cells // (2 * length)  # the cell that holds a pixel's centre
+        for length, cells in zip((edit.height, edit.width), edit.mask.shape, strict=True)
+    )
+    replaced = edit.mask[np.ix_(*pixels)][tuple(inside)]
+    if drawn.shape[1:3] == (edit.height, edit.width):
+        replaced = np.ones_like(replaced)
+    made = np.repeat(original[None], len(drawn), axis=0)
+    for one, new in zip(made, drawn, strict=True):
+        fitted = fit_picture(new, edit.height, edit.width)[tuple(inside)]
+        one[tuple(place)] = np.where(replaced[..., None], fitted, one[tuple(place)])
+    return made
+
+
+def _start(begin: float, end: float, side: int, length: int) -> int:
+    """Where a crop of `length` begins: in the middle of the box as far as the picture allows."""
+    if length >= side:
+        return -((length - side) // 2)
+    centred = round((begin + end) / 2 * side - length / 2)
+    return min(max(centred, 0), side - length)
+
+
+def _cells(begin: float, end: float, side: int, start: int, length: int, cells: int) -> np.ndarray:
+    """Which cells along one side of the crop have their centres in the box: bool [cells]."""
+    if (start, length) != (0, side):  # else the box's own numbers, without rounding
+        begin, end = ((edge * side - start) / length for edge in (begin, end))
+    centres = (np.arange(cells) + 0.5) / cells
+    return (centres >= begin) & (centres < end)

@@ -1,0 +1,21 @@
+"""The tiny model as a pipeline. All tests draw two images at once, so that they share programs."""
+
+import jax
+import numpy as np
+import pytest
+
+from cogview2_jax.bundle import Bundle
+from cogview2_jax.pipeline.cogview import CogView
+
+PROMPT, OTHER = "a red circle above a striped blue square", "左边的绿色星形"
+
+
+@pytest.fixture(scope="session")
+def cv(tiny: Bundle) -> CogView:
+    return CogView(tiny)
+
+
+@pytest.fixture(scope="session")
+def stages(cv: CogView) -> dict[str, np.ndarray]:
+    """Two pictures of PROMPT after each stage, of key 0."""
+    return cv.generate_stages([PROMPT], jax.random.key(0), 2)
