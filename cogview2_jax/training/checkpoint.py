@@ -24,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers, multihost
 
 Settings = dict[str, Any]
 _BEST = "validation_loss"
+_MISSING = "missing"
 # What tensorstore says of bytes that it has read and found wrong.
 _DAMAGED = re.compile(
     "DATA_LOSS|checksum|[Cc]orrupt|Error decoding|Invalid JSON|is not valid for value of size"
@@ -136,9 +137,15 @@ def restore(checkpoints: Checkpoints, like: Any, settings: Settings) -> tuple[An
     begun = read_settings(checkpoints.folder, step)
     if difference := first_difference(begun, json.loads(json.dumps(settings))):
         name, old, new = difference
+        run = f"the run in {checkpoints.folder.parent} was begun"
+        if _MISSING in (old, new):
+            raise ValueError(
+                f"{run} by another version, which has other settings ({name}): go on with that"
+                " version, or give another folder"
+            )
         raise ValueError(
-            f"the run in {checkpoints.folder.parent} was begun with {name} {old!r}, now it is"
-            f" {new!r}: give the settings it was begun with, or another folder"
+            f"{run} with {name} {old!r}, now it is {new!r}: give the settings it was begun with, or"
+            " another folder"
         )
     with _reading(checkpoints, step):
         stored = checkpoints._manager.item_metadata(step)
@@ -209,10 +216,13 @@ def read_settings(folder: Path, step: int) -> Settings:
 
 
 def first_difference(there: Any, asked: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """Where two JSON values differ: the name of the place, and both values."""
+    """Where two JSON values differ: the name of the place, and both values; `_MISSING` stands for
+    a key that is not there.
+    """
     if isinstance(there, dict) and isinstance(asked, dict):
         for key in {**there, **asked}:
-            found = first_difference(there.get(key), asked.get(key), f"{name}.{key}".strip("."))
+            values = there.get(key, _MISSING), asked.get(key, _MISSING)
+            found = first_difference(*values, f"{name}.{key}".strip("."))
             if found:
                 return found
         return None

@@ -184,6 +184,11 @@ def test_other_settings_are_refused(folder):
         restore(folder, settings={"network": {"layers": 3}, "sizes": (1, 2)})
 
 
+def test_a_run_of_a_version_with_other_settings_is_refused(folder):
+    with pytest.raises(ValueError, match=r"by another version, .* \(network.heads\): go on with"):
+        restore(folder, settings={"network": {"layers": 2, "heads": None}, "sizes": (1, 2)})
+
+
 def test_begun_settings_are_those_of_the_newest_checkpoint(folder):
     expected = {"network": {"layers": 2}, "sizes": [1, 2]}
     before = sorted(os.walk(folder))
