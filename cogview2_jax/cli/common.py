@@ -197,7 +197,8 @@ def versions() -> dict[str, str]:
 overwrite_option = click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace files in --out that another command made. The same command again needs no leave.",
+    help="Replace files in --out that a command with other settings made. The same command again may"
+    " always rewrite its own.",
 )
 
 
@@ -215,7 +216,7 @@ def model_id(folder: Path) -> str:
 
 
 def circumstances(folder: Path, dtype: str) -> dict[str, Any]:
-    """What results depend on but for the command's own settings, as a report has it."""
+    """What results depend on, beyond the command's own settings."""
     return {
         "bundle": str(folder),
         "model_id": model_id(folder),
@@ -230,8 +231,8 @@ def require_free(
 ) -> None:
     """Raises ClickException where `out` has files of these names that another command made.
 
-    `report` is the JSON file of the command, one of `files`; whoever wrote one with the same
-    `settings` was the same command.
+    `report` is the command's JSON file, one of `files`. A command whose report has the same
+    `settings` is the same command.
     """
     there = sorted(name for name in files if (out / name).exists())
     if overwrite or not there:

@@ -35,8 +35,8 @@ _candidates_option = click.option(
     "--candidates",
     type=click.IntRange(1, MOST_IMAGES),
     metavar="N",
-    help="Draw every picture N times at the base stage and keep the best: the one that the model"
-    " itself finds the prompt the likeliest caption of.  [default: what the bundle says]",
+    help="Draw every picture N times at the base stage and keep the one that the prompt describes"
+    " best, as the model scores captions.  [default: what the bundle says]",
 )
 _seed_option = click.option(
     "--seed",
@@ -241,7 +241,7 @@ Examples:
     type=(float, float, float, float),
     required=True,
     metavar="TOP LEFT BOTTOM RIGHT",
-    help="What to draw anew, as parts of the whole picture's height and width from 0 to 1.",
+    help="What to redraw, as fractions of the whole picture's height and width.",
 )
 @_num_images(settings.NUM_INFILLED)
 @_seed_option
@@ -264,11 +264,11 @@ def infill_command(
     overwrite: bool,
     bundle: Path | None,
 ) -> None:
-    """Draw a part of PICTURE anew, so that all of it fits PROMPT.
+    """Redraw a part of PICTURE, so that all of it fits PROMPT.
 
-    PICTURE may have any shape and size, and the result has the same. The model sees a square around
-    the box, as wide as the picture's shorter side (or as the box, where that is longer); nothing
-    outside of it changes. Writes the pictures and a JSON file with the settings.
+    PICTURE may have any shape and size; the result has the same. The model sees a square around the
+    box, as wide as the picture's shorter side, or as the box where that is longer. Nothing outside
+    this square changes. Writes the pictures and a JSON file with the settings.
     """
     begin = time.perf_counter()
     folder = common.check_model(bundle, (prompt,))
