@@ -197,7 +197,7 @@ def versions() -> dict[str, str]:
 overwrite_option = click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace files in --out that a command with other settings made. The same command again may"
+    help="Replace files in --out that a command with other settings made. The same command may"
     " always rewrite its own.",
 )
 

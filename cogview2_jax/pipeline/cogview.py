@@ -159,7 +159,7 @@ class CogView:
         stage: str | None = None,
         candidates: int | None = None,
     ) -> np.ndarray:
-        """The picture with the contents of `box` redrawn: uint8 [num_images, y, x, 3], its own size.
+        """The picture with its `box` redrawn, at its own size: uint8 [num_images, y, x, 3].
 
         `box` is (top, left, bottom, right) in 0…1 of the whole picture, upright. The model sees a
         crop around the box, with the aspect ratio of its own pictures and as large as the picture
