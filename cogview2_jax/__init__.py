@@ -12,15 +12,13 @@ Importing this is quick and loads nothing: the networks come with the first `loa
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cogview2_jax.bundle import Bundle
     from cogview2_jax.pipeline.cogview import CogView
     from cogview2_jax.sharding import Execution
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "CogView", "__version__", "load"]
 
 
 def load(
@@ -42,15 +40,3 @@ def load(
 
     execution = Execution() if execution is None else execution
     return CogView(bundle.load(path, execution=execution), execution)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "CogView":
-        from cogview2_jax.pipeline.cogview import CogView
-
-        return CogView
-    if name == "Bundle":
-        from cogview2_jax.bundle import Bundle
-
-        return Bundle
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,13 +1,13 @@
-"""Where arrays lie on a mesh of devices: one table from the names of axes to those of the mesh.
+"""How arrays are sharded over a mesh of devices: one table from logical axes to mesh axes.
 
-A mesh has three axes. Along "data" the devices see other samples; along "fsdp" too, and each keeps
-a part of every large weight, which is gathered where it is used; along "tensor" they share the
-heads and the MLP of each sample. Any of them may be 1.
+A mesh has three axes, any of which may have size 1. "data" splits the batch. "fsdp" splits the
+batch too, and every large weight: a weight is all-gathered where it is used. "tensor" splits the
+heads and the MLP of each sample.
 
     sharding = Sharding(make_mesh(fsdp=4, tensor=2))
     logits = coglm.apply(params, inputs, config=config, execution=Execution(sharding=sharding))
 
-Nothing is ambient: what is to be sharded takes a `Sharding`, and without one nothing happens.
+There is no ambient mesh: functions that shard take a `Sharding`, and do nothing without one.
 """
 
 import math
@@ -25,27 +25,27 @@ Array = jax.Array
 MESH_AXES = ("data", "fsdp", "tensor")
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
-# Name of an axis of an array → the axes of the mesh that cut it. Axes without a name stay whole.
+# Logical axis of an array → the mesh axes that it is split over. An axis named None is not split.
 RULES: Rules = (
     # Of activations.
     ("batch", ("data", "fsdp")),
-    ("replica", ("data",)),  # samples of all devices that share one copy of the weights
-    ("tokens", ("tensor",)),  # where logits are made of them
+    ("replica", ("data",)),  # the batch, gathered over the devices that share one copy of a weight
+    ("tokens", ("tensor",)),  # the sequence, where logits are computed
     ("heads", ("tensor",)),
     ("mlp", ("tensor",)),
     # Of weights, which also have "heads" and "mlp".
     ("embed", ("fsdp",)),
-    # Of weights whose other axis cannot be cut by heads, or by anything: Q, K and V in one
-    # matrix, and a vocabulary of 150,003.
+    # Of weights that can be split along one axis only: the other axis holds Q, K and V packed, or
+    # a vocabulary of 150,003.
     ("packed_embed", ("fsdp", "tensor")),
 )
-# Cut only where it comes out even: it moves work, and changes no one's memory for long.
+# Not split where the size is not a multiple: the result is the same, the work less evenly shared.
 _IF_EVEN = ("tokens",)
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """A mesh and the rules for it. Raises ValueError for rules with axes that the mesh lacks."""
+    """A mesh and its rules. Raises ValueError for a rule with an axis that is not of the mesh."""
 
     mesh: Mesh
     rules: Rules = RULES
@@ -60,22 +60,24 @@ class Sharding:
                     )
 
     def parts(self, axis: str | None) -> int:
-        """Into how many parts an axis of this name is cut. ValueError for a name with no rule."""
+        """How many parts a logical axis is split into. Raises ValueError for one without a rule."""
         return math.prod(self.mesh.shape[part] for part in self._rule(axis))
 
     def spec(self, *axes: str | None) -> PartitionSpec:
+        """The `PartitionSpec` of an array with these logical axes."""
         return PartitionSpec(*(self._rule(axis) or None for axis in axes))
 
     def named(self, *axes: str | None) -> NamedSharding:
-        """How an array with these axes lies on the mesh; `named()` is whole on every device."""
+        """The sharding of an array with these logical axes; `named()` is fully replicated."""
         return NamedSharding(self.mesh, self.spec(*axes))
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
-        """Have the compiler lay `x` so. Raises ValueError for an axis that does not come out
-        even.
+        """`x` with the sharding of these logical axes, under jit.
+
+        Raises ValueError for a size that is not a multiple of the parts its axis is split into.
         """
         if len(axes) != x.ndim:
-            raise ValueError(f"axes must be one for each of {x.shape}: got {axes}")
+            raise ValueError(f"axes must be one for each dimension of {x.shape}: got {axes}")
         kept = tuple(
             None if axis in _IF_EVEN and size % self.parts(axis) else axis
             for axis, size in zip(axes, x.shape, strict=True)
@@ -84,9 +86,11 @@ class Sharding:
         return jax.lax.with_sharding_constraint(x, self.named(*kept))
 
     def of_tree(self, tree: Any, axes: Any) -> Any:
-        """`NamedSharding` of every leaf of `tree` (arrays or their shapes), whose `axes` are a
-        tree of tuples. Raises ValueError, with the name of the leaf, for one that does not come
-        out even.
+        """The `NamedSharding` of every leaf of `tree` (arrays or their shapes). `axes` is a tree of
+        the same structure with a tuple of logical axes for each leaf.
+
+        Raises ValueError, with the path of the leaf, for a size that is not a multiple of the parts
+        its axis is split into.
         """
 
         def one(path: Any, leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
@@ -108,7 +112,7 @@ class Sharding:
             if size % self.parts(axis):
                 raise ValueError(
                     f"{what} of shape {tuple(shape)}: axis {axis!r} of {size} must be a multiple"
-                    f" of the {self.parts(axis)} parts that the mesh cuts it into"
+                    f" of the {self.parts(axis)} parts that the mesh splits it into"
                 )
 
 
@@ -116,8 +120,8 @@ class Sharding:
 class Execution:
     """How a network is computed: one argument of every `apply` and every loss.
 
-    It changes no parameter's shape and, but for rounding and dropout, no result. Hashable, so it
-    can be a static argument of `jax.jit`.
+    It does not change the shapes of parameters, nor, except for rounding and dropout, any result.
+    It is hashable, so it can be a static argument of `jax.jit`.
     """
 
     precision: Precision = Precision()
@@ -125,7 +129,7 @@ class Execution:
     sharding: Sharding | None = None
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
-        """`sharding.constrain`, or `x` itself where there is no sharding."""
+        """`sharding.constrain`, or `x` itself without a sharding."""
         return constrain(self.sharding, x, *axes)
 
 
@@ -135,10 +139,10 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of all `devices` (default: all there are, of all processes).
+    """A mesh of `devices` (default: all devices of all processes).
 
-    `data` is by default what the other two leave. Raises ValueError for sizes that do not multiply
-    to the number of devices.
+    `data` is by default the number of devices divided by `fsdp · tensor`. Raises ValueError for
+    sizes with a product other than the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     data = len(devices) // (fsdp * tensor) if data is None else data
@@ -153,14 +157,14 @@ def make_mesh(
 
 
 def constrain(sharding: Sharding | None, x: Array, *axes: str | None) -> Array:
-    """`sharding.constrain`, or `x` itself where there is no sharding."""
+    """`sharding.constrain`, or `x` itself without a sharding."""
     return x if sharding is None else sharding.constrain(x, *axes)
 
 
 def logical_axes(init: Callable[[], Any]) -> Any:
-    """Names of the axes of all parameters that `init` makes, as a tree of tuples; runs nothing.
+    """Logical axes of all parameters that `init` makes, as a tree of tuples. Runs nothing.
 
-    They are declared where the parameter is, by `nn.with_logical_partitioning`.
+    They are declared with each parameter, by `nn.with_logical_partitioning`.
     """
     specs = nn.get_partition_spec(jax.eval_shape(init))
     return jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))

@@ -1,4 +1,4 @@
-"""Attention kernels for two-dimensional grids of tokens; they know jax and nothing else."""
+"""Attention for two-dimensional grids of tokens; imports jax and nothing else."""
 
 from pallas_kernels.local_attention import local_attention_2d, local_attention_2d_with_lse
 from pallas_kernels.merge import merge_attention, merge_attention_with_lse

@@ -1,4 +1,4 @@
-"""Joining attention over disjoint key sets into one softmax, from outputs and log-sum-exps."""
+"""Merges attention over disjoint key sets into one softmax, from outputs and log-sum-exps."""
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +9,22 @@ Part = tuple[jax.Array, jax.Array]
 def merge_attention(*parts: Part) -> jax.Array:
     """Attention over disjoint key sets, as if softmaxed together.
 
-    Each part is (out [b, y, x, h, d], lse [b, h, y, x] float32). A part whose keys are all masked
-    has lse = -inf and adds nothing; where every part is so, the result is zero. Accumulates in
-    float32, returns [b, y, x, h, d] in the parts' dtype, and is differentiable in every out and
-    lse. Raises ValueError for no parts and for parts of different shapes or dtypes.
+    Each part is (out [b, y, x, h, d], lse [b, h, y, x] float32). A part with all keys masked
+    has lse = -inf and adds nothing; where all parts do, the result is zero. Accumulates in float32
+    and returns [b, y, x, h, d] in the parts' dtype. Differentiable in every out and lse. Raises
+    ValueError for no parts and for parts of different shapes or dtypes.
 
-    CogView2's super-resolution softmaxes two windows together, or a window and the text
-    (arXiv 2204.14217, section 3.3); this is that softmax, part by part.
+    CogView2's super-resolution has one softmax over two windows, or over a window and the text
+    (arXiv 2204.14217, section 3.3).
     """
     return merge_attention_with_lse(*parts)[0]
 
 
 def merge_attention_with_lse(*parts: Part) -> Part:
-    """As `merge_attention`, with the log-sum-exp [b, h, y, x] float32 over all the parts' keys.
+    """`merge_attention`'s output and the log-sum-exp [b, h, y, x] float32 over all parts' keys.
 
-    The result is itself a part, so merging may be nested; it is -inf where every part is.
+    The result is a part again, so merges can be nested. The log-sum-exp is -inf where every part's
+    is.
     """
     _check(parts)
     lses = jnp.stack([lse for _, lse in parts])
@@ -34,7 +35,7 @@ def merge_attention_with_lse(*parts: Part) -> Part:
     largest = jnp.where(jnp.isneginf(largest), 0.0, largest)
     weights = jnp.exp(lses - largest)
     total = weights.sum(axis=0)
-    # Everywhere-empty cells divide zero by one, and log's gradient is kept off its pole.
+    # Where every part is empty, divide zero by one and take no logarithm of zero.
     empty = total == 0.0
     safe_total = jnp.where(empty, 1.0, total)
     lse = jnp.where(empty, -jnp.inf, largest + jnp.log(safe_total))
@@ -60,6 +61,6 @@ def _check(parts: tuple[Part, ...]) -> None:
         if out.dtype != first.dtype:
             raise ValueError(f"parts[{i}] out is {out.dtype}, parts[0] out is {first.dtype}")
         if lse.shape != (b, h, y, x):
-            raise ValueError(f"parts[{i}] lse has shape {lse.shape}, its out asks {(b, h, y, x)}")
+            raise ValueError(f"parts[{i}] lse has shape {lse.shape}, its out needs {(b, h, y, x)}")
         if lse.dtype != jnp.float32:
             raise ValueError(f"parts[{i}] lse is {lse.dtype}, must be float32")

@@ -1,4 +1,4 @@
-"""What test modules share: recorded files, a small geometry, properties of every network."""
+"""What test modules share: recorded files, small geometries, properties of every network."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from cogview2_jax.config import (
     TransformerConfig,
     Vocabulary,
 )
-from cogview2_jax.networks import inputs
+from cogview2_jax.sharding import Execution
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# A geometry with nothing in common with the published one, for what the recordings do not fix.
+# A geometry that differs from the published one in every size.
 SMALL = CogLMConfig(
     TransformerConfig(2, 32, 2),
     Vocabulary(50, 90, 53, 50),
@@ -39,7 +39,7 @@ SMALL_TOKENIZER = HVQVAEConfig(
 TEXT = [60, 61, 62, 63, 64]
 IMAGE = np.arange(24)
 
-# Sums of float32 products in another order, and logits of about 1.
+# For float32 sums taken in another order; the logits are of size 1.
 TOLERANCE = 1e-5
 
 
@@ -50,7 +50,9 @@ def load(name):
 
 
 def random_params(init_params, config):
-    """Random parameters, scales round 1. Fresh biases are zero, behind which much could hide."""
+    """Random parameters, scales around 1. `init_params` makes zero biases, which would hide
+    mistakes in how biases are used.
+    """
     rng = np.random.default_rng(0)
 
     def leaf(path, like):
@@ -61,30 +63,40 @@ def random_params(init_params, config):
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def assert_rows_do_not_depend_on_their_batch(logits_of, layout):
-    """`logits_of` is a function of a layout of two different rows."""
-    together = logits_of(layout)
-    swapped = logits_of(inputs.NetworkInput(*(part[::-1] for part in layout)))
+def assert_rows_do_not_depend_on_their_batch(logits_of, network_input):
+    """`logits_of` is a function of a NetworkInput, here of two different rows."""
+    together = logits_of(network_input)
+    swapped = logits_of(jax.tree.map(lambda part: part[::-1], network_input))
     np.testing.assert_allclose(swapped[::-1], together, rtol=0, atol=TOLERANCE)
     for row in range(2):
-        twice = inputs.NetworkInput(*(part[np.array([row, row])] for part in layout))
+        twice = jax.tree.map(lambda part, row=row: part[np.array([row, row])], network_input)
         np.testing.assert_allclose(logits_of(twice)[0], together[row], rtol=0, atol=TOLERANCE)
 
 
 def assert_bfloat16_is_close_to_float32(logits_of, params):
-    """`logits_of` is a function of parameters and precision."""
+    """`logits_of` is a function of parameters and an Execution."""
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    ours = logits_of(rounded, Precision(jnp.bfloat16, jnp.bfloat16))
+    ours = logits_of(rounded, Execution(Precision(jnp.bfloat16, jnp.bfloat16)))
     assert ours.dtype == jnp.float32
     back = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
-    expected = logits_of(back, Precision())
-    # A number of 8 bits is off by up to 2^-9 of itself, ten times a layer: 0.035 of the spread was
-    # seen.
+    expected = logits_of(back, Execution())
+    # bfloat16 keeps 8 bits, so each of about ten roundings a layer is off by up to 2^-9 of the
+    # value. The largest difference seen is 0.035 of the logits' standard deviation.
     np.testing.assert_allclose(ours, expected, rtol=0, atol=0.05 * float(jnp.std(expected)))
 
 
+def quick_jit(function):
+    """`jax.jit` with little optimisation by LLVM, which takes less than half as long to compile.
+
+    For large programs that run once, to see what depends on what: that is decided before LLVM.
+    Programs compared with recorded or other numbers are compiled as for users.
+    """
+    quick = {"xla_backend_optimization_level": 0}
+    return jax.jit(function, compiler_options=quick if jax.default_backend() == "cpu" else None)
+
+
 def assert_gradients_reach_every_parameter(loss, params):
-    for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(params)):
+    for gradient in jax.tree.leaves(quick_jit(jax.grad(loss))(params)):
         assert np.isfinite(gradient).all() and gradient.any()
 
 

@@ -1,6 +1,7 @@
 """A tiny model with random weights, for everything that composes the networks."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,8 @@ from cogview2_jax.config import (
     Sampling,
     TransformerConfig,
 )
-from cogview2_jax.tokenizer import text
+from cogview2_jax.networks import coglm, direct_sr, iterative_sr
+from cogview2_jax.tokenizer import image, text
 from tests.common import SMALL_TOKENIZER
 
 CODES, CLUSTERS = SMALL_TOKENIZER.codebook_size, 8
@@ -51,26 +53,32 @@ def tiny_bundle() -> bundles.Bundle:
         ClusterSampling(1.0, 4), ClusterSampling(1.0, 4), iterative_top_k=(20, 20, 20, 10, 10, 5)
     )
     rng = np.random.default_rng(0)
-    empty = bundles.Bundle(
+    labels = rng.integers(0, CLUSTERS, CODES).astype(np.int32)
+
+    def leaf(path: Any, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        # Rounded, so that saving changes nothing; large enough that logits differ clearly.
+        values = 0.3 * rng.standard_normal(like.shape) + (path[-1].key == "scale")
+        return values.astype(np.float16).astype(np.float32)
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        return {
+            "coglm": coglm.init_params(key, base),
+            "direct": direct_sr.init_params(key, direct),
+            "iterative": iterative_sr.init_params(key, iterative),
+            "tokenizer": image.init_params(key, SMALL_TOKENIZER),
+        }
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return bundles.Bundle(
         base,
         direct,
         iterative,
         SMALL_TOKENIZER,
         sampling,
-        {},
-        {},
-        {},
-        {},
-        model,
-        rng.integers(0, CLUSTERS, CODES).astype(np.int32),
+        **jax.tree_util.tree_map_with_path(leaf, shapes),
+        text_model=model,
+        cluster_labels=labels,
     )
-    flat = {}
-    for name, shape in bundles.expected_shapes(base, direct, iterative, SMALL_TOKENIZER).items():
-        if "/" in name:  # cluster labels are no network's
-            # Rounded, so that saving changes nothing; large enough that logits differ clearly.
-            values = 0.3 * rng.standard_normal(shape) + name.endswith("/scale")
-            flat[name] = values.astype(np.float16).astype(np.float32)
-    return empty._replace(**bundles.nest(flat))
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,10 @@ class Started:
     def err(self) -> str:
         return self.log.with_suffix(".err").read_text(errors="replace")
 
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
     def running(self) -> bool:
         return self._popen.poll() is None
 

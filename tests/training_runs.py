@@ -1,7 +1,7 @@
 """Trainings of tiny networks, to be run in processes of their own.
 
 python tests/training_runs.py follow coglm|direct|iterative  one device and meshes of 8, compared
-python tests/training_runs.py logits                         the kernels on a mesh
+python tests/training_runs.py logits                         kernels and tokenizer on a mesh
 python tests/training_runs.py train '{"folder": …}'          the real loop: see `Work`
 """
 
@@ -25,9 +25,10 @@ from cogview2_jax.config import (
     Vocabulary,
 )
 from cogview2_jax.networks import attention, coglm, direct_sr, inputs, iterative_sr
-from cogview2_jax.sharding import Sharding, make_mesh
+from cogview2_jax.sharding import Execution, Sharding, make_mesh
+from cogview2_jax.tokenizer import image
 from cogview2_jax.training.coglm_samples import TrainingSample
-from cogview2_jax.training.loop import fit, process_rows, shard_batch
+from cogview2_jax.training.loop import Every, fit, process_rows, shard_batch
 from cogview2_jax.training.losses import coglm_loss, direct_sr_loss, iterative_sr_loss
 from cogview2_jax.training.step import (
     TrainState,
@@ -38,6 +39,7 @@ from cogview2_jax.training.step import (
     shardings_of,
     warmup_cosine,
 )
+from tests.common import SMALL_TOKENIZER, random_params
 
 STEPS, BATCH = 20, 16
 SIZES = TransformerConfig(num_layers=2, hidden_size=64, num_heads=8)
@@ -69,20 +71,19 @@ def fine_batch(rng: np.random.Generator) -> Any:
 
 def loss_of(network: str, sharding: Sharding | None) -> Any:
     def loss(params: Any, batch: Any, key: Any) -> Any:
-        options = {"training": TRAINING, "sharding": sharding, "dropout_key": key}
+        execution = Execution(training=TRAINING, sharding=sharding)
+        options = {"execution": execution, "dropout_key": key}
         if network == "coglm":
             return *coglm_loss(params, batch, config=BASE, z_loss=1e-3, **options), ()
         text, is_text, coarse, fine, masked = batch
         ones = jnp.ones(fine.shape)
         if network == "direct":
-            layout = inputs.direct_super_resolution(text, is_text, coarse, DIRECT)
-            found = direct_sr_loss(params, layout, fine, ones, config=DIRECT, **options)
+            made = inputs.direct_super_resolution(text, is_text, coarse, DIRECT)
+            found = direct_sr_loss(params, made, fine, ones, config=DIRECT, **options)
         else:
             shown = jnp.where(masked, VOCABULARY.start_of_image, fine)
-            layout = inputs.iterative_super_resolution(text, is_text, shown, ITERATIVE)
-            found = iterative_sr_loss(
-                params, layout, fine, masked, ones, config=ITERATIVE, **options
-            )
+            made = inputs.iterative_super_resolution(text, is_text, shown, ITERATIVE)
+            found = iterative_sr_loss(params, made, fine, masked, ones, config=ITERATIVE, **options)
         return *found, ()
 
     return loss
@@ -96,7 +97,7 @@ NETWORKS = {
 
 
 def begin(network: str, sharding: Sharding | None, accumulate: int = 1) -> tuple[Any, Any, Any]:
-    """A state at step 0, its step, and how its parameters should lie."""
+    """A state at step 0, its step, and the shardings that its parameters should have."""
     module, config, _ = NETWORKS[network]
     # An epsilon well above rounding: Adam's first steps are signs of the gradient, and where that
     # is zero but for rounding, two runs would step apart by the whole rate.
@@ -109,7 +110,7 @@ def begin(network: str, sharding: Sharding | None, accumulate: int = 1) -> tuple
     expected = None
     if sharding is not None:
         expected = sharding.of_tree(params, axes)
-        check_layout(state, expected, sharding)
+        check_shardings(state, expected, sharding)
     step = make_step(
         loss_of(network, sharding),
         optimizer,
@@ -133,21 +134,21 @@ def run(network: str, sharding: Sharding | None, accumulate: int) -> tuple[Any, 
         state, metrics = step(state, rows if sharding is None else shard_batch(rows, sharding))
         losses.append(float(metrics["loss"]))
     if sharding is not None:
-        check_layout(state, expected, sharding)
+        check_shardings(state, expected, sharding)
     assert step._cache_size() == 1, "compiled more than once"
     return jax.device_get(state), losses
 
 
-def check_layout(state: TrainState, expected: Any, sharding: Sharding) -> None:
+def check_shardings(state: TrainState, expected: Any, sharding: Sharding) -> None:
     moments = state.opt_state[1][0]
     for tree in (state.params, moments.mu, moments.nu, state.average):
-        jax.tree.map(_lies_so, tree, expected)
+        jax.tree.map(_check_sharding, tree, expected)
     table = state.params["word_embeddings"]
     held = table.addressable_shards[0].data.size
     assert held * sharding.parts("packed_embed") == table.size
 
 
-def _lies_so(leaf: Any, expected: Any) -> None:
+def _check_sharding(leaf: Any, expected: Any) -> None:
     assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), (leaf.shape, leaf.sharding)
 
 
@@ -175,13 +176,30 @@ def logits() -> None:
         batch = batch_of(np.random.default_rng(3))
         expected = gradient(network, params, batch, None)
         sharding = Sharding(make_mesh(2, 2, 2))
-        laid = jax.device_put(params, sharding.of_tree(params, module.parameter_axes(config)))
+        placed = jax.device_put(params, sharding.of_tree(params, module.parameter_axes(config)))
         with unittest.mock.patch.object(attention, "local_attention_2d_with_lse", interpreted):
-            found = gradient(network, laid, shard_batch(batch, sharding), sharding)
+            found = gradient(network, placed, shard_batch(batch, sharding), sharding)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
         )
         print(network, "on the kernels and a mesh: loss", float(found[0]))
+    pictures_by_tokens()
+
+
+def pictures_by_tokens() -> None:
+    """The image tokenizer with its batch over the devices of a mesh."""
+    params = random_params(image.init_params, SMALL_TOKENIZER)
+    pictures = np.random.default_rng(0).integers(256, size=(8, 32, 32, 3), dtype=np.uint8)
+    found = []
+    for execution in (Execution(), Execution(sharding=Sharding(make_mesh(4, 2, 1)))):
+        options = {"stride": 8, "config": SMALL_TOKENIZER, "execution": execution}
+        tokens = image.to_tokens(params, pictures, **options)
+        found.append((tokens, image.to_pixels(params, tokens, grid=(4, 4), **options)))
+    (tokens, drawn), (tokens_of_mesh, drawn_on_mesh) = found
+    assert len(drawn_on_mesh.sharding.device_set) == 8
+    np.testing.assert_array_equal(tokens_of_mesh, tokens)
+    # uint8: a value halfway between two may be rounded to either.
+    np.testing.assert_allclose(drawn_on_mesh.astype(int), drawn.astype(int), rtol=0, atol=1)
 
 
 def gradient(network: str, params: Any, batch: Any, sharding: Sharding | None) -> Any:
@@ -231,11 +249,11 @@ def work(told: Work) -> None:
         num_steps=told.steps,
         folder=Path(told.folder),
         name="tiny",
-        save_every=told.save_every,
+        every=Every(save=told.save_every),
         sharding=sharding,
     )
     if sharding is not None:
-        check_layout(state, expected, sharding)
+        check_shardings(state, expected, sharding)
 
 
 if __name__ == "__main__":

@@ -190,20 +190,21 @@ def _train(
     if loop.sample_every and jax.process_count() > 1:
         raise click.UsageError("--sample-every goes with one process only")
     from cogview2_jax import bundle as bundles
+    from cogview2_jax.training import lock
     from cogview2_jax.training.loop import keep_freed_memory
     from cogview2_jax.training.run import going_on, run
 
     keep_freed_memory()
     _hush()
-    with common.refusing():
+    with common.refusing(), lock.hold(out):
         options = going_on(options, out)
         bundle = bundles.load(folder, bundles.networks_in(folder))
         task = build(bundle, source, options, own_options, execution)
         sample = task.sampler(prompts) if loop.sample_every else None
-    with _refusing_what_a_step_raises():
-        params = on_host(run(task, options, out, loop, sample=sample))
-        if jax.process_index() == 0:
-            bundles.save(out / "model", task.put(bundle, params))
+        with _refusing_what_a_step_raises():
+            params = on_host(run(task, options, out, loop, sample=sample))
+            if jax.process_index() == 0:
+                bundles.save(out / "model", task.put(bundle, params))
     if jax.process_index() == 0:
         click.echo(out / "model")
 

@@ -5,8 +5,6 @@ renamed, so that a kill, a full disk or a failing machine costs at most the shar
 written. Any number of processes may prepare one folder: each takes shards that no other holds.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

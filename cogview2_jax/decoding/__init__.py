@@ -1,1 +1,1 @@
-"""Logits to tokens, and loops over them that know no model."""
+"""Logits to tokens, and decoding loops that know no model."""

@@ -1,7 +1,7 @@
-"""Decoding as lax loops: token by token over a cache, and in local-parallel rounds. Knows no model.
+"""Decoding as lax loops: token by token over a cache, and in local parallel rounds.
 
-Both loops take functions. What these close over (parameters, masks, keys) is the caller's; one
-compilation serves every prompt and seed as long as the shapes stay.
+Both loops take functions and know no model. Parameters, masks and random keys are in the functions
+that the caller passes. Under jit, one compilation serves every prompt and seed of the same shapes.
 """
 
 from collections.abc import Callable
@@ -20,21 +20,20 @@ def decode(
     cache: Any,
     num_tokens: int,
 ) -> tuple[Array, Any]:
-    """Draw `num_tokens` tokens one after another.
+    """Draw `num_tokens` tokens, one after another.
 
     Args:
-        step: (cache, tokens int32 [b], i) → (logits [b, v] for token i + 1, cache), where `tokens`
-        is token i.
+        step: (cache, token i int32 [b], i) → (logits [b, v] of token i + 1, cache).
         sample: (logits [b, v], i) → token i, int32 [b].
-        logits: [b, v] for token 0, from the prefill.
-        cache: whatever `step` keeps; its shapes must not change.
+        logits: [b, v], of token 0, from the prefill.
+        cache: any tree of arrays; `step` must keep its shapes.
 
     Returns:
-        Tokens int32 [b, num_tokens] and the cache after all but the last of them.
+        Tokens int32 [b, num_tokens], and the cache, which does not include the last token.
     """
 
     def body(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], Array]:
-        # carry: the last token drawn, and the cache without it.
+        # carry: the last token drawn, and the cache, which does not include it yet.
         tokens, cache = carry
         logits, cache = step(cache, tokens, i - 1)
         tokens = sample(logits, i)
@@ -52,20 +51,19 @@ def lopar(
     reset: Array,
     mask_token: Array | int,
 ) -> Array:
-    """Local parallel auto-regression: re-predict masked cells of a grid, in rounds (paper section
-    3.3).
+    """Local parallel auto-regression (paper section 3.3): re-predict masked cells in rounds.
 
     Args:
-        predict: tokens int [b, cells], masked cells holding `mask_token` → logits [b, cells, v].
+        predict: tokens int [b, cells], `mask_token` in masked cells → logits [b, cells, v].
         sample: (logits [b, cells, v], round) → tokens int32 [b, cells].
-        tokens: int32 [b, cells], the start.
-        reset: bool [rounds, cells] (or [rounds, b, cells]): cells that each round masks, predicts
-        and writes.
+        tokens: int32 [b, cells], before the first round.
+        reset: bool [rounds, cells] or [rounds, b, cells], the cells that each round masks and
+        writes.
 
     Returns:
-        Tokens int32 [b, cells] after the last round.
+        Tokens int32 [b, cells], after the last round.
     """
-    reset = jnp.asarray(reset)  # NumPy could not be indexed by the loop's counter
+    reset = jnp.asarray(reset)  # a NumPy array cannot be indexed by the traced round
 
     def body(round_: Array, tokens: Array) -> Array:
         logits = predict(jnp.where(reset[round_], mask_token, tokens))

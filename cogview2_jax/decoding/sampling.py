@@ -1,16 +1,16 @@
 """Logits → token: two-step cluster sampling, top-k, and their greedy forms (section 3.3 and
 appendix of the paper).
 
-Everything is a pure function over the last axis, for any leading dimensions, in float32. Row `i`
-of the flattened leading dimensions is drawn from its own key, made from `key` and `i` alone: a
-larger batch begins with the draws of a smaller one, and drawing in blocks changes nothing.
+Every function works over the last axis, for any leading dimensions, in float32. Row `i` of the
+flattened leading dimensions has its own random key, which depends only on `key` and `i`. So the
+first rows of a larger batch equal a smaller batch, and drawing in blocks changes no draw.
 
 Settings that are Python or NumPy numbers are checked: a count must be a whole number from 1 on, a
 temperature finite and at least 0, where 0 means greedy. Anything else raises ValueError. Traced
 settings are taken as they are.
 
-Published: `coglm_strategy.py` (stage 1), `sr_pipeline/dsr_sampling.py` (direct SR),
-`sr_pipeline/itersr_sampling.py` (iterative SR). Numbers to match: `tests/golden/sampling.npz`.
+Published: `coglm_strategy.py` (base stage), `sr_pipeline/dsr_sampling.py` (direct SR),
+`sr_pipeline/itersr_sampling.py` (iterative SR). Recorded numbers: `tests/golden/sampling.npz`.
 """
 
 from collections.abc import Callable
@@ -34,9 +34,9 @@ def cluster_sums(values: jax.Array, labels: jax.Array, num_clusters: int) -> jax
             f"labels must be one per token: got {labels.shape} for logits of {values.shape[-1]}"
         )
     num_clusters = check_count("num_clusters", num_clusters)
-    # A product with a one-hot matrix instead of a scatter: on a GPU a scatter adds in an order
-    # that changes from run to run, and so may the greedy cluster. 20,000 × 500 float32 is 40 MB,
-    # shared by all rows. HIGHEST: TF32 would keep ten bits of each probability.
+    # A product with a one-hot matrix, not a scatter: on a GPU the order of a scatter's additions
+    # changes from run to run, and with it, at near ties, the greedy cluster. The matrix has 40 MB
+    # for 20,000 × 500 float32, once for all rows. HIGHEST: TF32 would keep 10 bits of each addend.
     members = jax.nn.one_hot(labels, num_clusters, dtype=jnp.float32)
     return jnp.matmul(values.astype(jnp.float32), members, precision=jax.lax.Precision.HIGHEST)
 
@@ -44,14 +44,14 @@ def cluster_sums(values: jax.Array, labels: jax.Array, num_clusters: int) -> jax
 def cluster_probabilities(
     logits: jax.Array, labels: jax.Array, num_clusters: int, sampling: ClusterSampling
 ) -> jax.Array:
-    """The exact distribution that `sample_clusters` draws from: [..., v] float32, each row sums to
-    one.
+    """The distribution that `sample_clusters` draws from: float32 [..., v], each row sums to 1.
 
-    `logits` [..., v], `labels` int [v] in [0, num_clusters). With p = softmax(logits / T), a
-    cluster weighs the sum of its p; the `top_clusters` heaviest are kept (all of them when there
-    are fewer; of equal ones the lower label) and renormalised; inside a cluster a token weighs
-    softmax(logits / T / T₂). A temperature of 0 is the limit: T = 0 leaves the most probable token,
-    T₂ = 0 the most probable token of each cluster (of equal ones, the lowest id).
+    `logits` [..., v], `labels` int [v] in [0, num_clusters). With p = softmax(logits / T), the
+    probability of a cluster is the sum of p over its members. The `top_clusters` most probable
+    clusters are kept (all if there are fewer; of equal ones those with lower labels) and
+    renormalised. Inside a cluster, the probabilities are softmax(logits / T / T₂) of its members.
+    A temperature of 0 is the limit: T = 0 leaves the most probable token, T₂ = 0 the most probable
+    token of each cluster (of equal ones, the lowest id).
     """
     if _is_zero(sampling.temperature):
         return _one_hot(greedy(logits), logits)
@@ -65,8 +65,8 @@ def cluster_probabilities(
         of_token = jnp.take(of_cluster, labels, axis=-1)
         return jnp.where(_first_of_cluster(scaled, labels, num_clusters), of_token, 0)
     within = scaled / sampling.within_temperature
-    # Each cluster has its own maximum taken off: with one for the row, a light cluster would be 0
-    # / 0.
+    # Subtract each cluster's own maximum: with the maximum of the row, all weights of an improbable
+    # cluster could underflow to 0, and their normalised form would be 0 / 0.
     largest = jax.ops.segment_max(jnp.moveaxis(within, -1, 0), labels, num_clusters)
     weights = jnp.exp(within - jnp.moveaxis(largest[labels], 0, -1))
     total = cluster_sums(weights, labels, num_clusters)
@@ -82,11 +82,12 @@ def sample_clusters(
     *,
     block: int | None = None,
 ) -> jax.Array:
-    """Draw a cluster, then a token inside it: int32 [...] from `logits` [..., v]. See
-    `cluster_probabilities`.
+    """Draw a cluster, then a token inside it (see `cluster_probabilities`): int32 [...] from
+    `logits` [..., v].
 
-    `block` rows at a time are drawn (default: all at once), which changes no draw. Beside their
-    logits, 3,600 rows of 20,000 take 1.2 GB at once and 0.14 GB in blocks of 300.
+    `block` bounds how many rows are drawn at once (default: all). It bounds the memory and changes
+    no draw: in addition to their logits, 3,600 rows of 20,000 take 1.2 GB at once and 0.14 GB in
+    blocks of 300.
     """
     top = min(sampling.top_clusters, check_count("num_clusters", num_clusters))
     if _is_zero(sampling.temperature):
@@ -114,8 +115,8 @@ def greedy_clusters(
     """The most probable member of the most probable cluster: int32 [...]. Of equal ones, the
     lowest id.
 
-    This is the limit of one kept cluster and T₂ → 0; `temperature` still decides which cluster is
-    heaviest, and 0 takes the most probable token of all.
+    It is the limit of `sample_clusters` with one kept cluster and T₂ → 0. `temperature` affects
+    which cluster is the most probable; 0 takes the most probable token of all.
     """
     if _is_greedy(temperature):
         return greedy(logits)
@@ -144,10 +145,10 @@ def top_k_probabilities(
 def top_k_logits(logits: jax.Array, k: int | jax.Array, *, max_k: int | None = None) -> jax.Array:
     """`logits` [..., v] as float32, with −inf below the k-th largest of each row.
 
-    Tokens equal to the k-th largest are all kept, as published, so more than `k` may stay and no
-    order decides. `k` may be a traced scalar (LoPAR changes it by round); then `max_k`, a static
-    bound on it, spares a full sort. A `k` above the vocabulary keeps everything. Raises ValueError
-    when `k` or `max_k` is below 1, or a static `k` is above `max_k`.
+    All tokens equal to the k-th largest are kept, as published, so more than `k` may remain. `k`
+    may be a traced scalar (LoPAR changes it by round); then a static bound `max_k` avoids a full
+    sort. A `k` above the vocabulary keeps everything. Raises ValueError for `k` or `max_k` below 1
+    and for a static `k` above `max_k`.
     """
     size = logits.shape[-1]
     if max_k is not None:
@@ -173,11 +174,11 @@ def sample_top_k(
     max_k: int | None = None,
     block: int | None = None,
 ) -> jax.Array:
-    """Draw one of the `k` most probable tokens: int32 [...] from `logits` [..., v]. See
-    `top_k_logits`.
+    """Draw one of the `k` most probable tokens (see `top_k_logits`): int32 [...] from `logits`
+    [..., v].
 
-    `block` rows at a time are drawn (default: all at once), which bounds the memory and changes no
-    draw. Temperature 0 takes the most probable token.
+    `block` bounds how many rows are drawn at once (default: all). It bounds the memory and changes
+    no draw. Temperature 0 takes the most probable token.
     """
     if _is_greedy(temperature):
         one_key(key)  # refused as at any other temperature

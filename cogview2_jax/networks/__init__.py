@@ -1,1 +1,1 @@
-"""The three transformers and what they are given."""
+"""The three transformers, and the tokens, positions and masks that they are given."""

@@ -1,9 +1,9 @@
 """The attention of each network: dense (with or without a cache), direct SR's and iterative SR's.
 
-A class here is what differs between the three networks; `transformer.Block` holds what they share.
-Each is called as `(x [b, s, e], context, cache) → (out [b, s, e], cache)`. Scores are q·k/√d plus
-an additive term; where the mask is False they are −10000, as in the published code, so that a row
-that sees nothing averages everything.
+The three networks differ only in these classes; `transformer.Block` is what they share. Each is
+called as `(x [b, s, e], context, cache) → (out [b, s, e], cache)`. Scores are q·k/√d plus an
+additive term. Where the mask is False they are −10000, as in the published code, so a query without
+any visible key averages all values.
 """
 
 import functools
@@ -37,10 +37,10 @@ class KVCache(NamedTuple):
 
 
 class DenseContext(NamedTuple):
-    """Who sees whom. `mask` bool [b or 1, s, t]; `bias` float32 [b or 1, t], added to every score
-    of a key.
+    """`mask` bool [b or 1, s, t], True where query s sees key t; `bias` float32 [b or 1, t], added
+    to every score of a key.
 
-    `start` is where new keys go in the cache (a scalar); it is not read without one.
+    `start` is the cache slot of the first new key (a scalar, unused without a cache).
     """
 
     mask: Array
@@ -49,20 +49,18 @@ class DenseContext(NamedTuple):
 
 
 class SuperResolutionContext(NamedTuple):
-    """`mask` bool [b or 1, s, t] among the tokens that attend densely (direct SR: text and coarse
-    grid).
-
-    Iterative SR: [b or 1, text slots], which text slots are words.
+    """Direct SR: `mask` bool [b or 1, p, p] of the p text slots and coarse cells, which attend
+    densely. Iterative SR: `mask` bool [b or 1, text slots], True at words.
     """
 
     mask: Array
 
 
 class PackedDense(nn.Module):
-    """One matrix [e, 3·e] whose output is [Q | K | V], each split into heads: [b, s, 3, h, d].
+    """One matrix [e, 3·e] with the output [Q | K | V], each split into heads: [b, s, 3, h, d].
 
-    On a mesh the matrix lies cut along its input: a cut along [Q | K | V] would not follow the
-    heads. It is laid out by heads where it is used.
+    On a mesh the matrix is sharded along its input, because shards along [Q | K | V] would not
+    follow the heads. It is resharded by heads where it is used.
     """
 
     config: TransformerConfig
@@ -79,7 +77,7 @@ class PackedDense(nn.Module):
             weight.astype(precision.compute).reshape(*weight.shape[:-1], 3, heads, -1)
             for weight in (kernel, bias)
         )
-        # In two steps, each of which is one collective: exchange, then gather.
+        # Two steps with one collective each: an all-to-all, then an all-gather.
         kernel = self.execution.constrain(kernel, "embed", None, "heads", None)
         kernel = self.execution.constrain(kernel, None, None, "heads", None)
         out = jnp.einsum("bse,ethd->bsthd", x.astype(precision.compute), kernel) + bias
@@ -87,7 +85,7 @@ class PackedDense(nn.Module):
 
 
 class QKV(nn.Module):
-    """Three of [b, s, h, d]."""
+    """Queries, keys and values, each [b, s, h, d]."""
 
     config: TransformerConfig
     execution: Execution
@@ -112,8 +110,8 @@ def output_projection(config: TransformerConfig, precision: Precision, name: str
 def local_attention_with_lse(
     q: Array, k: Array, v: Array, *, window: Grid, sharding: Sharding | None
 ) -> tuple[Array, Array]:
-    """`local_attention_2d_with_lse`, on a mesh on each device's own samples and heads: a compiler
-    does not cut kernels by itself.
+    """`local_attention_2d_with_lse`, on a mesh with `shard_map` over samples and heads, because the
+    compiler cannot partition a kernel.
     """
     attend = functools.partial(local_attention_2d_with_lse, window=window)
     if sharding is None:
@@ -126,8 +124,9 @@ def local_attention_with_lse(
 
 
 def dense_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Array:
-    """Softmax attention, [b, s, h, d] queries on [b, t, h, d] keys. `mask` [b or 1, s, t], `bias`
-    [b or 1, t].
+    """Softmax attention of queries [b, s, h, d] over keys and values [b, t, h, d] → [b, s, h, d].
+
+    `mask` bool [b or 1, s, t]; `bias` float32 [b or 1, t], added to every score of a key.
     """
     scores = jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5
@@ -139,11 +138,11 @@ def dense_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | Non
 
 
 def dense_attention_with_lse(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
-    """As `dense_attention`, for every query the same keys ([b or 1, t]): out [b, s, h, d], lse
-    float32 [b, h, s].
+    """As `dense_attention`, with the log-sum-exp of the scores: out [b, s, h, d], lse float32
+    [b, h, s]. `mask` bool [b or 1, t] is the same for every query.
 
-    Masked keys are left out entirely, so that the part can be merged with another; a row with none
-    has lse −inf.
+    Masked keys have weight 0, not a score of −10000, so that the result can be merged with
+    attention over other keys. A row without any key has out 0 and lse −inf.
     """
     scores = jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
@@ -154,8 +153,8 @@ def dense_attention_with_lse(q: Array, k: Array, v: Array, mask: Array) -> tuple
 
 
 class DenseAttention(nn.Module):
-    """CogLM's attention. With a cache, new keys are written at `context.start` and all of it is
-    attended to.
+    """CogLM's attention. With a cache, the new keys and values are written from slot
+    `context.start` on, and the queries attend to the whole cache.
     """
 
     config: TransformerConfig
@@ -177,11 +176,12 @@ class DenseAttention(nn.Module):
 
 
 class DirectSRAttention(nn.Module):
-    """Text and coarse grid attend densely through the base matrices, fine queries locally through a
-    second set.
+    """Text and coarse cells attend densely, with the base model's matrices; fine cells attend
+    locally, with a second set.
 
-    A fine query attends, in one softmax, to a window of coarse keys round its parent cell (keys of
-    the base matrices) and a window of fine keys round itself (published `dsr_model.py`).
+    A fine query attends, in one softmax, to a window of coarse keys around its parent cell (keys of
+    the base model's matrices) and to a window of fine keys around itself (published
+    `dsr_model.py`).
     """
 
     config: TransformerConfig
@@ -220,8 +220,8 @@ class DirectSRAttention(nn.Module):
 
 
 class IterativeSRAttention(nn.Module):
-    """Text attends to text; an image cell, in one softmax, to all words and a window of cells round
-    itself.
+    """Text attends to text; an image cell attends, in one softmax, to all words and to a window of
+    cells around itself.
     """
 
     config: TransformerConfig

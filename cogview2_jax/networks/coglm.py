@@ -34,7 +34,7 @@ def init_params(key: Array, config: CogLMConfig, precision: Precision = Precisio
 
 
 def parameter_axes(config: CogLMConfig) -> Any:
-    """Names of the axes of every parameter, for `sharding`: a tree of tuples."""
+    """Logical axes of every parameter (see `sharding.RULES`), as a tree of tuples."""
     return logical_axes(lambda: _declare(jax.random.key(0), config, Precision()))
 
 
@@ -53,7 +53,7 @@ def hidden_states(
     execution: Execution = Execution(),
     dropout_key: Array | None = None,
 ) -> Array:
-    """As `apply`, without the output matrix: [b, s, e]."""
+    """Hidden states after the last LayerNorm, [b, s, e]. Arguments as `apply`."""
     if bias is None:
         bias = jnp.zeros((1, inputs.tokens.shape[1]))
     context = DenseContext(inputs.mask, bias)
@@ -96,9 +96,9 @@ def apply(
         inputs: tokens and positions int [b, s] (positions also [1, s]); mask bool [b or 1, s, t],
         True where query s sees key t.
         bias: float32 [b or 1, t], added to every score of a key (textual-attention up-weighting).
-        ids: half-open range of ids to give logits for; image logits are `(0, num_image)`. Default:
-        all.
-        dropout_key: draws what `execution.training.dropout` leaves out; without one nothing is.
+        ids: half-open range of ids to compute logits for (default: all); `(0, num_image)` are the
+        image tokens.
+        dropout_key: the key for `execution.training.dropout`; without one there is no dropout.
 
     Returns:
         float32 logits [b, s, v].
@@ -134,10 +134,11 @@ def extend(
     bias: Array,
     execution: Execution = Execution(),
 ) -> tuple[Array, KVCache]:
-    """Run tokens [b, s] that follow what the cache holds: hidden [b, s, e] and the longer cache.
+    """Run tokens [b, s] after those in the cache: hidden [b, s, e] and the updated cache.
 
-    `inputs.mask` [b or 1, s, length] and `bias` [b or 1, length] span the whole cache; keys go to
-    `index`…. The caller sees to it that they fit: past the end they would overwrite the last ones.
+    `inputs.mask` [b or 1, s, length] and `bias` [b or 1, length] span the whole cache. The new keys
+    and values are written at slots `index` to `index + s − 1`, which must be in the cache: past its
+    end `dynamic_update_slice` moves the start and overwrites earlier slots.
     """
     context = DenseContext(inputs.mask, bias, index)
     model = network(config, execution)

@@ -31,12 +31,12 @@ def network(
 
 
 def init_params(key: Array, config: DirectSRConfig, precision: Precision = Precision()) -> Params:
-    """Fresh parameters; `from_coglm` gives better ones."""
+    """Random parameters. `from_coglm` is the better start."""
     return nn.meta.unbox(_declare(key, config, precision))
 
 
 def parameter_axes(config: DirectSRConfig) -> Any:
-    """Names of the axes of every parameter, for `sharding`: a tree of tuples."""
+    """Logical axes of every parameter (see `sharding.RULES`), as a tree of tuples."""
     return logical_axes(lambda: _declare(jax.random.key(0), config, Precision()))
 
 
@@ -48,10 +48,10 @@ def _declare(key: Array, config: DirectSRConfig, precision: Precision) -> Any:
 
 
 def from_coglm(coglm_params: Params, config: DirectSRConfig) -> Params:
-    """Start from a trained base model: coarse positions tiled over the fine grid, attention copied.
+    """Parameters to start training from, made of a trained base model's.
 
-    The positions are tiled (the whole coarse grid repeats), not up-sampled, as in the published
-    code.
+    The second attention is a copy of the first. The fine cells' position table is the coarse one
+    tiled (the whole coarse grid repeats), not up-sampled, as in the published code.
     """
     rows, columns = config.coglm.grid
     first = config.coglm.image_position
@@ -62,12 +62,14 @@ def from_coglm(coglm_params: Params, config: DirectSRConfig) -> Params:
     plus = {"qkv_plus": attention["qkv"], "dense_plus": attention["dense"]}
     layers = coglm_params["layers"] | {"attention": attention | plus}
     extra = {"extra_position_embeddings": fine.reshape(-1, table.shape[-1])}
-    # Copies, so that a donated tree never holds one buffer twice.
+    # Copies: no two leaves may share a buffer, or the tree could not be donated.
     return jax.tree.map(jnp.array, coglm_params | {"layers": layers} | extra)
 
 
 def added_parameters(params: Params) -> Params:
-    """Which parameters a base model has not: a tree of bool, shaped as `params` (of any leaves)."""
+    """Which parameters the base model does not have: a tree of bool shaped as `params`, the leaves
+    of which may be anything, tuples of axes too.
+    """
     new = ("qkv_plus", "dense_plus", "extra_position_embeddings")
 
     def one(path: Any, leaf: Any) -> bool:
@@ -87,10 +89,10 @@ def apply(
     """Logits of every fine cell.
 
     Args:
-        inputs: as `inputs.direct_super_resolution` makes them. Tokens int [b, text slots + coarse
-        cells + fine cells], the fine cells hold `<start_of_image>`; positions int [b or 1, s], fine
-        cells count from `num_positions`; mask bool [b or 1, p, p] among the p text slots and coarse
-        cells.
+        inputs: from `inputs.direct_super_resolution`. Tokens int [b, text slots + coarse cells +
+        fine cells], with `<start_of_image>` in the fine cells; positions int [b or 1, s], those of
+        fine cells count from `num_positions`; mask bool [b or 1, p, p] of the p text slots and
+        coarse cells.
 
     Returns:
         float32 [b, fine cells, num_image].

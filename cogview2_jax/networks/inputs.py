@@ -1,24 +1,20 @@
-"""Layouts, positions and masks of every task, as pure functions whose geometry comes from the
-config.
+"""Tokens, positions and masks of every task, as pure functions of their arguments and the config.
 
-Two kinds of function live here:
+- The inputs for sampling and for super-resolution training (`text_to_image`, `captioning`,
+  `direct_super_resolution`, `iterative_super_resolution`) are computed with jax.numpy, over any
+  leading dimensions and under jit. Their shapes depend only on the config: text has a fixed number
+  of slots and a mask `is_text` (`right_padded`, `left_padded`), so one compilation serves every
+  prompt.
+- `infill`, which depends on the values of a mask, and `lopar_schedule`, which depends only on the
+  config, run on the host with NumPy.
 
-- What a network is fed at inference and in super-resolution training (`text_to_image`,
-  `captioning`, `direct_super_resolution`, `iterative_super_resolution`) is jax.numpy over any
-  leading dimensions: it traces under jit, and its shapes depend on the config alone. Text comes in
-  a fixed number of slots with a mask `is_text`, so one compilation serves every prompt;
-  `right_padded` and `left_padded` make the slots.
-- What depends on a picture's mask (`infill`) or on the config alone (`lopar_schedule`) is NumPy
-  on the host.
-
-Text of the base model is padded on the RIGHT: slot i then holds position i, as in a training
-record, so the slots of a training sample and of the decoder mean the same. The published
-super-resolution models pad on the LEFT, with id 0. A pad is a key for nobody but the pads of
-direct super-resolution.
+The base model's text is padded on the RIGHT, so that slot i holds position i, as in a training
+record. The published super-resolution models pad on the LEFT, with id 0. No query attends to a pad,
+except the pads of direct super-resolution.
 
 A mask is bool, True where the query (row) sees the key (column). Ids and positions are int32.
-Facts: the released code (`cogview2_text2image.py`, `comp_pipeline/base_completion.py`,
-`pretrain_coglm.py`, `sr_pipeline/*_sampling.py`); numbers to match: `tests/golden/`.
+Sources: the released code (`cogview2_text2image.py`, `comp_pipeline/base_completion.py`,
+`pretrain_coglm.py`, `sr_pipeline/*_sampling.py`). Recorded numbers: `tests/golden/`.
 """
 
 from collections.abc import Sequence
@@ -35,12 +31,13 @@ _Array = TypeVar("_Array", jax.Array, np.ndarray)
 
 
 class NetworkInput(NamedTuple):
-    """The tokens, positions and mask of one call. `mask` covers what is attended densely."""
+    """The tokens, positions and mask that a network is given."""
 
     tokens: jax.Array  # [..., s] int32
     positions: jax.Array  # [..., s] int32
-    mask: jax.Array  # [..., s, s] bool; of the super-resolution networks less: see there
-    # [..., s] bool: keys that hold a text token (no pad, no start token); networks do not read it
+    # [..., s, s] bool; for the super-resolution networks only the part that is attended densely
+    mask: jax.Array
+    # [..., s] bool: text tokens, without pads and start tokens; for `text_key_bias`
     is_text: Any = None
 
 
@@ -50,8 +47,8 @@ class NetworkInput(NamedTuple):
 def right_padded(
     texts: Sequence[Sequence[int]], slots: int, vocabulary: Vocabulary
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Texts at the start of `slots` places, `<pad>` after them: tokens [b, slots] int32, is_text
-    [b, slots].
+    """Texts in the first of `slots` slots, `<pad>` after them: tokens int32 [b, slots], is_text
+    bool [b, slots].
 
     Raises ValueError for an empty text, one longer than `slots`, and an id that is no text id.
     """
@@ -67,11 +64,11 @@ def right_padded(
 def left_padded(
     texts: Sequence[Sequence[int]], slots: int, vocabulary: Vocabulary
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Texts at the end of `slots` places, id 0 before them, as the published super-resolution
-    models have it.
+    """Texts in the last of `slots` slots, id 0 before them, as in the published super-resolution
+    models: tokens int32 [b, slots], is_text bool [b, slots].
 
-    Returns tokens [b, slots] int32 and is_text [b, slots]. Raises like `right_padded`. Iterative
-    SR reads the first 16 tokens of a longer text: cut it before you call.
+    Raises as `right_padded`. Iterative SR reads the first 16 tokens of a longer text: the caller
+    cuts it.
     """
     tokens = np.zeros((len(texts), slots), np.int32)
     is_text = np.zeros(tokens.shape, bool)
@@ -83,10 +80,8 @@ def left_padded(
 
 
 def text_key_bias(is_text: jax.Array, upweight: float) -> jax.Array:
-    """The term added to every score by its key, [..., t] float32: `upweight` (published 1.4) at
-    text tokens.
-
-    Neither pads nor `<start_of_image>` carry it.
+    """The term added to every score of a key, float32 [..., t]: `upweight` (published: 1.4) at text
+    tokens, 0 at pads, `<start_of_image>` and image tokens.
     """
     return jnp.where(is_text, jnp.float32(upweight), jnp.float32(0))
 
@@ -99,9 +94,9 @@ def text_to_image(
 ) -> NetworkInput:
     """`text <start_of_image> image`: text sees text, everything after is causal and sees all text.
 
-    `text`, `is_text` [..., slots]; `image` [..., n] with n up to the grid's cells (0 for the
-    prefix that a decoder starts from). s = slots + 1 + n. Pads may be on either side; their rows
-    see the text.
+    `text`, `is_text` [..., slots]; `image` [..., n] with n from 0 (the prefix that decoding starts
+    from) to the grid's cells. s = slots + 1 + n. Pads may be on either side; their rows see the
+    text.
     """
     _require_text(text, is_text)
     if image.shape[-1] > config.num_image_tokens:
@@ -129,8 +124,8 @@ def captioning(
     image.
 
     `image` [..., cells]; `text`, `is_text` [..., slots], padded on the right; `english` bool
-    [...]. s = cells + 1 + slots. Also returns the loss mask [..., s]: the text tokens, each
-    predicted by the slot before it. The caption's score is their mean log-likelihood.
+    [...]. s = cells + 1 + slots. Also returns the loss mask [..., s], True at text tokens, each of
+    which is predicted by the slot before. The caption's score is their mean log-likelihood.
     """
     _require_text(text, is_text)
     _require_cells("image", image, config)
@@ -155,12 +150,12 @@ def captioning(
 
 
 class Infill(NamedTuple):
-    """An infilling sequence `text <start_of_image> context rest`; all its shapes come from the
+    """An infilling sequence `text <start_of_image> context rest`. Its shapes depend only on the
     config.
 
-    `rest` starts at slot `start`. Run the slots before it at once, then one slot at a time, each
-    under its row of `mask`; a slot's logits predict the next slot, to be written where that holds
-    −1.
+    `rest` starts at slot `start`. Decoding runs the slots before it in one pass and then one slot
+    at a time, each with its row of `mask`. The logits of a slot predict the next slot; a prediction
+    is written where that slot holds −1.
     """
 
     tokens: np.ndarray  # [s] int32, −1 where a token is to be sampled
@@ -168,8 +163,8 @@ class Infill(NamedTuple):
     mask: np.ndarray  # [s, s] bool
     is_text: np.ndarray  # [s] bool
     start: int  # first slot of `rest`
-    cells: np.ndarray  # [cells] int32: the raster cell that each image slot holds
-    slot_of_cell: np.ndarray  # [cells] int32: its inverse, counted in slots of the whole sequence
+    cells: np.ndarray  # [cells] int32: raster index of the cell in each image slot
+    slot_of_cell: np.ndarray  # [cells] int32: slot of each cell, in the whole sequence
 
 
 def infill(
@@ -180,15 +175,16 @@ def infill(
     *,
     slots: int | None = None,
 ) -> Infill:
-    """The infilling sequence for the cells where `mask` [y, x] is true; other cells keep `image`
-    [y, x] or [y·x].
+    """The infilling sequence that fills the cells where `mask` [y, x] is true and keeps the ids of
+    `image` [y, x] or [y·x] elsewhere.
 
-    `rest` is, in raster order, the masked cells and each kept cell whose right neighbour in its
-    row is masked (a run that begins in the first column brings none); `context` is every other
-    kept cell. Context sees itself in both directions, `rest` is causal, all see the text. Each
-    token keeps the position of its cell. The text is padded on the right to `slots` (default
-    `config.max_text`). Raises ValueError for a wrong grid, a mask of nothing, kept ids that are no
-    image ids, and as `right_padded` does.
+    `rest` holds, in raster order, the masked cells and each kept cell with a masked right neighbour
+    in its row (none for a run that begins in the first column). `context` holds the other kept
+    cells. Context cells see each other, `rest` is causal, and all see the text. Each token has the
+    position of its cell. The text is padded on the right to `slots` (default `config.max_text`).
+
+    Raises ValueError for a grid of another shape, a mask without a true cell, kept ids that are not
+    image ids, and as `right_padded`.
     """
     slots = config.max_text if slots is None else slots
     masked, grid_ids = np.asarray(mask) != 0, np.asarray(image)
@@ -218,7 +214,7 @@ def infill(
     start = int(slots + 1 + len(cells) - in_rest.sum())
     slot = np.arange(len(tokens))
     context = (slot > slots) & (slot < start)
-    # `<start_of_image>` itself sees no image, as in every other task.
+    # `<start_of_image>` sees no image cell, as in every other task.
     see = text_then_causal(keys, slots) | (context & (slot > slots)[:, None])
     return Infill(
         tokens.astype(np.int32),
@@ -240,10 +236,10 @@ def direct_super_resolution(
     """`pads text coarse queries`, every query holding `<start_of_image>`.
 
     `text`, `is_text` [..., text_slots] from `left_padded`; `coarse` [..., coarse cells]. s =
-    prefix + fine cells; positions: pads 0, text 0…, coarse as in the base model, queries
-    `num_positions`… (their own table). The mask [..., prefix, prefix] is that of text and coarse
-    tokens: text slots see text slots, coarse tokens see text and each other, and pads are keys for
-    pads alone. Queries see windows: not here.
+    prefix + fine cells. Positions: pads 0, text from 0, coarse cells as in the base model, queries
+    from `num_positions` (their own table). The mask [..., prefix, prefix] covers text and coarse
+    cells: text slots see text slots, coarse cells see text and coarse cells, and only pads see
+    pads. The windows of the queries are in the network, not in the mask.
     """
     _require_text(text, is_text, config.text_slots)
     _require_cells("coarse", coarse, config.coglm)
@@ -264,12 +260,12 @@ def direct_super_resolution(
 def iterative_super_resolution(
     text: jax.Array, is_text: jax.Array, fine: jax.Array, config: IterativeSRConfig
 ) -> NetworkInput:
-    """`pads text image`. `text`, `is_text` [..., text_slots] from `left_padded`; `fine` [...,
-    cells], with `<start_of_image>` where a token is to be predicted.
+    """`pads text image`; the slot of a cell predicts the token of that cell.
 
-    Position i predicts token i. Positions: pads 0, text 0…, image `num_positions`… (their own
-    table). The mask [..., text_slots] says which text slots are keys, for text and image alike;
-    windows are not here.
+    `text`, `is_text` [..., text_slots] from `left_padded`; `fine` [..., cells], with
+    `<start_of_image>` in the cells to predict. Positions: pads 0, text from 0, cells from
+    `num_positions` (their own table). The mask [..., text_slots] is True at the text slots that
+    text and cells attend to. The windows of the cells are in the network, not in the mask.
     """
     _require_text(text, is_text, config.text_slots)
     if fine.shape[-1] != config.num_image_tokens:
@@ -284,8 +280,8 @@ def iterative_super_resolution(
 
 
 def lopar_order(config: IterativeSRConfig) -> np.ndarray:
-    """The order's tile repeated over the grid from its top left corner, cut at the far borders:
-    [y, x] int32.
+    """`config.order` tiled over the grid from its top left corner, cropped at the other borders:
+    int32 [y, x].
     """
     tile = np.asarray(config.order, np.int32)
     if tile.ndim != 2 or not tile.size:
@@ -295,10 +291,10 @@ def lopar_order(config: IterativeSRConfig) -> np.ndarray:
 
 
 def lopar_schedule(config: IterativeSRConfig) -> np.ndarray:
-    """The cells (raster order) that each round resets and then writes: [rounds, cells] bool.
+    """The cells that each round masks and writes: bool [rounds, cells], raster order.
 
-    Round r = 1 … rounds takes the cells of order r and above. The count starts at 1, so cells of
-    order 0 are kept like the negative ones (so do the recorded rounds).
+    Rounds count from 1, and round r takes the cells of order r and above. So cells of order 0 keep
+    their token, as those of negative order do, and as in the recorded rounds.
     """
     return lopar_order(config).reshape(-1) >= np.arange(1, config.rounds + 1)[:, None]
 
@@ -307,21 +303,21 @@ def lopar_schedule(config: IterativeSRConfig) -> np.ndarray:
 
 
 def text_then_causal(is_text: _Array, slots: int) -> _Array:
-    """[..., s, s]: every row sees the text keys, and what follows the `slots` is causal. NumPy or
-    jax, as given.
+    """The mask [..., s, s] in which every row sees the text keys, and slots from `slots` on are
+    causal. `is_text` [..., s]; NumPy in, NumPy out.
     """
     slot = np.arange(is_text.shape[-1])
     return is_text[..., None, :] | ((slot >= slots) & (slot <= slot[:, None]))
 
 
 def _text_positions(is_text: jax.Array) -> jax.Array:
-    """0, 1, … along the text, 0 at pads, on whichever side they are."""
+    """0, 1, … along the text and 0 at pads, which may be on either side."""
     is_text = jnp.asarray(is_text)
     return jnp.where(is_text, jnp.cumsum(is_text, axis=-1) - 1, 0)
 
 
 def _join(*parts: ArrayLike) -> jax.Array:
-    """Concatenate along the last axis, after broadcasting the leading ones. bool or int32."""
+    """Concatenate along the last axis, leading axes broadcast. The result is bool or int32."""
     arrays = [jnp.asarray(part) for part in parts]
     lead = np.broadcast_shapes(*(array.shape[:-1] for array in arrays))
     joined = jnp.concatenate(

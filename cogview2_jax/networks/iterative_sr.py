@@ -40,7 +40,7 @@ def init_params(
 
 
 def parameter_axes(config: IterativeSRConfig) -> Any:
-    """Names of the axes of every parameter, for `sharding`: a tree of tuples."""
+    """Logical axes of every parameter (see `sharding.RULES`), as a tree of tuples."""
     return logical_axes(lambda: _declare(jax.random.key(0), config, Precision()))
 
 
@@ -51,14 +51,15 @@ def _declare(key: Array, config: IterativeSRConfig, precision: Precision) -> Any
 
 
 def from_coglm(coglm_params: Params, coglm: CogLMConfig, config: IterativeSRConfig) -> Params:
-    """Start from a trained base model: its first layers, and its cells' positions up-sampled.
+    """Parameters to start training from, made of a trained base model's: its first layers, and the
+    positions of its cells up-sampled.
 
-    The released code has no training of this network; its weights have the base model's names and
-    sizes, which suggests such a start. Up-sampled, and not tiled as for direct super-resolution,
-    because words such as "left" point to places in the picture.
+    The released code does not train this network. Its weights have the base model's names and
+    sizes, which suggests this start. Positions are up-sampled, not tiled as for direct
+    super-resolution, because words such as "left" refer to places in the picture.
 
-    Raises ValueError if this network has more layers or positions than that one, or other widths,
-    or if its grid is not a whole multiple.
+    Raises ValueError if this network has more layers or positions than the base model, other
+    widths, or a grid that is not a multiple of the base model's.
     """
     ours, theirs = config.transformer, coglm.transformer
     layers = ours.num_layers
@@ -82,7 +83,7 @@ def from_coglm(coglm_params: Params, coglm: CogLMConfig, config: IterativeSRConf
         "position_embeddings": table[: config.num_positions],
         "extra_position_embeddings": cells.reshape(-1, table.shape[-1]),
     }
-    # Copies, so that a donated tree never holds one buffer twice.
+    # Copies: no two leaves may share a buffer, or the tree could not be donated.
     return jax.tree.map(jnp.array, made)
 
 
@@ -97,9 +98,9 @@ def apply(
     """Logits of every cell; position i predicts cell i.
 
     Args:
-        inputs: as `inputs.iterative_super_resolution` makes them. Tokens int [b, text slots +
-        cells], cells to predict hold `<start_of_image>`; positions int [b or 1, s], cells count
-        from `num_positions`; mask bool [b or 1, text slots], which slots are words.
+        inputs: from `inputs.iterative_super_resolution`. Tokens int [b, text slots + cells], with
+        `<start_of_image>` in the cells to predict; positions int [b or 1, s], those of cells count
+        from `num_positions`; mask bool [b or 1, text slots], True at words.
 
     Returns:
         float32 [b, cells, num_image].

@@ -26,7 +26,7 @@ def _layernorm(config: TransformerConfig, precision: Precision, name: str) -> nn
         epsilon=config.layernorm_epsilon,
         dtype=precision.compute,
         param_dtype=precision.params,
-        # Σ(x−μ)² rather than Σx² − μ²: the sandwich feeds it large activations.
+        # Σ(x−μ)² rather than Σx² − μ², which loses digits: activations are large here.
         use_fast_variance=False,
         name=name,
     )
@@ -79,11 +79,9 @@ class Transformer(nn.Module):
     """Embeddings, the scanned stack and the tied output.
 
     Attributes:
-        attention: makes the attention module of a layer, called with `config`, `execution` and
-        `name`.
-        position_tables: sizes of the position tables. Ids count through the first, then the second.
-        execution: precision and mesh; dropout is drawn only where the call is given a "dropout"
-        key.
+        attention: called with `config`, `execution` and `name`, returns a layer's attention module.
+        position_tables: sizes of the position tables. Positions index their concatenation.
+        execution: dropout is applied only in calls with an rng named "dropout".
     """
 
     config: TransformerConfig
@@ -121,8 +119,8 @@ class Transformer(nn.Module):
     def __call__(
         self, tokens: Array, positions: Array, context: Any, cache: Any
     ) -> tuple[Array, Any]:
-        """Tokens int [b, s], positions int [b or 1, s] → hidden [b, s, e] after the final LN, and
-        the cache.
+        """Tokens int [b, s], positions int [b or 1, s] → hidden states [b, s, e] after the final
+        LayerNorm, and the updated cache.
         """
         table = jnp.concatenate(self.positions) if len(self.positions) > 1 else self.positions[0]
         x = self._looked_up(tokens) + table[positions]
@@ -134,21 +132,22 @@ class Transformer(nn.Module):
         return self.final_layernorm(x), cache
 
     def _looked_up(self, tokens: Array) -> Array:
-        """Rows of the word table, [b, s, e]. On a mesh the table stays where it lies: all devices
-        that share it look the tokens of all of them up, each in its part of the width, and then
-        the rows change places.
+        """Rows of the word table, [b, s, e].
+
+        On a mesh the table is not gathered: each device looks up the tokens of every device that
+        shares the table in its own column shard, and an all-to-all returns the rows.
         """
         if self.execution.sharding is None:
             return self.word_embeddings[tokens]
         tokens = self.execution.constrain(tokens, "replica", None)
         rows = self.word_embeddings[tokens]
         rows = self.execution.constrain(rows, "replica", None, "packed_embed")
-        # One axis of the mesh after the other: both at once would replicate everything.
+        # One mesh axis after the other: for both at once, XLA would replicate the rows first.
         rows = self.execution.constrain(rows, "batch", None, "mlp")
         return self.execution.constrain(rows, "batch", None, None)
 
     def logits(self, hidden: Array, start: int, stop: int) -> Array:
-        """Hidden [..., e] → float32 logits [..., stop − start] of ids start…stop−1."""
+        """Hidden states [..., e] → float32 logits [..., stop − start] of ids start to stop − 1."""
         if hidden.ndim == 3:
             hidden = self.execution.constrain(hidden, "batch", "tokens", None)
         embeddings = self.word_embeddings[start:stop].astype(hidden.dtype)
@@ -167,7 +166,7 @@ def _tied_logits_forward(hidden: Array, embeddings: Array, sharding: Sharding | 
 
 def _tied_logits_backward(sharding: Sharding | None, kept: Any, gradient: Array) -> Any:
     hidden, embeddings = kept
-    # Left to itself, a float32 gradient makes float32 products and gathers a float32 table.
+    # The cast keeps the products, and the gathered table, in the dtype of the hidden states.
     gradient = gradient.astype(hidden.dtype)
     words = constrain(sharding, embeddings, None, None)
     by_hidden = jnp.einsum("...v,ve->...e", gradient, words)

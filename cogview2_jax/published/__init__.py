@@ -1,1 +1,1 @@
-"""The published code and its files: names, checkpoints."""
+"""The published checkpoints: tensor names and their parameters."""

@@ -1,10 +1,10 @@
 """Published tensor names → parameter trees. The only file that knows those names.
 
-Tensors are NumPy arrays (or anything NumPy can read), named as in the published state dicts: linear
-weights [out, in], convolutions [out, in, h, w]. What a network needs, and in which shapes, is read
-off its own `init_params`; here is only what each part is called. A checkpoint that lacks a tensor,
-has one of another shape or has one more than the network is refused by the tensor's name. Numbers
-keep their dtype.
+Tensors are NumPy arrays (or anything NumPy can read) with the names of the published state dicts;
+linear weights are [out, in], convolutions [out, in, h, w]. Which parameters a network has, and in
+which shapes, comes from its `init_params`; this file only has the names. A missing tensor, one of
+another shape and one that the network does not have are each a ValueError with the tensor's name.
+Dtypes are kept.
 """
 
 import re
@@ -31,7 +31,7 @@ Params = dict
 Rules = tuple[tuple[str, str], ...]
 
 # Applied in this order to a leaf's path in the tree, such as `layers/attention/dense/kernel`.
-# `{layer}` is the number of a layer, whose leaves the tree keeps stacked.
+# `{layer}` stands for the number of a layer; the tree has one stacked leaf for all layers.
 _TRANSFORMER: Rules = (
     (
         r"^layers/attention/(qkv_plus/query_key_value|dense_plus)",
@@ -55,29 +55,31 @@ _HVQVAE: Rules = (
     (r"/(down|up)_(\d+)_(block|attn)_(\d+)", r"/\1/\2/\3/\4"),
     (r"/(down|up)_(\d+)_(downsample|upsample)", r"/\1/\2/\3/conv"),
     (r"/shortcut", "/nin_shortcut"),
-    (r"/norm/(scale|bias)$", r"/\1"),  # flax's GroupNorm lies one level deeper
+    (r"/norm/(scale|bias)$", r"/\1"),  # flax's GroupNorm is one level deeper
 )
-# Training state of the published codebook, which no picture depends on.
+# Training state of the published codebook, not used by encoding or decoding.
 _HVQVAE_BUFFERS = ("quantize.cluster_size", "quantize.embed_avg")
 
 
 def coglm(tensors: Tensors, config: CogLMConfig) -> Params:
-    """CogLM's parameters. Another network's checkpoint is a ValueError that names the tensor."""
+    """CogLM's parameters. Raises ValueError, with a tensor's name, for another checkpoint."""
     return _convert(tensors, coglm_network.init_params, config, _TRANSFORMER)
 
 
 def direct_sr(tensors: Tensors, config: DirectSRConfig) -> Params:
-    """As `coglm`, with a second position table and a second attention in each layer."""
+    """Direct super-resolution's parameters: as `coglm`, with a second position table and a second
+    attention in each layer.
+    """
     return _convert(tensors, direct_sr_network.init_params, config, _TRANSFORMER)
 
 
 def iterative_sr(tensors: Tensors, config: IterativeSRConfig) -> Params:
-    """As `coglm`, with a second position table."""
+    """Iterative super-resolution's parameters: as `coglm`, with a second position table."""
     return _convert(tensors, iterative_sr_network.init_params, config, _TRANSFORMER)
 
 
 def hvqvae(tensors: Tensors, config: HVQVAEConfig) -> Params:
-    """The image tokenizer's parameters. The codebook's moving averages are passed over."""
+    """The image tokenizer's parameters. The codebook's moving averages are ignored."""
     # Published decoders are numbered in the order of `decoder_multipliers`, ours named by stride.
     decoders = tuple(
         (f"^decoder_{stride}", f"decs/{index}") for index, stride in enumerate(config.strides[::-1])
@@ -86,7 +88,7 @@ def hvqvae(tensors: Tensors, config: HVQVAEConfig) -> Params:
 
 
 def transformer_config(tensors: Tensors, num_heads: int) -> TransformerConfig:
-    """The sizes of any of the three transformers. Heads leave no trace in the tensors' shapes."""
+    """The sizes of any of the three transformers. The number of heads is in no tensor's shape."""
     layers = "transformer.layers.{}.mlp.dense_h_to_4h.weight"
     mlp, hidden = _shape(tensors, layers.format(0))
     return TransformerConfig(
@@ -107,7 +109,7 @@ def table_sizes(tensors: Tensors) -> tuple[int, int]:
 
 
 def hvqvae_config(tensors: Tensors) -> HVQVAEConfig:
-    """The image tokenizer's sizes: `ice_image.pt` comes without a configuration."""
+    """The image tokenizer's sizes, from its tensors: `ice_image.pt` has no configuration."""
     channels = _shape(tensors, "enc.conv_in.weight")[0]
 
     def multipliers(levels: str) -> tuple[int, ...]:
@@ -117,7 +119,7 @@ def hvqvae_config(tensors: Tensors) -> HVQVAEConfig:
 
     decoders = range(_count(tensors, "decs.{}.conv_in.weight"))
     codebook_size, codebook_dim = _shape(tensors, "quantize.embed.weight")
-    # Attention lies at the level of one nominal resolution, counted down from the first level's.
+    # Level i has the nominal resolution of level 0 divided by 2^i; one resolution has attention.
     found = {
         int(level) for name in tensors for level in re.findall(r"(?:down|up)\.(\d+)\.attn", name)
     }
@@ -131,7 +133,7 @@ def hvqvae_config(tensors: Tensors) -> HVQVAEConfig:
         z_channels=_shape(tensors, "enc.conv_out.weight")[0],
         codebook_size=codebook_size,
         codebook_dim=codebook_dim,
-        # No level has resolution 0: the network then has attention in its middles alone.
+        # No level has resolution 0: then only the middle blocks have attention.
         attention_resolution=nominal >> max(found) if found else 0,
     )
 
@@ -171,7 +173,7 @@ def _convert(
 
     params: Params = jax.tree_util.tree_map_with_path(leaf, expected)
     if unknown := sorted(set(tensors) - taken):
-        raise ValueError(f"tensor {unknown[0]!r} is no part of the network that was asked for")
+        raise ValueError(f"tensor {unknown[0]!r} is not part of the network of this configuration")
     return params
 
 
@@ -182,11 +184,11 @@ def _published_name(path: str, rules: Rules) -> str:
 
 
 def _take(tensors: Tensors, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor in our layout of this `shape`: linear [in, out], convolution [h, w, in, out]."""
+    """The tensor with our axes, of this `shape`: linear [in, out], convolution [h, w, in, out]."""
     if name not in tensors:
         raise ValueError(f"tensor {name!r} is missing from the checkpoint")
     tensor = np.asarray(tensors[name])
-    # Matrices of weights are the ones to transpose; tables of embeddings are not.
+    # Linear weights are transposed, tables of embeddings are not.
     to_ours: tuple[int, ...] = {2: (1, 0), 4: (2, 3, 1, 0)}.get(
         len(shape), tuple(range(len(shape)))
     )

@@ -1,5 +1,5 @@
-"""Clusters of the codebook, for cluster sampling (paper section 3.3; the published labels are
-k-means too).
+"""Clusters of the codebook, for cluster sampling (paper section 3.3). The published labels are also
+from k-means.
 """
 
 import numpy as np
@@ -7,20 +7,22 @@ from scipy.cluster.vq import kmeans2
 
 
 def cluster_codebook(codebook: np.ndarray, num_clusters: int, *, seed: int = 0) -> np.ndarray:
-    """k-means of the code vectors. [v, d] → labels int32 [v], every label of 0…num_clusters−1 in
-    use.
+    """k-means of the code vectors [v, d] → labels int32 [v]. Every label from 0 to num_clusters − 1
+    is used.
 
-    Raises:
-        ValueError: more clusters than distinct codes.
+    Raises ValueError for more clusters than distinct codes.
     """
     codes = np.asarray(codebook, np.float64)
     distinct = len(np.unique(codes, axis=0))
     if not 0 < num_clusters <= distinct:
         raise ValueError(f"num_clusters must be 1 to {distinct} distinct codes: got {num_clusters}")
-    # SciPy drops to fewer clusters when one runs empty; another start seldom does, and equal labels
-    # are what cluster sampling needs, so starts are tried in order.
+    # SciPy returns fewer clusters when one becomes empty, which is rare: try the next seed then.
+    # Trying seeds in order keeps the labels a function of `seed`.
     for start in range(seed, seed + 50):
         _, labels = kmeans2(codes, num_clusters, iter=50, minit="++", missing="warn", rng=start)
         if len(np.unique(labels)) == num_clusters:
             return labels.astype(np.int32)
-    raise ValueError(f"no k-means start of 50 kept all {num_clusters} clusters of {distinct} codes")
+    raise ValueError(
+        f"k-means left a cluster empty for all of 50 seeds: use fewer clusters than {num_clusters}"
+        f" for {distinct} distinct codes"
+    )

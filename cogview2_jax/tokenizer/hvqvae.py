@@ -1,9 +1,8 @@
 """The hierarchical VQ-VAE: one encoder, one shared codebook, a decoder for each stride (paper
 section 3.1).
 
-Pictures are NHWC. The published model (icetk 0.0.7, `ice_image.pt`) is NCHW; only the layout
-differs. Modules here know networks alone; pixels ↔ ids live in `image.py`, training in
-`objectives.py`.
+Arrays are NHWC; in the published model (icetk 0.0.7, `ice_image.pt`) they are NCHW. This file has
+the network only: pixels ↔ ids are in `image.py`, the loss is in `training/losses.py`.
 """
 
 from typing import Any
@@ -31,8 +30,8 @@ def _conv(
 
 
 def _strided_conv(x: Array, features: int, precision: Precision, name: str) -> Array:
-    """3×3 convolution of stride 2 that pads right and bottom by 1, as every stride-2 one of the
-    published model.
+    """3×3 convolution of stride 2, padded by 1 on the right and at the bottom, as all convolutions
+    of stride 2 in the published model.
     """
     return _conv(features, precision, name, strides=2, padding=((0, 1), (0, 1)))(x)
 
@@ -100,7 +99,9 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures [b, y, x, 3], normalised → features [b, y/4, x/4, z] for three multipliers."""
+    """Normalised pictures [b, y, x, 3] → features [b, y/s, x/s, z], where s is the first of
+    `config.strides`.
+    """
 
     config: HVQVAEConfig
     precision: Precision
@@ -124,7 +125,7 @@ class Encoder(nn.Module):
 
 
 class ResidualDownsampler(nn.Module):
-    """Halve the grid: 2×2 average plus a strided convolution."""
+    """Half the rows and columns: the average over 2×2 cells plus a strided convolution."""
 
     precision: Precision
 
@@ -136,7 +137,7 @@ class ResidualDownsampler(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Code vectors [b, y, x, codebook_dim] → pictures [b, stride·y, stride·x, 3], normalised."""
+    """Code vectors [b, y, x, codebook_dim] → normalised pictures [b, stride·y, stride·x, 3]."""
 
     multipliers: tuple[int, ...]
     config: HVQVAEConfig
@@ -162,7 +163,7 @@ class Decoder(nn.Module):
 
 
 class HVQVAE(nn.Module):
-    """Encoder, down-samplers, projection, codebook and decoders under one parameter tree."""
+    """Encoder, down-samplers, projection, codebook and decoders, in one parameter tree."""
 
     config: HVQVAEConfig
     precision: Precision = Precision()
@@ -185,7 +186,7 @@ class HVQVAE(nn.Module):
             setattr(self, f"decoder_{stride}", Decoder(multipliers, config, precision))
 
     def features(self, images: Array) -> tuple[Array, ...]:
-        """Pictures in [0, 1], [b, y, x, 3] → features before projection at every stride, finest
+        """Pictures [b, y, x, 3] in [0, 1] → features before the projection, at every stride, finest
         first.
         """
         config = self.config
@@ -196,8 +197,8 @@ class HVQVAE(nn.Module):
         return tuple(levels)
 
     def vectors(self, images: Array) -> tuple[Array, ...]:
-        """Pictures in [0, 1] → projected vectors [b, y, x, codebook_dim] at every stride, finest
-        first.
+        """Pictures [b, y, x, 3] in [0, 1] → projected vectors [b, y/stride, x/stride,
+        codebook_dim], at every stride, finest first.
         """
         return tuple(self.projection(level) for level in self.features(images))
 
@@ -209,8 +210,8 @@ class HVQVAE(nn.Module):
         )
 
     def __call__(self, images: Array) -> tuple[Array, ...]:
-        """Touch every parameter (for initialisation): pictures → reconstructions at every stride,
-        unquantised.
+        """Pictures → reconstructions at every stride, without quantisation. For initialisation: it
+        uses every parameter.
         """
         return tuple(
             self.reconstruct(vectors, stride)

@@ -1,4 +1,4 @@
-"""The codebook while it is trained: placed by k-means++, moved by its average, dead codes revived.
+"""The codebook while it is trained: placed by k-means++, moved by its average, idle codes moved.
 
 Published: EMA with decay 0.99 and eps 1e-5 (VQ-VAE-2's update), commitment cost 1.
 """
@@ -14,24 +14,36 @@ from cogview2_jax.config import HVQVAEConfig
 from cogview2_jax.tokenizer.hvqvae import HVQVAE
 from cogview2_jax.tokenizer.image import nearest_code
 from cogview2_jax.training.losses import Assigned
+from cogview2_jax.training.metrics import Watched
 from cogview2_jax.training.step import TrainState
 
 Array = jax.Array
 Params = Any
 
 
+# In uses of a code of average use: a code unused for so long is out of use, and for twice as long
+# is moved. A code of a tenth of the average use is moved by chance once in 60 such spans.
+_HORIZON = 20.0
+# And in steps, at least: so many steps' batches are seen before a code is out of use.
+_FEWEST_STEPS = 10
+
+
 class CodebookStatistics(NamedTuple):
-    """Moving averages behind the codebook: how often each code is used, and the sum of what it
-    stands for.
+    """Moving averages behind the codebook: how often each code is used, and the sum of the vectors
+    it stands for. And how long each has been idle: the number of times that a code of average use
+    was used since.
     """
 
     cluster_size: Array  # float32 [v]
     embed_avg: Array  # float32 [v, d]
+    idle: Array  # float32 [v]
 
 
 def init_statistics(codebook: Array) -> CodebookStatistics:
+    """Statistics of a codebook of which no code is in use yet."""
+    size = codebook.shape[0]
     # A copy: a donated state must not hold one buffer twice.
-    return CodebookStatistics(jnp.ones(codebook.shape[0]), jnp.array(codebook))
+    return CodebookStatistics(jnp.ones(size), jnp.array(codebook), jnp.full(size, _HORIZON))
 
 
 def update_codebook(
@@ -50,39 +62,42 @@ def update_codebook(
     embed_avg = decay * statistics.embed_avg + (1 - decay) * sums
     total = cluster_size.sum()
     smoothed = (cluster_size + epsilon) / (total + size * epsilon) * total
-    return embed_avg / smoothed[:, None], CodebookStatistics(cluster_size, embed_avg)
+    average_use = min(len(vectors) / size, _HORIZON / _FEWEST_STEPS)
+    idle = jnp.where(counts > 0, 0.0, statistics.idle + average_use)
+    return embed_avg / smoothed[:, None], CodebookStatistics(cluster_size, embed_avg, idle)
 
 
 def revive_dead_codes(
-    key: Array,
-    codebook: Array,
-    statistics: CodebookStatistics,
-    vectors: Array,
-    *,
-    threshold: float = 0.02,
+    key: Array, codebook: Array, statistics: CodebookStatistics, vectors: Array
 ) -> tuple[Array, CodebookStatistics]:
-    """Move codes used less than `threshold` times a step onto vectors of the batch.
+    """Move codes that have long been idle onto vectors of the batch, each onto another one.
 
     Vectors far from their code are likelier to be taken: they are the ones the codebook serves
-    worst.
+    worst. A code that is moved counts as used a tenth of the average, so its first vectors move it.
     """
     errors = jnp.sum((vectors - codebook[nearest_code(vectors, codebook)]) ** 2, axis=-1)
-    dead = statistics.cluster_size < threshold
-    chosen = jax.random.categorical(key, jnp.log(errors + 1e-12), shape=(codebook.shape[0],))
-    fresh = vectors[chosen]
-    codebook = jnp.where(dead[:, None], fresh, codebook)
-    cluster_size = jnp.where(dead, 5 * threshold, statistics.cluster_size)
-    embed_avg = jnp.where(dead[:, None], fresh * 5 * threshold, statistics.embed_avg)
-    return codebook, CodebookStatistics(cluster_size, embed_avg)
+    dead = statistics.idle >= 2 * _HORIZON
+    # The order of a draw without replacement, in proportion to the errors (Gumbel's trick).
+    order = jnp.argsort(-(jnp.log(errors + 1e-12) + jax.random.gumbel(key, errors.shape)))
+    rank = jnp.cumsum(dead) - 1  # of a dead code among the dead
+    moved = dead & (rank < len(vectors))
+    fresh = vectors[order[jnp.clip(rank, 0, len(vectors) - 1)]]
+    weight = 0.1 * len(vectors) / len(codebook)
+    return jnp.where(moved[:, None], fresh, codebook), CodebookStatistics(
+        jnp.where(moved, weight, statistics.cluster_size),
+        jnp.where(moved[:, None], weight * fresh, statistics.embed_avg),
+        jnp.where(moved, _HORIZON, statistics.idle),
+    )
 
 
 def codebook_revision(
-    *, decay: float = 0.99, begin: int = 0, revive_every: int = 0, last_revival: int = 0
+    *, decay: float = 0.99, begin: int = 0, revive_every: int = 0
 ) -> Callable[[Params, Any, Any, Array, Array], tuple[Params, CodebookStatistics]]:
-    """What `train.make_step` does with the codebook after each gradient step, from step `begin`.
+    """What `make_step` does with the codebook after each gradient step, from step `begin`.
 
-    It moves by its average, and every `revive_every` steps (0: never) before `last_revival` dead
-    codes are moved onto vectors. `hvqvae_loss`'s `Assigned` is what it sees of the batch.
+    It moves by its average, and every `revive_every` steps (0: never) dead codes are moved onto
+    vectors, up to the end: no vector had such a code, so no picture changes for the worse.
+    `hvqvae_loss`'s `Assigned` is what it sees of the batch.
     """
 
     def revise(
@@ -96,7 +111,7 @@ def codebook_revision(
 
         moved = update_codebook(statistics, vectors, ids, decay=decay)
         if revive_every:
-            due = (step % revive_every == 0) & (step < last_revival)
+            due = step % revive_every == 0
             moved = jax.lax.cond(due, revived, lambda *same: same, *moved)
         codebook, statistics = jax.tree.map(
             lambda new, old: jnp.where(started, new, old), moved, (params["codebook"], statistics)
@@ -104,6 +119,44 @@ def codebook_revision(
         return params | {"codebook": codebook}, statistics
 
     return revise
+
+
+def usage(statistics: CodebookStatistics) -> dict[str, float]:
+    """ "codes_used", the share of codes that are in use, and "perplexity", the number of codes that
+    would be as evenly used if all were used equally often; {} before any code was used.
+    """
+    idle, cluster_size = map(np.asarray, (statistics.idle, statistics.cluster_size))
+    used = idle < _HORIZON
+    if not used.any():
+        return {}
+    shares = cluster_size[used] / cluster_size[used].sum()
+    shares = shares[shares > 0]
+    perplexity = np.exp(-(shares * np.log(shares)).sum())
+    return {"codes_used": float(used.mean()), "perplexity": float(perplexity)}
+
+
+def watch_usage(low: float = 0.2, logs: int = 5) -> Callable[[TrainState, bool], Watched]:
+    """What `fit` takes as `watch`: `usage`, and a warning where fewer than the share `low` of the
+    codes are in use at the end, or at `logs` logs in a row (then once).
+    """
+    in_a_row = 0
+
+    def watch(state: TrainState, last: bool) -> Watched:
+        nonlocal in_a_row
+        figures = usage(state.extra)
+        if not figures:
+            return Watched({})
+        used, size = figures["codes_used"], len(state.extra.cluster_size)
+        in_a_row = in_a_row + 1 if used < low else 0
+        if not (in_a_row == logs or (in_a_row and last)):
+            return Watched(figures)
+        warning = (
+            f"only {used:.0%} of the {size:,} codes are in use: try a lower learning rate, larger"
+            " batches or crops, or a smaller codebook"
+        )
+        return Watched(figures, warning)
+
+    return watch
 
 
 def kmeans_plus_plus(rng: np.random.Generator, vectors: np.ndarray, num_codes: int) -> np.ndarray:
@@ -153,7 +206,7 @@ def place_codebook(
         chosen = vectors[rng.choice(len(vectors), config.codebook_size, replace=many)]
 
     def in_place_of(old: Array, new: Array) -> Array:
-        # One that is committed to its device where the others are not would compile the step anew.
+        # One that is committed to its device where the others are not would compile the step again.
         return jax.device_put(new, old.sharding) if old.committed else new
 
     codebook = in_place_of(state.params["codebook"], jnp.asarray(chosen, jnp.float32))

@@ -1,29 +1,73 @@
 """The training loop: read, step, log, save, and go on after whatever stopped it.
 
-<folder>/checkpoints/, metrics.jsonl, tensorboard/, samples/
+    <folder>/checkpoints/, metrics.jsonl, tensorboard/, samples/, lock
+
+SIGTERM (of any process) saves and exits with 0, at the same step in all processes. In a run of one
+process Ctrl-C and SIGHUP save too; Ctrl-C then raises KeyboardInterrupt, and a second one does so
+at once. No checkpoint is written after a step that was not finite, unless such steps are skipped.
 """
 
 import contextlib
 import ctypes
 import math
+import os
 import signal
-import sys
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from cogview2_jax.sharding import Sharding
-from cogview2_jax.training import checkpoint, metrics
+from cogview2_jax.training import checkpoint, lock
+from cogview2_jax.training.checkpoint import Checkpoints
+from cogview2_jax.training.metrics import Costs, Log, Speed, Watched
+from cogview2_jax.training.progress import Progress
 from cogview2_jax.training.step import TrainState
 
 Batches = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Every:
+    """Steps between saves, between logs and between sample pictures (0: no pictures), and how many
+    of the newest checkpoints are kept.
+    """
+
+    save: int = 200
+    log: int = 20
+    sample: int = 0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("save", 1), ("log", 1), ("sample", 0), ("keep", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"Every({name}) must be at least {least}: got {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a task adds to the loop. All processes call each of them, except `sample`.
+
+    validate: figures, "loss" among them, at the start and at every save. The checkpoint of the
+    lowest loss is kept in addition to the newest.
+    sample: a picture, uint8 [y, x, 3].
+    before_step: (steps done, state) → state, for rare changes outside the step.
+    watch: (state, whether this is the last log) → further figures to log, and a warning or "".
+    ids_of: step → what names its batch, for the message when a step is not finite.
+    """
+
+    validate: Callable[[TrainState], dict[str, float]] | None = None
+    sample: Callable[[TrainState], np.ndarray] | None = None
+    before_step: Callable[[int, TrainState], TrainState] | None = None
+    watch: Callable[[TrainState, bool], Watched] | None = None
+    ids_of: Callable[[int], Any] | None = None
 
 
 def fit(
@@ -35,127 +79,239 @@ def fit(
     folder: Path,
     name: str,
     settings: checkpoint.Settings | None = None,
-    save_every: int = 200,
-    log_every: int = 20,
-    keep: int = 2,
-    validate: Callable[[TrainState], dict[str, float]] | None = None,
-    sample: Callable[[TrainState], np.ndarray] | None = None,
-    sample_every: int = 0,
+    every: Every = Every(),
+    hooks: Hooks = Hooks(),
+    costs: Costs = Costs(),
     schedule: optax.Schedule | None = None,
-    tokens_per_step: int = 0,
-    flops_per_step: float = 0.0,
-    peak_flops: float = 0.0,
-    ids_of: Callable[[int], Any] | None = None,
-    before_step: Callable[[int, TrainState], TrainState] | None = None,
+    on_stop: str = "",
     skip_non_finite: bool = False,
     sharding: Sharding | None = None,
 ) -> TrainState:
     """Train to `num_steps` steps, going on from the newest checkpoint in `folder` if there is one.
 
     Args:
-        step_fn: as `train.make_step` gives it.
+        step_fn: as `make_step` gives it.
         batches: step → the rows of this process, as NumPy arrays [b, …]. Called in a thread, one
         step ahead.
         settings: JSON values that every start of this run must agree on, saved with each step.
-        validate: gives figures at the start and every save, "loss" among them; the checkpoint of
-        the lowest one is kept besides the newest `keep`.
-        sample: gives a picture, uint8 [y, x, 3], every `sample_every` steps.
         schedule: the learning rate, to be logged.
-        tokens_per_step, flops_per_step, peak_flops: of all devices, for tokens per second and
-        utilisation.
-        ids_of: step → what names its batch, for the message when a loss is not finite.
-        before_step: (steps done, state) → state, for what happens outside the step, rarely.
-        skip_non_finite: pass over such a step, and count it, instead of stopping.
-        sharding: where batches are laid; `batches` then gives this process's rows.
+        on_stop: how to get a model from a run that was stopped, added to what is said then;
+        "{step}" in it is the step that was saved.
+        skip_non_finite: pass over a step that is not finite, and count it, instead of stopping.
+        sharding: where batches are put; `batches` then gives this process's rows.
 
-    SIGTERM (of any process) saves and exits with 0, at the same step in all processes. Raises
-    FloatingPointError for a loss or gradient that is not finite, and what `checkpoint` raises: each
-    in one line.
+    Raises FloatingPointError for a step that is not finite, OSError for a folder that another run
+    uses, and what `checkpoint` raises: each in one line.
     """
-    folder = Path(folder).absolute()
-    settings = settings or {}
-    first = jax.process_index() == 0
+    folder, first = Path(folder).absolute(), jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(
-            checkpoint.open_folder(folder / "checkpoints", keep, best=validate is not None)
+        stack.enter_context(lock.hold(folder))
+        checkpoints = stack.enter_context(
+            checkpoint.open_folder(
+                folder / "checkpoints", every.keep, best=hooks.validate is not None
+            )
         )
-        state, start = checkpoint.restore(manager, state, settings)
+        state, start = checkpoint.restore(checkpoints, state, settings or {})
         if start >= num_steps:
             return state
-        if start and first:
-            print(f"{name}: goes on from step {start}", file=sys.stderr)
-        log = stack.enter_context(metrics.Log(folder, start)) if first else None
-        pool = stack.enter_context(ThreadPoolExecutor(1))
-        stopping = stack.enter_context(_on_sigterm())
-        bar = stack.enter_context(
-            tqdm(initial=start, total=num_steps, desc=name, disable=not first, file=sys.stderr)
+        progress = stack.enter_context(Progress(name, start, num_steps, shown=first))
+        if start:
+            progress.say(f"goes on from step {start}")
+        log = stack.enter_context(Log(folder, start)) if first else None
+        report = _Report(log, progress, Speed(costs), schedule, hooks.watch)
+        finite = _Finite(name, skip_non_finite, hooks.ids_of, checkpoints)
+        reader = stack.enter_context(_Reader(batches, num_steps, sharding))
+        stopping = stack.enter_context(_stop_signals(name, checkpoints))
+        run = _Run(num_steps, every, hooks, settings or {}, on_stop, checkpoints, report, finite)
+        state = run.steps(state, start, step_fn, reader, stopping)
+        checkpoint.finish(checkpoints)
+    return state
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the steps of a run need."""
+
+    num_steps: int
+    every: Every
+    hooks: Hooks
+    settings: checkpoint.Settings
+    on_stop: str
+    checkpoints: Checkpoints
+    report: "_Report"
+    finite: "_Finite"
+
+    def steps(
+        self,
+        state: TrainState,
+        start: int,
+        step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]],
+        reader: "_Reader",
+        stopping: "_Stopping",
+    ) -> TrainState:
+        """All steps after `start`."""
+        every, hooks, report = self.every, self.hooks, self.report
+        if hooks.validate and not start:
+            report.validation(0, hooks.validate(state))
+        report.progress.compiling()
+        for step in range(start + 1, self.num_steps + 1):
+            batch = reader.read(step - 1)
+            if hooks.before_step:
+                state = hooks.before_step(step - 1, state)
+            state, values = step_fn(state, batch)
+            report.stepped(values, first=step == start + 1)
+
+            last = step == self.num_steps
+            stop = stopping.now(step) and not last
+            saves = last or stop or step % every.save == 0
+            logs = last or stop or step % every.log == 0
+            draws = every.sample and (last or step % every.sample == 0)
+            self.finite.check(step, values, now=saves or logs)
+            if logs:
+                report.training(step, state, values, self.finite, last=last)
+            if saves:
+                self.save(step, state)
+            if draws and hooks.sample:
+                report.picture(step, hooks.sample, state)
+            if logs or saves or draws:
+                report.speed.restart()
+            if stop:
+                self.stopped(step)
+                raise stopping.ending()
+        return state
+
+    def save(self, step: int, state: TrainState) -> None:
+        figures = self.hooks.validate(state) if self.hooks.validate else {}
+        self.report.validation(step, figures)
+        loss = figures.get("loss", math.inf)
+        checkpoint.save(self.checkpoints, step, state, self.settings, loss)
+
+    def stopped(self, step: int) -> None:
+        checkpoint.finish(self.checkpoints)
+        self.report.progress.close()
+        how = self.on_stop.replace("{step}", str(step))
+        self.report.progress.say(
+            f"stopped and saved at step {step} of {self.num_steps}: started again, it goes on from"
+            f" there{how}"
         )
 
-        def read(step: int) -> Any:
-            batch = batches(step)
-            return batch if sharding is None else shard_batch(batch, sharding)
 
-        def save(step: int) -> None:
-            figures = validate(state) if validate else {}
-            if log and figures:
-                log.figures(step, _validation(figures))
-            checkpoint.save(manager, step, state, settings, figures.get("loss", float("inf")))
+class _Reader:
+    """Batches, on their devices, read in a thread one step ahead."""
 
-        if validate and not start and (figures := validate(state)) and log:
-            log.figures(0, _validation(figures))
-        skipped, since, counted = 0, time.monotonic(), 0
-        pending = pool.submit(read, start)
-        before: tuple[int, Any] | None = None  # the last step's metrics: read while this one runs
-        for step in range(start + 1, num_steps + 1):
-            batch = pending.result()
-            if step < num_steps:
-                pending = pool.submit(read, step)
-            if before_step:
-                state = before_step(step - 1, state)
-            state, values = step_fn(state, batch)
-            counted += 1
-            last = step == num_steps
-            checked = [before] if before else []
-            if last or step % save_every == 0:
-                checked.append((step, values))  # never save past a step that went wrong unseen
-                before = None
-            else:
-                before = (step, values)
-            for number, found in checked:
-                if not float(found.get("finite", 1.0)):
-                    skipped += 1
-                    if not skip_non_finite:
-                        raise _not_finite(name, number, found, ids_of, manager)
-            if last or step % log_every == 0:
-                figures = {key: float(value) for key, value in values.items()}
-                seconds = (time.monotonic() - since) / counted
-                figures |= _speed(seconds, tokens_per_step, flops_per_step, peak_flops)
-                if schedule is not None:
-                    figures["learning_rate"] = float(schedule(step - 1))
-                if skip_non_finite:
-                    figures["skipped"] = skipped
-                figures.pop("finite", None)
-                if log:
-                    log.figures(step, _counted(figures))
-                shown = ("loss", "tokens_per_second", "utilisation")
-                bar.set_postfix({k: f"{figures[k]:.4g}" for k in shown if k in figures})
-                since, counted = time.monotonic(), 0
-            bar.update()
-            stop = _all_stop(manager, step, stopping)
-            if last or stop or step % save_every == 0:
-                save(step)
-                since, counted = time.monotonic(), 0
-            if sample and log and sample_every and (last or step % sample_every == 0):
-                log.picture(step, sample(state))
-                since, counted = time.monotonic(), 0
-            if stop and not last:
-                checkpoint.finish(manager)
-                bar.close()
-                if first:
-                    print(f"{name}: stopped and saved at step {step}", file=sys.stderr)
-                raise SystemExit(0)
-        checkpoint.finish(manager)
-    return state
+    def __init__(self, batches: Batches, num_steps: int, sharding: Sharding | None) -> None:
+        self._batches, self._num_steps, self._sharding = batches, num_steps, sharding
+        self._pool = ThreadPoolExecutor(1)
+        self._ahead: dict[int, Future[Any]] = {}
+
+    def read(self, step: int) -> Any:
+        future = self._ahead.pop(step, None) or self._pool.submit(self._load, step)
+        if step + 1 < self._num_steps:
+            self._ahead[step + 1] = self._pool.submit(self._load, step + 1)
+        return future.result()
+
+    def _load(self, step: int) -> Any:
+        batch = self._batches(step)
+        return batch if self._sharding is None else shard_batch(batch, self._sharding)
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+
+@dataclass
+class _Finite:
+    """Whether steps were finite. A step's metrics are read while the next one runs, so that the
+    devices do not wait; `now` reads them at once, as before a save.
+    """
+
+    name: str
+    skip: bool
+    ids_of: Callable[[int], Any] | None
+    checkpoints: Checkpoints
+    skipped: int = 0
+    pending: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+
+    def check(self, step: int, values: dict[str, Any], *, now: bool) -> None:
+        """Raises FloatingPointError for a step that was not finite, unless those are skipped."""
+        self.pending.append((step, values))
+        while len(self.pending) > (0 if now else 1):
+            number, found = self.pending.pop(0)
+            if not float(found.get("finite", 1.0)):
+                self.skipped += 1
+                if not self.skip:
+                    raise self._error(number, found)
+
+    def _error(self, step: int, values: dict[str, Any]) -> FloatingPointError:
+        names = ("loss", "gradient_norm", "parameter_norm")
+        what = {name: float(values[name]) for name in names if name in values}
+        figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in what.items())
+        batch = f" on batch {self.ids_of(step - 1)}" if self.ids_of else ""
+        good = self.checkpoints.latest_step()
+        kept = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
+        return FloatingPointError(
+            f"{self.name}: not finite at step {step}{batch}: {figures}; {kept} in"
+            f" {self.checkpoints.folder}: a lower learning rate, or skipping such steps, may help"
+        )
+
+
+@dataclass
+class _Report:
+    """What is logged and shown."""
+
+    log: Log | None
+    progress: Progress
+    speed: Speed
+    schedule: optax.Schedule | None
+    watch: Callable[[TrainState, bool], Watched] | None
+
+    def stepped(self, values: dict[str, Any], *, first: bool) -> None:
+        self.progress.advance()
+        if not first:
+            self.speed.step()
+            return
+        jax.block_until_ready(values)  # its time is the compiler's, and counts for no speed
+        self.progress.compiled()
+        self.speed.restart()
+
+    def training(
+        self,
+        step: int,
+        state: TrainState,
+        values: dict[str, Any],
+        finite: _Finite,
+        *,
+        last: bool,
+    ) -> None:
+        figures = {name: float(value) for name, value in values.items() if name != "finite"}
+        figures |= self.speed.figures()
+        if self.schedule is not None:
+            figures["learning_rate"] = float(self.schedule(step - 1))
+        if finite.skip:
+            figures["skipped"] = finite.skipped
+        if self.watch:
+            watched = self.watch(state, last)
+            figures |= watched.figures
+            if watched.warning:
+                self.progress.say(watched.warning)
+        figures = _rounded(figures)
+        if self.log:
+            self.log.figures(step, figures)
+        self.progress.figures(step, figures)
+
+    def picture(
+        self, step: int, sample: Callable[[TrainState], np.ndarray], state: TrainState
+    ) -> None:
+        if self.log:
+            self.log.picture(step, sample(state))
+
+    def validation(self, step: int, figures: dict[str, float]) -> None:
+        if not math.isfinite(figures.get("loss", 0.0)):
+            self.progress.say(f"the validation loss at step {step} is not finite and is not logged")
+        if self.log and figures:
+            self.log.figures(step, {f"validation_{k}": v for k, v in _rounded(figures).items()})
 
 
 def shard_batch(batch: Any, sharding: Sharding) -> Any:
@@ -197,56 +353,56 @@ def keep_freed_memory() -> None:
         mallopt(arena_max, 1)
 
 
-def _counted(figures: dict[str, float]) -> dict[str, float]:
-    """To six digits, without those of which a batch had none."""
-    return {key: float(f"{v:.6g}") for key, v in figures.items() if not math.isnan(v)}
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    """To six digits. Without those that are not finite, such as the mean of a kind of which a batch
+    had none: they are no JSON.
+    """
+    return {key: float(f"{v:.6g}") for key, v in figures.items() if math.isfinite(v)}
 
 
-def _validation(figures: dict[str, float]) -> dict[str, float]:
-    return {f"validation_{key}": value for key, value in _counted(figures).items()}
+class _Stopping:
+    """Whether a signal has asked the run to stop."""
 
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.signal: int | None = None
+        self._checkpoints = checkpoints
 
-def _speed(seconds: float, tokens: int, flops: float, peak: float) -> dict[str, float]:
-    figures = {"step_seconds": seconds}
-    if tokens:
-        figures["tokens_per_second"] = tokens / seconds
-    if flops and peak:
-        figures["utilisation"] = flops / seconds / peak
-    return figures
+    def now(self, step: int) -> bool:
+        """Asked after each step, in every process."""
+        if jax.process_count() > 1:  # jax listens for SIGTERM, and all processes agree on a step
+            return self._checkpoints.reached_preemption(step)
+        return self.signal is not None
 
-
-def _not_finite(
-    name: str, step: int, values: dict[str, Any], ids_of: Any, manager: Any
-) -> FloatingPointError:
-    what = {key: float(values[key]) for key in ("loss", "gradient_norm") if key in values}
-    figures = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in what.items())
-    batch = f" on batch {ids_of(step - 1)}" if ids_of else ""
-    good = manager.latest_step()
-    kept = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
-    return FloatingPointError(
-        f"{name}: not finite at step {step}{batch}: {figures}; {kept} in {manager.directory}"
-    )
+    def ending(self) -> BaseException:
+        return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(0)
 
 
 @contextlib.contextmanager
-def _on_sigterm() -> Iterator[list[bool]]:
-    """A list that is not empty once SIGTERM has come. With several processes jax listens for it."""
-    came: list[bool] = []
-    if jax.process_count() > 1:
-        yield came
-        return
+def _stop_signals(name: str, checkpoints: Checkpoints) -> Iterator[_Stopping]:
+    """SIGTERM, SIGHUP and Ctrl-C end the run after the step that is being done; a second Ctrl-C
+    ends it at once.
+
+    Signals that the caller ignores (as under nohup) stay ignored, and in a thread that is not the
+    main one all are the caller's.
+    """
+    stopping = _Stopping(checkpoints)
+
+    def came(number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            if stopping.signal is not None:
+                raise KeyboardInterrupt
+            said = f"\n{name}: saves and stops after this step; Ctrl-C again stops at once\n"
+            os.write(2, said.encode())  # print may have been interrupted itself
+        stopping.signal = number
+
+    previous: dict[int, Any] = {}
     try:
-        previous = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    except ValueError:  # not the main thread: signals are the caller's
-        yield came
-        return
-    try:
-        yield came
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    with contextlib.suppress(ValueError):  # not the main thread
+                        previous[number] = signal.signal(number, came)
+        yield stopping
     finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _all_stop(manager: Any, step: int, stopping: list[bool]) -> bool:
-    if jax.process_count() > 1:
-        return bool(manager.reached_preemption(step))
-    return bool(stopping)
+        for came_before, handler in previous.items():
+            signal.signal(came_before, handler)

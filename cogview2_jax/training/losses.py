@@ -1,7 +1,8 @@
 """Losses of the networks, as pure functions of parameters and batch.
 
 Every loss and metric is a `Mean`: a sum and the weight that it is to be divided by. Sums and
-weights add up over parts of a batch, so that a batch in parts has the very loss of the whole.
+weights add up over parts of a batch, so a batch in parts has exactly the loss of the
+whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,15 +74,20 @@ def hvqvae_loss(
     perceptual: Callable[[Array, Array], Array] | None = None,
     perceptual_weight: float = 1.0,
 ) -> tuple[Mean, Metrics, Assigned]:
-    """Reconstruction and commitment loss, a mean over pictures and `strides`. The pictures are
+    """Reconstruction and commitment loss, a mean over pixels and `strides`. The pictures are
     encoded once.
+
+    Every picture counts by the sum of its pixels' `weights`, in all parts of the loss, so that the
+    losses of a batch's parts add up to the loss of the whole. With weights of 1 all are the plain
+    means of the published loss.
 
     Args:
         images: float32 [b, y, x, 3] in [0, 1].
         weights: float32 [b, y, x], how much each pixel counts.
         quantize: False lets the vectors pass unquantised, as while the encoder settles; it may be
         traced.
-        perceptual: (reconstruction, images) → scalar, added with `perceptual_weight`.
+        perceptual: (reconstruction, images) → scalar, added with `perceptual_weight`. Called for
+        each picture, as [1, y, x, 3].
 
     Returns:
         The loss, its parts "reconstruction_8", "commitment_8" and, where there is one,
@@ -90,7 +96,8 @@ def hvqvae_loss(
     model = HVQVAE(config, execution.precision)
     levels = model.apply({"params": params}, images, method="vectors")
     codebook = params["codebook"]
-    count = jnp.float32(len(images))
+    counted = jnp.mean(weights, axis=(1, 2))  # [b]
+    weight = jnp.sum(counted)
     total = jnp.zeros(())
     metrics: Metrics = {}
     assigned = []
@@ -103,18 +110,21 @@ def hvqvae_loss(
         out = model.apply({"params": params}, passed, stride, method="reconstruct")
         difference = jnp.abs(out - images)
         squares = weights[..., None] * (difference + difference**2)
-        reconstruction = jnp.mean(squares) / jnp.mean(weights)
-        commit = jnp.mean((vectors - jax.lax.stop_gradient(codes)) ** 2) * quantize
-        parts = {"reconstruction": reconstruction, "commitment": commit}
-        total += reconstruction + commitment * commit
+        errors = (vectors - jax.lax.stop_gradient(codes)) ** 2
+        parts = {
+            "reconstruction": jnp.sum(jnp.mean(squares, axis=(1, 2, 3))),
+            "commitment": jnp.sum(counted * jnp.mean(errors, axis=(1, 2, 3))) * quantize,
+        }
+        total += parts["reconstruction"] + commitment * parts["commitment"]
         if perceptual:
-            parts["perceptual"] = perceptual(out, images)
+            distances = jax.vmap(perceptual)(out[:, None], images[:, None])
+            parts["perceptual"] = jnp.sum(counted * distances)
             total += perceptual_weight * parts["perceptual"]
-        metrics |= {f"{name}_{stride}": Mean(part * count, count) for name, part in parts.items()}
+        metrics |= {f"{name}_{stride}": Mean(part, weight) for name, part in parts.items()}
         flat = jax.lax.stop_gradient(vectors).reshape(-1, config.codebook_dim)
         assigned.append(Assigned(flat, ids.reshape(-1)))
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *assigned)
-    return Mean(total / len(strides) * count, count), metrics, joined
+    return Mean(total / len(strides), weight), metrics, joined
 
 
 # --- The transformers -----------------------------------------------------------------------------
@@ -171,7 +181,7 @@ def direct_sr_loss(
     z_loss: float = 0.0,
 ) -> tuple[Mean, Metrics]:
     """−log p of the fine tokens int [b, cells], each cell counted by `weights` float32 [b,
-    cells]; "image" and "accuracy" count all cells alike.
+    cells]; "image" and "accuracy" count every cell once.
     """
     logits = direct_sr.apply(
         params,
@@ -196,7 +206,7 @@ def iterative_sr_loss(
     z_loss: float = 0.0,
 ) -> tuple[Mean, Metrics]:
     """−log p of the masked cells (bool [b, cells]), weighted; fine tokens int [b, cells] are
-    the labels. "image" and "accuracy" count all masked cells alike.
+    the labels. "image" and "accuracy" count every masked cell once.
     """
     logits = iterative_sr.apply(
         params,

@@ -1,12 +1,14 @@
-"""Figures and pictures of a training run: JSON lines, TensorBoard, and the rate to compare with."""
+"""Figures and pictures of a training run: JSON lines, TensorBoard, speed and utilisation."""
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,16 +113,93 @@ def _step_of(line: bytes) -> float:
 
 
 def matrix_rate(dtype: Any = jnp.float32) -> float:
-    """FLOP/s of a large matrix product on one device: the best of a few, measured now."""
+    """FLOP/s of a large matrix product on one device, measured now: the best of those that fit in
+    a quarter of a second, and of 8 at least.
+    """
     side = 1024 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((side, side), dtype)
     multiply = jax.jit(lambda a: a @ a)
-    times = []
-    for _ in range(8):
+    multiply(a).block_until_ready()  # compiles
+    times: list[float] = []
+    while len(times) < 8 or sum(times) < 0.25:
         begin = time.perf_counter()
         multiply(a).block_until_ready()
         times.append(time.perf_counter() - begin)
     return 2 * side**3 / min(times)
+
+
+class MatrixRate:
+    """The highest FLOP/s seen so far on all devices: what utilisation is a share of.
+
+    A large matrix product is timed when this is made and again when a figure is asked for, at most
+    once in `again_after` seconds, since another program may have used the machine the first time.
+    The run's own rate counts as well, so utilisation is never above 1; 1 says that no product was
+    seen to run faster than the training step.
+    """
+
+    def __init__(self, dtype: Any = jnp.float32, again_after: float = 60.0) -> None:
+        self._dtype, self._again_after = dtype, again_after
+        self.highest, self._measured = 0.0, -math.inf
+        self._measure()
+
+    def utilisation(self, flops_per_second: float) -> float:
+        """A rate of all devices as a share of the highest seen so far, itself included."""
+        if time.monotonic() - self._measured >= self._again_after:
+            self._measure()
+        self.highest = max(self.highest, flops_per_second)
+        return flops_per_second / self.highest
+
+    def _measure(self) -> None:
+        self.highest = max(self.highest, jax.device_count() * matrix_rate(self._dtype))
+        self._measured = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one step on all devices: tokens, and FLOPs to be compared with `matrix_rate`. 0 and None
+    where they are not known.
+    """
+
+    tokens: int = 0
+    flops: float = 0.0
+    matrix_rate: MatrixRate | None = None
+
+
+class Speed:
+    """Times steps: those that were finished since `restart`."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self.restart()
+
+    def restart(self) -> None:
+        self._since, self._counted = time.monotonic(), 0
+
+    def step(self) -> None:
+        self._counted += 1
+
+    def figures(self) -> dict[str, float]:
+        """Seconds a step, and with `Costs` tokens per second and utilisation; nothing where no
+        step was counted. The steps must be finished, not only dispatched.
+        """
+        passed = time.monotonic() - self._since
+        if not self._counted or passed <= 0:
+            return {}
+        seconds = passed / self._counted
+        figures = {"step_seconds": seconds}
+        if self._costs.tokens:
+            figures["tokens_per_second"] = self._costs.tokens / seconds
+        if self._costs.flops and self._costs.matrix_rate:
+            rate = self._costs.flops / seconds
+            figures["utilisation"] = self._costs.matrix_rate.utilisation(rate)
+        return figures
+
+
+class Watched(NamedTuple):
+    """Figures of a state, and a warning in one line or ""."""
+
+    figures: dict[str, float]
+    warning: str = ""
 
 
 def flops_per_sample(config: CogLMConfig | DirectSRConfig | IterativeSRConfig) -> float:

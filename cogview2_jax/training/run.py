@@ -12,7 +12,7 @@ import optax
 
 from cogview2_jax.sharding import Sharding
 from cogview2_jax.training import checkpoint, metrics
-from cogview2_jax.training.loop import fit, shard_batch
+from cogview2_jax.training.loop import Every, Hooks, fit, shard_batch
 from cogview2_jax.training.losses import Metrics
 from cogview2_jax.training.options import LoopOptions, Options
 from cogview2_jax.training.step import (
@@ -75,18 +75,21 @@ def run(
         folder=folder,
         name=task.name,
         settings=settings_of(task, options),
-        save_every=loop.save_every,
-        log_every=loop.log_every,
-        keep=loop.keep,
-        validate=None if validate is None else lambda state: validate(kept(state)),
-        sample=None if sample is None else lambda state: sample(kept(state)),
-        sample_every=loop.sample_every,
+        every=Every(loop.save_every, loop.log_every, loop.sample_every, loop.keep),
+        hooks=Hooks(
+            validate=None if validate is None else lambda state: validate(kept(state)),
+            sample=None if sample is None else lambda state: sample(kept(state)),
+            before_step=task.before_step,
+            watch=task.watch,
+            ids_of=task.ids_of,
+        ),
+        costs=metrics.Costs(
+            options.batch_size * task.tokens_per_sample,
+            flops,
+            metrics.MatrixRate(precision.compute) if flops else None,
+        ),
         schedule=schedule,
-        tokens_per_step=options.batch_size * task.tokens_per_sample,
-        flops_per_step=flops,
-        peak_flops=jax.device_count() * metrics.matrix_rate(precision.compute) if flops else 0.0,
-        ids_of=task.ids_of,
-        before_step=task.before_step,
+        on_stop="; with --steps {step} it writes the model as it is",
         skip_non_finite=loop.skip_non_finite,
         sharding=sharding,
     )

@@ -1,8 +1,8 @@
-"""What a training step is: the state, the optimisers, and one jitted, donated step.
+"""A training step: its state, the optimisers, and one jitted function that donates the state.
 
-The loop round it is in `fit.py`. Everything random in a step comes from the seed and the number of
-the step, and batches are a function of that number too, so a run that goes on after a kill is the
-run that was never killed.
+The loop around it is `loop.fit`. All random numbers of a step come from the seed and the number of
+the step, and batches are a function of that number too, so a run that goes on after a kill gives
+the same parameters as one that was never killed.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from cogview2_jax.training.losses import Mean, Metrics
 
 Array = jax.Array
 Params = Any
-# (parameters, batch, key) → loss, metrics, and what `revise` needs besides, or ().
+# (parameters, batch, key) → loss, metrics, and what `revise` needs, or ().
 LossFunction = Callable[[Params, Any, Array], tuple[Mean, Metrics, Any]]
 
 
@@ -27,10 +27,10 @@ LossFunction = Callable[[Params, Any, Array], tuple[Mean, Metrics, Any]]
 
 
 class TrainState(NamedTuple):
-    """What a step takes and gives back.
+    """What a step takes and returns.
 
-    `extra` holds what an objective keeps besides (statistics of a codebook, …), `average` the
-    moving average of the parameters, or ().
+    `extra` holds further state of an objective (statistics of a codebook, …), `average` the moving
+    average of the parameters; each may be ().
     """
 
     params: Params
@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
 def init_params(
     init: Callable[[Array], Params], key: Array, axes: Any, sharding: Sharding | None = None
 ) -> Params:
-    """`init(key)`, each parameter made where it is to lie: the whole never is on one device.
+    """`init(key)`, with each parameter created in its own sharding: no device ever holds all.
 
     `axes` are the names of the parameters' axes, as `coglm.parameter_axes` gives them.
     """
@@ -63,7 +63,7 @@ def init_state(
     average: bool = False,
     sharding: Sharding | None = None,
 ) -> TrainState:
-    """A state at step 0. Moments and the average lie as their parameters do."""
+    """A state at step 0. Moments and the average have the shardings of their parameters."""
 
     def build(params: Params, extra: Any) -> TrainState:
         # Copies, so that a donated state never holds one buffer twice.
@@ -84,7 +84,9 @@ def shardings_of(state: TrainState) -> TrainState:
 
 
 def state_shardings(state: TrainState, params: Params, sharding: Sharding) -> TrainState:
-    """Leaves that end in a parameter's path and have its shape lie as it does, others whole."""
+    """A leaf with a path that ends in that of a parameter of its shape gets the parameter's
+    sharding; all others are replicated.
+    """
 
     def names(path: Any) -> tuple[str, ...]:
         keys = [str(key.key) if isinstance(key, jax.tree_util.DictKey) else "" for key in path]
@@ -115,10 +117,9 @@ def adamw(
     clip: float = 1.0,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """AdamW after clipping the gradient to norm `clip`; matrices and tables alone decay.
+    """AdamW after clipping the gradient to norm `clip`; only matrices and tables decay.
 
-    The defaults are those of CogLM's predecessor (CogView's published script), whose own are not
-    known.
+    The defaults are those of CogView's published script; CogLM's own are not known.
     """
 
     def decays(params: Params) -> Params:
@@ -202,10 +203,10 @@ def make_step(
     """A jitted step that donates its state: (state, batch) → (state, metrics).
 
     Args:
-        loss_fn: is given parameters in `precision.compute` (once cast, so that a mesh gathers the
-        small ones); the state keeps them as they are, and gradients are float32 sums.
-        accumulate: parts that a batch is cut into, one after the other; the gradient is that of
-        the whole. Every array of a batch is [b, …].
+        loss_fn: gets parameters in `precision.compute`, cast before they are gathered on a mesh;
+        the state keeps them in float32, and gradients are float32 sums.
+        accumulate: number of parts that a batch is cut into, computed one after another; loss and
+        gradient are those of the whole. Every array of a batch is [b, …].
         average: decay of the moving average of the parameters, if the state has one; it begins
         lower, min(average, (1 + step) / (10 + step)).
         revise: (params, extra, aux, step, key) → (params, extra), after the gradient's step; `aux`
@@ -213,8 +214,52 @@ def make_step(
         trained: a tree of bool, which parameters get a gradient; see `freeze`.
         shardings: `shardings_of(state)`, where there is a `sharding`.
 
-    The metrics are float32 scalars: "loss", what `loss_fn` gives, "gradient_norm", and "finite", 1
-    or 0. A step whose loss or gradient is not finite changes nothing but the number of the step.
+    The metrics are float32 scalars: "loss", what `loss_fn` gives, "gradient_norm",
+    "parameter_norm" after the step, and "finite", 1 or 0: a step of which one of these three is not
+    finite changes nothing but the number of the step.
+    """
+
+    gradient = _gradient(loss_fn, precision, accumulate, trained, sharding)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, means, aux = gradient(state.params, batch, key)
+        weight = jnp.maximum(means["loss"].weight, 1e-8)
+        grads = jax.tree.map(lambda leaf: leaf / weight, grads)
+        metrics = {name: mean.value for name, mean in means.items()}
+        metrics["gradient_norm"] = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params, extra = optax.apply_updates(state.params, updates), state.extra
+        if revise is not None:
+            params, extra = revise(params, extra, aux, state.step, jax.random.fold_in(key, 2**31))
+        following = state.average
+        if average:
+            number = state.step.astype(jnp.float32)
+            decay = jnp.minimum(average, (1 + number) / (10 + number))
+            following = optax.incremental_update(params, state.average, 1 - decay)
+        # A finite gradient can still make a parameter too large, and a save would keep it so.
+        metrics["parameter_norm"] = optax.tree.norm(params)
+        norms = ("loss", "gradient_norm", "parameter_norm")
+        finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in norms])))
+        metrics["finite"] = finite.astype(jnp.float32)
+        made = TrainState(params, opt_state, extra, following, state.step)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, state)
+        return kept._replace(step=state.step + 1), metrics
+
+    # The new state is sharded as the old one.
+    out = None if shardings is None or sharding is None else (shardings, sharding.named())
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _gradient(
+    loss_fn: LossFunction,
+    precision: Precision,
+    accumulate: int,
+    trained: Params | None,
+    sharding: Sharding | None,
+) -> Callable[[Params, Any, Array], Any]:
+    """(parameters, batch, key) → the gradient of the loss's total, `Mean`s summed over the parts,
+    and what `revise` needs of each part, stacked.
     """
 
     def part(params: Params, batch: Any, key: Array) -> Any:
@@ -245,32 +290,7 @@ def make_step(
         sums, aux = jax.lax.scan(body, zeros, (jnp.arange(accumulate), parts))
         return *sums, aux
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, means, aux = whole(state.params, batch, key)
-        weight = jnp.maximum(means["loss"].weight, 1e-8)
-        grads = jax.tree.map(lambda leaf: leaf / weight, grads)
-        metrics = {name: mean.value for name, mean in means.items()}
-        metrics["gradient_norm"] = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        metrics["finite"] = finite.astype(jnp.float32)
-
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params, extra = optax.apply_updates(state.params, updates), state.extra
-        if revise is not None:
-            params, extra = revise(params, extra, aux, state.step, jax.random.fold_in(key, 2**31))
-        following = state.average
-        if average:
-            number = state.step.astype(jnp.float32)
-            decay = jnp.minimum(average, (1 + number) / (10 + number))
-            following = optax.incremental_update(params, state.average, 1 - decay)
-        made = TrainState(params, opt_state, extra, following, state.step)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, state)
-        return kept._replace(step=state.step + 1), metrics
-
-    # The new state is sharded as the old one.
-    out = None if shardings is None or sharding is None else (shardings, sharding.named())
-    return jax.jit(step, donate_argnums=0, out_shardings=out)
+    return whole
 
 
 def cast(params: Params, dtype: Any) -> Params:

@@ -51,7 +51,7 @@ class Task(NamedTuple):
         put: (bundle, trained parameters) → the bundle with them.
         sampler: prompts → a function from parameters to a picture of what they draw.
         extra, revise: as in `step.make_step`.
-        before_step: as in `loop.fit`.
+        before_step, watch: as in `loop.Hooks`.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Task(NamedTuple):
     extra: Callable[[Params], Any] = lambda params: ()
     revise: Any = None
     before_step: Callable[[int, TrainState], TrainState] | None = None
+    watch: Callable[[TrainState, bool], metrics.Watched] | None = None
 
 
 class TokenData(NamedTuple):

@@ -16,7 +16,12 @@ from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import image as image_tokenizer
 from cogview2_jax.tokenizer.clusters import cluster_codebook
 from cogview2_jax.training import checkpoint, metrics, samples
-from cogview2_jax.training.codebook import codebook_revision, init_statistics, place_codebook
+from cogview2_jax.training.codebook import (
+    codebook_revision,
+    init_statistics,
+    place_codebook,
+    watch_usage,
+)
 from cogview2_jax.training.loop import process_rows
 from cogview2_jax.training.losses import hvqvae_loss
 from cogview2_jax.training.options import Options, TokenizerOptions
@@ -99,12 +104,7 @@ def tokenizer_task(
         fresh = crops_of(seed=options.seed + 1, flip=own.mirror)
         return place_codebook(state, fresh, strides, config, options.seed)
 
-    revise = codebook_revision(
-        decay=own.decay,
-        begin=begin,
-        revive_every=10,
-        last_revival=int(0.8 * options.planned_steps),
-    )
+    revise = codebook_revision(decay=own.decay, begin=begin, revive_every=10)
     return Task(
         name="tokenizer",
         network=config,
@@ -134,6 +134,7 @@ def tokenizer_task(
         extra=lambda params: init_statistics(params["codebook"]),
         revise=None if own.keep_others else revise,
         before_step=before_step,
+        watch=None if own.keep_others else watch_usage(),
     )
 
 

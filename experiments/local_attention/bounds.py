@@ -1,4 +1,4 @@
-"""How fast local attention could be on this device: counted work over measured rates."""
+"""Lower bounds for the time of local attention: counted work over measured rates."""
 
 import time
 from collections.abc import Callable
@@ -26,11 +26,11 @@ class Rates:
 
 
 class Floors(NamedTuple):
-    """Seconds below which no implementation can go; nothing is counted for exponentials or for
-    masked keys, so the products' is out of reach."""
+    """Seconds that every implementation needs at least. Exponentials and masked keys are not
+    counted, so no implementation reaches the products' floor."""
 
     traffic: float  # each array touched once
-    products: float  # of visible pairs alone
+    products: float  # of visible pairs only
 
 
 def measure_rates(dtype: str) -> Rates:
@@ -47,7 +47,7 @@ def measure_rates(dtype: str) -> Rates:
 
 
 def visible_keys(grid: tuple[int, int], window: Window) -> int:
-    """Pairs of query and key in its window and in the grid; for windows that are not causal."""
+    """Pairs of a query and a key in its window and in the grid, for windows that are not causal."""
     pairs = 1
     for side, radius in zip(grid, window.radius, strict=True):
         parent, last = np.arange(side) // window.ratio, side // window.ratio - 1

@@ -2,9 +2,10 @@
 
     python -m experiments.local_attention.compile_gate [--grids 60 64] [--dtype float32] [--dim 128]
 
-Prints a line a kernel: launch, registers and shared memory, bytes of registers spilled to memory,
-instructions in all and in the longest loop, and how many programs fit on one multiprocessor.
-Exits with 1 if a kernel spills. See README.md for what to install and what was seen.
+Prints a line for each kernel: launch, registers, shared memory, bytes of registers spilled to
+memory, instructions in total and in the longest loop, and how many programs fit on one
+multiprocessor. Exits with 1 if a kernel spills. README.md has the packages to install and the
+results.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from pallas_kernels.local_attention.window import Window
 
 DEVICE = "NVIDIA H200"
 WINDOWS = [Window(9, 5), Window(9, 9), Window(5, 5, ratio=3)]
-# What XLA must know of the device that is not there.
+# What XLA needs to know about the GPU.
 TARGET = f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -46,7 +47,7 @@ gpu_device_info {{
 platform_name: "CUDA"
 device_description_str: "{DEVICE}"
 """
-# XLA runs the first ptxas on the path. This one keeps what the real one says and makes.
+# XLA runs the first ptxas on the path. This one keeps the real one's messages and results.
 _SHIM = """
 import pathlib, shutil, subprocess, sys, tempfile
 compiles = "-o" in sys.argv
@@ -78,7 +79,7 @@ class Kernel:
     @property
     def resident(self) -> int:
         """Programs that fit on one multiprocessor at once."""
-        # Registers are handed out by 8 a thread, and 1 KB of shared memory is the system's.
+        # A thread gets registers in steps of 8, and the system takes 1 KB of shared memory.
         registers = 65536 // (-(-self.registers // 8) * 8 * self.threads)
         return min(registers, 2048 // self.threads, 233472 // (self.shared + 1024), 32)
 
@@ -113,15 +114,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def missing_packages() -> str | None:
-    """One line on what to install, if the compiler is not all there."""
+    """One line on what to install if a part of the compiler is missing."""
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    if any(importlib.util.find_spec(name) for name in plugins) and _tool("ptxas"):
+    if any(importlib.util.find_spec(name) for name in plugins) and find_tool("ptxas"):
         return None
     return "the CUDA compiler is missing: pip install '.[compile-gate]'"
 
 
-def _tool(name: str) -> str | None:
-    """A CUDA program, from a pip package if there is one, else from the path."""
+def find_tool(name: str) -> str | None:
+    """The path of a CUDA program: from a pip package if possible, else from PATH."""
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for found in sorted(Path(folder).glob(f"*/bin/{name}")):
@@ -131,18 +132,18 @@ def _tool(name: str) -> str | None:
 
 @contextlib.contextmanager
 def toolchain() -> Iterator[Path]:
-    """Points XLA at a ptxas that keeps its results in the folder yielded.
+    """Makes XLA use a ptxas that keeps its results in the yielded folder.
 
-    To be entered once, before anything is compiled in this process; the process keeps its settings.
+    Enter it once, before this process compiles anything. The process keeps these settings.
     """
-    ptxas = _tool("ptxas")
+    ptxas = find_tool("ptxas")
     with tempfile.TemporaryDirectory() as folder:
         kept, dump, shim = Path(folder, "kept"), Path(folder, "dump"), Path(folder, "bin", "ptxas")
         for path in (kept, dump, shim.parent):
             path.mkdir()
         script = shim.with_suffix(".py")
         script.write_text(_SHIM.format(ptxas=ptxas, kept=str(kept)))
-        # Not a `#!` of Python itself, whose path may hold a space.
+        # Not `#!` with Python's path, which may contain a space.
         command = shlex.join([sys.executable, "-IS", str(script)])
         shim.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         shim.chmod(0o755)
@@ -155,7 +156,7 @@ def toolchain() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def lowering_for_gpu() -> Iterator[None]:
-    """Lowering inside is for an H200 that need not be there."""
+    """Lowers for an H200, also without one."""
     if not hasattr(jax.sharding, "AbstractDevice"):  # jax 0.10 does not ask for the device
         yield
         return
@@ -186,7 +187,7 @@ def attention_and_gradients(
 def compile_kernels(
     shape: tuple[int, ...], window: Window, dtype: str, blocks: BlockSizes, folder: Path
 ) -> list[Kernel]:
-    """Compiles forward and backward for queries of a shape, and reads off what came out."""
+    """Compiles forward and backward for queries of a shape, and reads what the kernels need."""
     from jax.experimental import topologies
 
     for path in ("kept", "dump"):
@@ -223,7 +224,7 @@ def _read(folder: Path) -> list[Kernel]:
         name = re.search(r"entry function 'local_attention_(\w+)'", text)
         registers = re.search(r"Used (\d+) registers", text)
         if not name or not registers:
-            continue  # one of XLA's own
+            continue  # a kernel of XLA
         x, y, z, threads, shared = launches[name[1]]
         kernels.append(
             Kernel(
@@ -238,13 +239,13 @@ def _read(folder: Path) -> list[Kernel]:
         )
     if len(kernels) != 3:
         names = ", ".join(kernel.name for kernel in kernels) or "none"
-        raise RuntimeError(f"XLA was to compile three kernels with our ptxas, there came: {names}")
+        raise RuntimeError(f"XLA must compile three kernels with our ptxas, but compiled: {names}")
     return sorted(kernels, key=lambda kernel: ("forward", "dq", "dkv").index(kernel.name))
 
 
 def _count_instructions(cubin: Path) -> tuple[int, int]:
     """Machine instructions in a cubin, and in its longest innermost loop; zeros if unknown."""
-    nvdisasm = _tool("nvdisasm")
+    nvdisasm = find_tool("nvdisasm")
     if nvdisasm is None:
         return 0, 0
     done = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True)
@@ -258,7 +259,8 @@ def _count_instructions(cubin: Path) -> tuple[int, int]:
         elif instruction and instruction[1] != "NOP":
             total += 1
             back = re.search(r"\bBRA .*`\(\.(L_x_\d+)\)", instruction[1])
-            if back and labels.get(back[1], total) < total - 1:  # code ends in a jump to itself
+            # Each program ends in a jump to itself, which is no loop.
+            if back and labels.get(back[1], total) < total - 1:
                 loops.append(total - labels[back[1]])
     return total, max(loops)
 

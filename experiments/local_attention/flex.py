@@ -23,13 +23,13 @@ def obstacle() -> str | None:
 def compile_flex(inputs: Inputs, window: Window, direction: str) -> Program:
     """The same attention of the same arrays, with the window as a block mask built beforehand.
 
-    Its arrays are [b, h, cells, d], as PyTorch's attention likes them best. Calls are dispatched
-    one by one by Python, which may be what is timed where they take less than about 0.1 ms.
+    Its arrays are [b, h, cells, d], PyTorch's fastest layout. Python dispatches the calls one by
+    one, so times below about 0.1 ms may be those of the dispatch.
     """
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # Every shape is compiled for itself; past a few recompilations PyTorch gives up on that.
+    # PyTorch compiles each shape separately and stops doing so after a few recompilations.
     torch._dynamo.reset()
     _, y, x, _, _ = inputs[0].shape
     q, k, v, dout = (_to_torch(a) for a in inputs)
@@ -85,7 +85,7 @@ def _to_torch(array: jax.Array) -> Any:
     import torch
 
     b, y, x, h, d = array.shape
-    # NumPy has no bfloat16 that PyTorch knows.
+    # PyTorch cannot read NumPy's bfloat16.
     host = torch.from_numpy(np.array(array.astype(jnp.float32))).reshape(b, y * x, h, d)
     return host.to("cuda", getattr(torch, str(array.dtype))).transpose(1, 2).contiguous()
 

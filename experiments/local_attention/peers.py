@@ -1,4 +1,4 @@
-"""What local attention is measured against; each computes the same numbers another way.
+"""What local attention is measured against: other ways to compute it, and global attention.
 
 All take q [b, y, x, h, d], k and v [b, key y, key x, h, d] and return [b, y, x, h, d].
 """
@@ -35,10 +35,7 @@ def dense_masked(q: jax.Array, k: jax.Array, v: jax.Array, *, window: Window) ->
 
 
 def naive_global(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The whole grid, with all scores written out: other numbers, the usual price.
-
-    They are in the inputs' dtype, as in the plainest code and the cheapest.
-    """
+    """Attention to the whole grid, with all scores written to memory in the inputs' dtype."""
     q1, k1, v1 = map(_in_a_row, (q, k, v))
     scores = jnp.einsum("bshd,bthd->bhst", q1, k1) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(scores, axis=-1)
@@ -46,7 +43,7 @@ def naive_global(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def cudnn_global(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The whole grid with the fastest that jax offers: cuDNN's fused kernels, on NVIDIA GPUs."""
+    """Attention to the whole grid by cuDNN's fused kernels, jax's fastest, on NVIDIA GPUs."""
     q1, k1, v1 = map(_in_a_row, (q, k, v))
     return jax.nn.dot_product_attention(q1, k1, v1, implementation="cudnn").reshape(q.shape)
 

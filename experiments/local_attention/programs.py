@@ -1,4 +1,4 @@
-"""What is timed: compiled programs, each checked against the others, then run in turn."""
+"""What is timed: compiled programs, checked against each other, then run in turn."""
 
 import math
 import time
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.local_attention.window import Window
 
-# A call of a GPU program takes the host some tens of microseconds, as long as the fastest kernels
-# run. So a program to be timed there attends several times, until it keeps the GPU busy this long.
+# The host needs some tens of microseconds to call a GPU program, as long as the fastest kernels
+# take. So a program timed there attends several times, until it keeps the GPU busy this long.
 _BUSY_SECONDS = 4e-4
 _MOST_APPLICATIONS = 8
 Inputs = tuple[jax.Array, ...]
@@ -23,8 +23,8 @@ Name = TypeVar("Name")
 class Program:
     """`run(n)` calls the program n times and waits; a call attends `applications` times.
 
-    `outputs` are those of one application. `temporary` counts the bytes that one needs beside its
-    inputs and outputs.
+    `outputs` are those of one application, and `temporary` are its bytes apart from inputs and
+    outputs.
     """
 
     run: Callable[[int], None]
@@ -36,7 +36,7 @@ class Program:
 def draw(
     grid: tuple[int, int], window: Window, *, batch: int, heads: int, dim: int, dtype: str
 ) -> Inputs:
-    """q, k, v and the output's cotangent: random, as zeros and ones can run faster."""
+    """q, k, v and the output's cotangent: random, because zeros and ones can run faster."""
     key_grid = grid[0] // window.ratio, grid[1] // window.ratio
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(batch, *g, heads, dim) for g in (grid, key_grid, key_grid, grid)]
@@ -48,7 +48,7 @@ def draw(
 
 
 def with_gradients(attend: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """(q, k, v, dout) to the attention's value and its gradients by q, k and v."""
+    """From (q, k, v, dout) to the output and the gradients by q, k and v."""
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, dout: jax.Array) -> Any:
         out, pull = jax.vjp(attend, q, k, v)
@@ -58,15 +58,15 @@ def with_gradients(attend: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def copies(inputs: Inputs, number: int) -> list[Inputs]:
-    """The inputs and copies of them, `number` in all."""
+    """The inputs and their copies, `number` in total."""
     return [inputs, *(tuple(a.copy() for a in inputs) for _ in range(number - 1))]
 
 
 def compile_jax(function: Callable[..., Any], sets: list[Inputs]) -> Program:
     """One program that applies the function to each of several sets of inputs.
 
-    The compiler cannot know that they are copies, so it leaves no application out; and together
-    they are larger than a GPU's cache, which one set may not be.
+    The compiler cannot see that they are copies, so it leaves no application out. Together they are
+    larger than a GPU's cache, while one set may not be.
     """
 
     def everything(*sets: Inputs) -> list[Any]:
@@ -75,7 +75,9 @@ def compile_jax(function: Callable[..., Any], sets: list[Inputs]) -> Program:
     compiled = jax.jit(everything).lower(*sets).compile()
     analysis = compiled.memory_analysis()
     if analysis is None:
-        raise RuntimeError(f"{jax.default_backend()} does not tell how much memory a program needs")
+        raise RuntimeError(
+            f"{jax.default_backend()} does not report how much memory a program needs"
+        )
 
     def run(calls: int) -> None:
         jax.block_until_ready([compiled(*sets) for _ in range(calls)])
@@ -87,7 +89,7 @@ def compile_jax(function: Callable[..., Any], sets: list[Inputs]) -> Program:
 
 
 def busy_applications(program: Program) -> int:
-    """How many applications a program is to hold so that its launches are not what is timed."""
+    """How many applications a program needs so that its time is not that of its launch."""
     if jax.default_backend() == "cpu":
         return 1
     program.run(1)
@@ -98,7 +100,7 @@ def busy_applications(program: Program) -> int:
 
 
 def largest_error(got: list[jax.Array], expected: list[jax.Array]) -> float:
-    """Of all arrays, each by its largest expected number where that is over 1."""
+    """The largest error of all arrays, relative to the array's largest number if that is over 1."""
 
     @jax.jit
     def error(a: jax.Array, e: jax.Array) -> jax.Array:
@@ -109,7 +111,7 @@ def largest_error(got: list[jax.Array], expected: list[jax.Array]) -> float:
 
 
 def tolerance(dtype: str) -> float:
-    """The largest error allowed between two that compute the same."""
+    """The largest error allowed between two implementations."""
     if dtype != "float32":
         return 3e-2
     # XLA multiplies float32 in TF32 on a GPU.
@@ -119,13 +121,13 @@ def tolerance(dtype: str) -> float:
 def time_in_turn(
     programs: dict[Name, Program], repeats: int
 ) -> tuple[dict[Name, list[float]], dict[Name, list[float]]]:
-    """Seconds by the clock and of all threads, an application; in turn, to share the weather."""
+    """Seconds an application, by the clock and of all threads; in turn, so all share the load."""
     calls = {}
     for name, program in programs.items():
         program.run(1)
         start = time.perf_counter()
         program.run(1)
-        # Some milliseconds of calls that do not wait for each other.
+        # Some milliseconds of calls, none of which waits for the one before.
         calls[name] = max(1, min(50, int(5e-3 / (time.perf_counter() - start))))
     wall: dict[Name, list[float]] = {name: [] for name in programs}
     cpu: dict[Name, list[float]] = {name: [] for name in programs}

@@ -20,7 +20,7 @@ class Setting:
     dim: int
     dtype: str
     repeats: int
-    memory_limit: float  # bytes that an implementation may need beside its inputs and outputs
+    memory_limit: float  # bytes an implementation may need, apart from inputs and outputs
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Result:
     direction: str
     batch: int
     implementation: str
-    applications: int  # in one call; times are of one
+    applications: int  # in one call; the times are those of one
     median_ms: float
     fastest_ms: float
-    cpu_ms: float  # of all threads, median: hardly moves when others use the machine
+    cpu_ms: float  # of all threads, median: hardly depends on what else the machine does
     temporary_mb: float
     traffic_ms: float  # each array touched once, at the measured copy rate
-    bound_ms: float  # the larger of that and the visible products at the measured matrix rate
+    bound_ms: float  # the larger of traffic_ms and visible products at the measured matrix rate
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ HEADER = (
 
 
 def table(results: list[Result]) -> str:
-    """The ratios are of the fastest calls, which others on the machine disturb least."""
+    """Ratios are between the fastest calls, which other work on the machine disturbs least."""
     first = results[0]
     return "\n".join(
         f"{r.grid:>3}x{r.grid:<3} {r.window:>9} {r.direction:<17}{r.batch:>5} "
@@ -86,7 +86,7 @@ def table(results: list[Result]) -> str:
 
 
 def verdicts(results: list[Result], flat_grids: list[int]) -> list[Verdict]:
-    """The promised ratios, as far as this run has their cases; all 9x9.
+    """The promised ratios for which this run has the cases; all 9x9.
 
     With the kernels they are those for an H200 with 48 heads of 64 in bfloat16, else a CPU's.
     """
@@ -98,7 +98,7 @@ def _of_kernels(results: list[Result], flat_grids: list[int]) -> list[Verdict]:
     rows = [r for r in results if r.window == "9x9"]
     found = []
     for direction, naive_times, floors in (("forward", 40, 2), ("forward+backward", 25, 3)):
-        # A grid may come again with a larger batch: the first is meant.
+        # A grid may occur again with a larger batch: the first one counts.
         at_64 = [r for r in rows if (r.grid, r.direction) == (64, direction)]
         of = {r.implementation: r for r in reversed(at_64)}
         case = f"64x64, 9x9, {direction}"
@@ -156,7 +156,7 @@ def record(
     absent: dict[str, str],
     verdicts: list[Verdict],
 ) -> dict[str, Any]:
-    """All that was measured, and why what was not was not."""
+    """All measurements, and the reasons for those that are missing."""
     return {
         "device": device_name(),
         "jax": jax.__version__,
@@ -187,7 +187,7 @@ def write_plot(path: Path, setting: Setting, results: list[Result]) -> None:
         print("no plot: matplotlib is not installed")
 
 
-# One look an implementation, whatever else is in the plot; dashed where another may lie below.
+# Each implementation has one colour in every plot; dashed lines may cover another.
 _LOOKS = {
     "pallas_triton": ("C3", "o-"),
     "xla": ("C0", "o-"),
@@ -230,7 +230,7 @@ def plot(results: list[Result], title: str, path: Path) -> bool:
             sides, times, memory = zip(*mine, strict=True)
             colour, line = _LOOKS[name]
             above.plot(sides, times, line, color=colour, label=name.replace("_", " "))
-            # Nothing has no logarithm.
+            # The axis is logarithmic, so zero cannot be drawn.
             below.plot(sides, [max(m, 0.01) for m in memory], line, color=colour)
         floor = sorted({(r.grid, r.bound_ms) for r in shown})
         if floor:

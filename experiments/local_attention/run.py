@@ -1,9 +1,9 @@
-"""How fast is local attention on this device, beside what one would write instead?
+"""How fast is local attention on this device, compared with the usual alternatives?
 
     python -m experiments.local_attention.run [--quick | --acceptance] [--out DIR]
 
 Prints a table; --out also writes results.json and plot.png there, or acceptance.json. Exits with 1
-if something failed or computed something else, and with --acceptance if a verdict does not hold.
+if an implementation failed or disagreed, and with --acceptance if a verdict does not hold.
 See README.md for what to expect.
 """
 
@@ -37,17 +37,17 @@ from experiments.local_attention.programs import (
 from experiments.local_attention.report import Result, Setting
 from pallas_kernels import local_attention_2d
 from pallas_kernels.local_attention import pallas_triton
+from pallas_kernels.local_attention.devices import compute_capability
 from pallas_kernels.local_attention.window import Window
 
 DIRECTIONS = ("forward", "forward+backward")
 WINDOWS = [Window(9, 9), Window(5, 5), Window(9, 5), Window(11, 11), Window(5, 5, ratio=3)]
 GRIDS = [32, 48, 60, 64, 96, 128]
-# At one batch entry a grid of 32x32 has too few tiles for a GPU of 132 multiprocessors. Time a
-# token is compared on batches that hold as many cells as the largest grid; 60x60 is not among
-# them, as tiles stick out of it.
+# One 32x32 grid has too few tiles for a GPU of 132 multiprocessors. Time a token is compared on
+# batches with as many cells as the largest grid. 60x60 is left out because tiles stick out of it.
 FLAT_GRIDS = [32, 48, 64, 96, 128]
 KERNEL, XLA, FLEX = "pallas_triton", "xla", "flex_attention"
-GLOBAL = ("naive_global", "cudnn_global")  # no window: they compute something else
+GLOBAL = ("naive_global", "cudnn_global")  # no window: other numbers
 CPU_PEERS = ("gather", "dense", "naive_global")
 
 
@@ -75,11 +75,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--memory-limit-gb",
         type=float,
-        help="leave out what needs more beside its inputs and outputs; 2 on a CPU, else 80 %% of "
+        help="leave out what needs more, apart from inputs and outputs; 2 on a CPU, else 80 %% of "
         "the device's memory",
     )
     parser.add_argument(
-        "--minutes", type=float, help="begin no case later; 9 on a GPU, else no limit"
+        "--minutes", type=float, help="start no case later; 9 on a GPU, else no limit"
     )
     arguments = parser.parse_args(argv)
 
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         planned = cases(arguments.grids or GRIDS, WINDOWS, present, setting.batch)
         if KERNEL in present and not arguments.grids:
-            # What the verdicts need comes first, should the time run out.
+            # The verdicts' cases come first, in case the time runs out.
             planned = list(dict.fromkeys(needed + planned))
     results: list[Result] = []
     skipped: list[str] = []
@@ -153,7 +153,7 @@ def cases(
     planned = []
     for window in windows:
         for grid in grids:
-            # PyTorch takes long to compile: other windows than the first are enough at one grid.
+            # PyTorch compiles slowly: it gets windows after the first on one grid only.
             leave_out = {FLEX} if window != windows[0] and grid != 64 else set()
             some = tuple(name for name in names if name not in leave_out)
             for direction in DIRECTIONS:
@@ -170,7 +170,7 @@ def acceptance_cases(names: tuple[str, ...], batch: int) -> list[Case]:
     for direction in DIRECTIONS:
         for grid in FLAT_GRIDS:
             full = math.ceil(max(FLAT_GRIDS) ** 2 / grid**2)
-            if full != batch:  # else it is among the others
+            if full != batch:  # else it is one of the cases above or below
                 planned.append(Case(grid, window, direction, full, (KERNEL, XLA)))
             elif grid != 64:
                 planned.append(Case(grid, window, direction, full, names))
@@ -178,7 +178,7 @@ def acceptance_cases(names: tuple[str, ...], batch: int) -> list[Case]:
 
 
 def default_memory_limit() -> float:
-    """Bytes: 2 GiB on a CPU, which others may use; else most of what jax has of the device."""
+    """Bytes: 2 GiB on a CPU, which may be shared; else most of what jax has of the device."""
     statistics_ = jax.devices()[0].memory_stats() or {}
     of_device = statistics_.get("bytes_limit")
     return 0.8 * of_device if of_device and jax.default_backend() != "cpu" else 2.0 * 2**30
@@ -188,7 +188,7 @@ def obstacles(setting: Setting) -> dict[str, str]:
     """Implementations that cannot run here, with the reason."""
     device = jax.devices()[0]
     found = {KERNEL: pallas_triton.obstacle(device, setting.dim), FLEX: flex.obstacle()}
-    if pallas_triton.compute_capability(device) is None:
+    if compute_capability(device) is None:
         found["cudnn_global"] = "it needs an NVIDIA GPU"
     elif setting.dtype not in ("bfloat16", "float16"):
         found["cudnn_global"] = f"it takes bfloat16 and float16, not {setting.dtype}"
@@ -200,14 +200,15 @@ def measure(
 ) -> list[Result]:
     """Every implementation compiled, checked against the XLA form, then timed in turn.
 
-    What needs too much memory is told in `skipped`; what raises or is wrong, in `failed`.
+    Implementations that need too much memory are listed in `skipped`, and those that raise or
+    disagree in `failed`.
     """
     grid = case.grid, case.grid
     sizes = {"batch": case.batch, "heads": setting.heads, "dim": setting.dim}
     inputs = draw(grid, case.window, **sizes, dtype=setting.dtype)
     affordable = []
     for name in case.names:
-        # Counted first: the compiler itself would need a mask of that size.
+        # Counted before compiling: the compiler itself would need a mask of that size.
         needed = least_temporaries(name, case, setting)
         if needed <= setting.memory_limit:
             affordable.append(name)
@@ -217,10 +218,10 @@ def measure(
     def prepare(name: str) -> Program | Exception:
         try:
             return compile_one(name, case, inputs)
-        except Exception as error:  # whatever a peer's compiler raises, the others are measured
+        except Exception as error:  # of any kind: the other implementations are still measured
             return error
 
-    # jax's compilers run at once, but on a CPU, where each has threads of its own.
+    # jax compiles in parallel, except on a CPU, where one compilation already uses many threads.
     by_jax = [name for name in affordable if name != FLEX]
     workers = 1 if jax.default_backend() == "cpu" else len(by_jax)
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -228,7 +229,7 @@ def measure(
     prepared.update({name: prepare(name) for name in affordable if name not in by_jax})
     programs: dict[str, Program] = {}
     expected = None
-    # The XLA form first: the others are held to it.
+    # The XLA form first: the others are compared with it.
     for name in sorted(prepared, key=lambda name: name != XLA):
         program = prepared[name]
         where = f"{name} on {describe(case)}"
@@ -243,7 +244,7 @@ def measure(
                 got = program.outputs()
                 expected = expected or got
                 error = largest_error(got, expected)
-                # Nobody is timed for another function; and nan is not within the tolerance.
+                # What disagrees is not timed. Written so that nan disagrees.
                 if not error <= tolerance(setting.dtype):
                     failed.append(f"{where}: off by {error:.1e}")
                     continue
@@ -251,7 +252,7 @@ def measure(
             if applications > 1:
                 sets = copies(needed_of(inputs, case), applications)
                 longer = compile_jax(function_of(name, case), sets)
-                # One application's memory is what counts.
+                # The memory reported is that of one application.
                 program = Program(longer.run, longer.outputs, applications, program.temporary)
             programs[name] = program
         except Exception as error:
@@ -292,7 +293,7 @@ def compile_one(name: str, case: Case, inputs: Inputs) -> Program:
 
 
 def function_of(name: str, case: Case) -> Callable[..., jax.Array]:
-    """The attention alone, or with its gradients by all three inputs."""
+    """The attention, or the attention with its gradients by all three inputs."""
     window = case.window
     by_name: dict[str, Callable[..., jax.Array]] = {
         KERNEL: _ours(KERNEL, window),
@@ -312,12 +313,12 @@ def _ours(implementation: str, window: Window) -> Callable[..., jax.Array]:
 
 
 def needed_of(inputs: Inputs, case: Case) -> Inputs:
-    """Without the cotangent where there is no backward pass."""
+    """The inputs, without the cotangent where there is no backward pass."""
     return inputs[:3] if case.direction == "forward" else inputs
 
 
 def least_temporaries(name: str, case: Case, setting: Setting) -> float:
-    """Bytes that a peer certainly writes: scores and weights, or the windows of keys and values."""
+    """Bytes that a peer writes at least: scores and weights, or the windows of keys and values."""
     cells, itemsize = case.grid**2, jnp.dtype(setting.dtype).itemsize
     queries = case.batch * setting.heads * cells
     if name in ("dense", "naive_global"):

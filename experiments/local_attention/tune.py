@@ -1,4 +1,4 @@
-"""Which block sizes are fastest on this GPU? Tries many, and writes the best where they are used.
+"""Which block sizes are fastest on this GPU? Tries many and writes the best to the kernels' table.
 
     python -m experiments.local_attention.tune [--dtype bfloat16] [--dim 64 128] [--minutes 9]
 
@@ -7,7 +7,8 @@ three kernels: compiles every candidate, discards those that fail or disagree wi
 times the rest in turn, and prints them. The best become an entry for this kind of device in
 `pallas_kernels/local_attention/tuned.json`, which is read at import; nothing is tuned in a call.
 
-Needs an NVIDIA GPU. `--interpret` goes the same way anywhere, on tiny grids, and writes nothing.
+Needs an NVIDIA GPU. `--interpret` runs the same steps on any device, on tiny grids, and writes
+nothing.
 """
 
 import argparse
@@ -42,13 +43,13 @@ from pallas_kernels.local_attention.window import Window
 
 KERNELS = ("forward", "dq", "dkv")
 TILES = [(4, 4), (4, 8), (8, 8), (8, 16), (16, 8), (16, 16)]
-# So many applications a call: the fastest kernel then takes longer than its launch.
+# Applications in a call: enough for the fastest kernel to take longer than its launch.
 _APPLICATIONS = 6
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What one entry of the table is for, and the call that it is tuned on."""
+    """What one entry of the table is for, and the call it is tuned on."""
 
     dtype: str
     dim: int
@@ -72,7 +73,7 @@ class Kind:
 class Trial:
     launch: Launch
     microseconds: float | None  # of the fastest repeat
-    refused: str = ""  # why there is no time
+    refused: str = ""  # why it was not timed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,14 +81,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--dim", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=9, help="begin no kind of call later")
+    parser.add_argument("--minutes", type=float, default=9, help="start no kind of call later")
     parser.add_argument("--out", type=Path, default=blocks.TUNED, help="the table to update")
-    parser.add_argument("--interpret", action="store_true", help="try the way, write nothing")
+    parser.add_argument(
+        "--interpret", action="store_true", help="try the steps anywhere, write nothing"
+    )
     arguments = parser.parse_args(argv)
     obstacles = [pallas_triton.obstacle(jax.devices()[0], dim) for dim in arguments.dim]
     obstacle = next(filter(None, obstacles), None)
     if obstacle and not arguments.interpret:
-        print(f"tuning: {obstacle}; --interpret tries the way without one", file=sys.stderr)
+        print(f"tuning: {obstacle}; --interpret tries the steps without one", file=sys.stderr)
         return 2
 
     device = blocks.INTERPRETER if arguments.interpret else jax.devices()[0].device_kind
@@ -125,14 +128,14 @@ def main(argv: list[str] | None = None) -> int:
         entry = kind.entry(device, BlockSizes(**best))
         print(f"best: {as_json(entry)}")
         if not arguments.interpret:
-            # At once: should this be ended early, what was found is there.
+            # At once: if this is ended early, the entries found so far are kept.
             write_entry(arguments.out, entry)
             print(f"wrote {arguments.out}")
     return 0
 
 
 def kinds(dtypes: list[str], dims: list[int], interpret: bool) -> list[Kind]:
-    """The published shapes: 48 heads of 64, or as many numbers in heads of another size."""
+    """The published shapes: 48 heads of 64, or the same width in heads of another size."""
     if interpret:
         return [Kind(dtype, dim, Window(3, 3, ratio=2), 8, 1) for dtype in dtypes for dim in dims]
     return [
@@ -144,7 +147,7 @@ def kinds(dtypes: list[str], dims: list[int], interpret: bool) -> list[Kind]:
 
 
 def candidates(kernel: str, dim: int, interpret: bool) -> list[Launch]:
-    """Launches whose scores and sums take a sensible share of a thread's 255 registers."""
+    """Launches with 16 to 128 scores and sums a thread, of its 255 registers."""
     if interpret:
         return [Launch(tile, 16, num_warps=4, num_stages=2) for tile in ((4, 4), (4, 8))]
     sums = 2 if kernel == "dkv" else 1
@@ -159,7 +162,7 @@ def candidates(kernel: str, dim: int, interpret: bool) -> list[Launch]:
 
 
 def data(kind: Kind) -> tuple[dict[str, Inputs], dict[str, Inputs]]:
-    """Each kernel's inputs, and the outputs expected of it from the XLA form."""
+    """Each kernel's inputs, and its outputs by the XLA form."""
     q, k, v, dout = draw(
         (kind.grid, kind.grid),
         kind.window,
@@ -185,7 +188,7 @@ def data(kind: Kind) -> tuple[dict[str, Inputs], dict[str, Inputs]]:
 
 
 def function_of(kernel: str, kind: Kind, launch: Launch, interpret: bool) -> Callable[..., Any]:
-    """One kernel alone, with a launch."""
+    """One kernel with a launch."""
     by_name: dict[str, Callable[..., Any]] = {
         "forward": pallas_triton.forward,
         "dq": pallas_triton.query_gradient,
@@ -204,15 +207,15 @@ def try_all(
     allowed: float,
     repeats: int,
 ) -> list[Trial]:
-    """The fastest first, and those that fail or are off by more than allowed last."""
+    """The fastest first; last those that fail or have a larger error than allowed."""
 
     def prepare(function: Callable[..., Any]) -> Program | str:
         try:
             program = compile_jax(function, sets)
             error = largest_error(program.outputs(), expected)
-        except Exception as problem:  # whatever the compiler raises, the others are tried
+        except Exception as problem:  # of any kind: the others are still tried
             return report.first_line(problem)
-        # Nan is not within it either.
+        # Written so that nan is refused.
         return program if error <= allowed else f"off by {error:.1e}"
 
     with ThreadPoolExecutor(1 if jax.default_backend() == "cpu" else 8) as pool:
@@ -239,7 +242,7 @@ def table(kernel: str, trials: list[Trial], used: Launch) -> str:
 
 
 def as_json(entry: Entry) -> str:
-    """As `blocks.read_entries` reads it; a ratio of null is any."""
+    """As `blocks.read_entries` reads it; a ratio of null fits any."""
     fields = entry._asdict()
     launches = asdict(fields.pop("blocks"))
     ratio = None if math.isinf(entry.ratio) else entry.ratio
@@ -247,7 +250,7 @@ def as_json(entry: Entry) -> str:
 
 
 def write_entry(path: Path, entry: Entry) -> None:
-    """Into the table, in place of an entry for the same kind if there is one."""
+    """Adds an entry to the table, in place of one for the same kind."""
     others = [old for old in blocks.read_entries(path) if old[:4] != entry[:4]]
     lines = ",\n".join(as_json(e) for e in blocks.ordered([*others, entry]))
     path.write_text(f"[\n{lines}\n]\n")

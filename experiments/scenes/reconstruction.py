@@ -14,6 +14,7 @@ import click
 import numpy as np
 
 import cogview2_jax
+from cogview2_jax.bundle import Bundle
 from cogview2_jax.data import scenes
 from cogview2_jax.pipeline import cogview
 from cogview2_jax.tokenizer.image import to_pixels, to_tokens
@@ -24,7 +25,7 @@ ATTRIBUTES = ("shape", "colour", "size", "fill")
 BATCH = 8
 
 
-def through_tokenizer(bundle: cogview2_jax.Bundle, pictures: np.ndarray) -> np.ndarray:
+def through_tokenizer(bundle: Bundle, pictures: np.ndarray) -> np.ndarray:
     """Pictures uint8 [b, y, x, 3] → ids → pictures of the same shape."""
     grid = (pictures.shape[1] // cogview.STRIDE, pictures.shape[2] // cogview.STRIDE)
     config, params = bundle.tokenizer_config, bundle.tokenizer

@@ -1,8 +1,8 @@
-"""How the GPU kernels are cut into blocks: one table, by device, dtype, head dim and ratio.
+"""Block sizes of the GPU kernels: one table, by device, dtype, head dim and ratio.
 
-Nothing is tuned at import or in a call. Entries measured on a device lie in `tuned.json`, which
-`experiments/local_attention/tune.py` writes; those below were chosen by what
-`experiments/local_attention/compile_gate.py` says the compiler makes of them.
+Nothing is tuned at import or in a call. `experiments/local_attention/tune.py` measures entries on a
+device and writes them to `tuned.json`. The entries below were chosen by the register and
+instruction counts of `experiments/local_attention/compile_gate.py`.
 """
 
 import json
@@ -21,9 +21,9 @@ TUNED = Path(__file__).with_name("tuned.json")
 class Launch:
     """How one kernel runs.
 
-    `tile` is the cells (rows, columns) that a program owns and `block` the cells of the other grid
-    that it meets a step, both a power of two of at least 16 cells, else ValueError; `num_warps`
-    is its size in 32 threads, and `num_stages` the steps in flight.
+    A program owns `tile` cells (rows, columns) and loads `block` cells of the other grid a step.
+    It has `num_warps` warps of 32 threads and pipelines `num_stages` steps. Raises ValueError
+    unless tile and block each hold a power of two of at least 16 cells.
     """
 
     tile: tuple[int, int]
@@ -39,7 +39,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """The three kernels': forward, dq (by tiles of queries), dkv (by tiles of keys)."""
+    """Launches of the three kernels: forward, dq (tiles of queries), dkv (tiles of keys)."""
 
     forward: Launch
     dq: Launch
@@ -47,15 +47,17 @@ class BlockSizes:
 
 
 class Entry(NamedTuple):
-    device: str  # how the device's kind begins; "" for any
-    itemsize: int  # the largest, in bytes
-    dim: int  # the largest
-    ratio: float  # the largest, of the query grid to the key grid
+    """Block sizes for calls up to a size."""
+
+    device: str  # a prefix of the device kind; "" fits any
+    itemsize: int  # at most so many bytes a number
+    dim: int  # at most this head dim
+    ratio: float  # at most this ratio of the query grid to the key grid
     blocks: BlockSizes
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """Entries as `tune.py` writes them; a ratio of null is any."""
+    """Entries as `tune.py` writes them; a ratio of null fits any."""
 
     def launch(fields: dict[str, Any]) -> Launch:
         return Launch(**{**fields, "tile": tuple(fields["tile"])})
@@ -78,13 +80,13 @@ def _same(launch: Launch) -> BlockSizes:
 
 _WIDE = Launch((8, 8), 64, num_warps=4, num_stages=2)
 _NARROW = Launch((8, 8), 32, num_warps=4, num_stages=2)
-# A key of a coarser grid is seen by ratio² times as many queries: with large tiles of keys most of
-# what a program meets is hidden, and there are too few programs.
+# ratio² times as many queries see a key of a coarser grid. With large tiles of keys, most of a
+# program's pairs are hidden, and there are too few programs.
 _FEW_KEYS = Launch((4, 4), 32, num_warps=2, num_stages=2)
 _MANY_WARPS = Launch((8, 8), 32, num_warps=8, num_stages=2)
-# Small, so that small test cases have many tiles and steps.
+# Small, so that small test cases have several tiles and steps.
 _INTERPRETED = _same(Launch((4, 4), 16, num_warps=4, num_stages=2))
-_UNTUNED = [
+UNTUNED = [
     Entry("", 2, 64, 1, BlockSizes(forward=_WIDE, dq=_NARROW, dkv=_NARROW)),
     Entry("", 2, 64, math.inf, BlockSizes(forward=_WIDE, dq=_NARROW, dkv=_FEW_KEYS)),
     Entry("", 2, 128, 1, BlockSizes(forward=_NARROW, dq=_NARROW, dkv=_MANY_WARPS)),
@@ -96,20 +98,22 @@ _UNTUNED = [
 
 
 def ordered(entries: list[Entry]) -> list[Entry]:
-    """The narrowest kind first, and a device's own before those for any device."""
+    """Sorted: the smallest limits first, and a device's own entries before those for any device."""
     return sorted(entries, key=lambda e: (e.itemsize, e.dim, e.ratio, e.device == ""))
 
 
-_TABLE = ordered(read_entries(TUNED) + _UNTUNED)
+TABLE = ordered(read_entries(TUNED) + UNTUNED)
 
 
-def block_sizes(device_kind: str, dtype: jnp.dtype, dim: int, ratio: int) -> BlockSizes:
-    """The first entry of the table that fits; entries with no device's name fit any device.
+def block_sizes(
+    device_kind: str, dtype: jnp.dtype, dim: int, ratio: int, table: list[Entry] = TABLE
+) -> BlockSizes:
+    """The first entry of the table that fits.
 
-    `device_kind` is as jax.Device has it, or INTERPRETER. Raises ValueError for a dim over 128.
+    `device_kind` is `jax.Device.device_kind`, or INTERPRETER. Raises ValueError for a dim over 128.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    for entry in _TABLE:
+    for entry in table:
         fits = itemsize <= entry.itemsize and dim <= entry.dim and ratio <= entry.ratio
         if fits and device_kind.startswith(entry.device):
             return _INTERPRETED if device_kind == INTERPRETER else entry.blocks

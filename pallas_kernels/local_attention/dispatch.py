@@ -2,12 +2,15 @@
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.local_attention import pallas_triton, reference, xla
+from pallas_kernels.local_attention.acceptance import Kind, Record, is_accepted, shipped_records
+from pallas_kernels.local_attention.devices import default_device
 from pallas_kernels.local_attention.window import Window
 
 # Every implementation has one signature: (q, k, v, *, window: Window, scale) -> (out, lse).
@@ -17,9 +20,6 @@ _IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "pallas_triton": pallas_triton.local_attention,
     "pallas_triton_interpret": functools.partial(pallas_triton.local_attention, interpret=True),
 }
-# What "auto" takes the kernels on: the compute capability that they are compiled for, without
-# spills, by experiments/local_attention/compile_gate.py.
-_PALLAS_TRITON_CAPABILITIES = ((9, 0),)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -30,38 +30,43 @@ def local_attention_2d(
     *,
     window: tuple[int, int],
     causal: bool = False,
-    scale: float | None = None,
+    scale: float | jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Attention of every cell of a grid to the keys in a window round it.
+    """Attention of each query to the keys in a window of the grid, centred on the query.
 
-    q is [b, y, x, h, d]; k and v are [b, key y, key x, h, d], on the same grid or on one coarser
-    by a whole ratio, the same along both axes. `window` is (rows, columns) of key cells, both odd,
-    centred on the query's parent cell; cells out of the grid are not counted. `causal` keeps the
-    first floor(rows * columns / 2) + 1 cells of the window in raster order and needs equal grids.
-    Scores are multiplied by `scale`, 1 / sqrt(d) by default.
+    q is [b, y, x, h, d]; k and v are [b, key y, key x, h, d], on the same grid or on one that is
+    coarser by a whole ratio, the same along both axes. `window` is (rows, columns) of key cells,
+    both odd, centred on the query's parent cell; cells outside the grid are left out. `causal`
+    keeps the first floor(rows * columns / 2) + 1 cells of the window in raster order and needs
+    equal grids. Scores are multiplied by `scale`, 1 / sqrt(d) by default. A scale may be a traced
+    array [], also a learned one.
 
     `implementation` is one of
 
     - "xla": tiles with a halo, any device;
     - "pallas_triton": fused kernels, on NVIDIA GPUs of compute capability 8.0 or more and for
       head dims up to 128;
-    - "pallas_triton_interpret": their code run op by op on any device, slowly, for tests;
+    - "pallas_triton_interpret": the kernels' code run op by op on any device, slowly, for tests;
     - "reference": dense, for tests;
-    - "auto": "pallas_triton" where the default device (`jax.default_device`, else the first of
-      the default backend) has compute capability 9.0 and the head dim is at most 128, else "xla".
+    - "auto": "pallas_triton" where `accepted.json` in this folder has a record that, on the kind
+      of device used (`jax.default_device`, else the first of the default backend), the kernels
+      agree with "xla" and are faster for this dtype, this head dim, and keys on the same or on a
+      coarser grid; else "xla". No GPU has been measured yet, so today "auto" is always "xla".
 
-    A named implementation is never replaced by another.
+    A named implementation is never replaced by another. All work under jit, vmap, grad, jvp,
+    linearize, checkpoint and shard_map. The kernels have no second-order derivatives; in forward
+    mode (jvp) the XLA form computes their tangents.
 
     Returns [b, y, x, h, d] in the inputs' dtype (float32, bfloat16 or float16). Sums are float32.
-    Products of float32 inputs are exact in the kernels; in the others they follow
+    The kernels multiply float32 inputs exactly; the others follow
     `jax.default_matmul_precision`, which on a GPU means TF32 unless raised.
     Raises ValueError, in one line, for wrong ranks or shapes, even windows, indivisible grids,
-    mixed or unsupported dtypes, a causal window on a coarser grid, implementations that do not
-    exist, and a named one that cannot serve this call.
+    mixed or unsupported dtypes, a causal window on a coarser grid, a scale that is not one real
+    number, implementations that do not exist, and a named one that cannot serve this call.
 
-    CogView2, arXiv 2204.14217, section 3.3 and Image-Local-Attention. There, cells out of the grid
-    score -10000 before the softmax, which float32 cannot tell from not counting them.
+    CogView2, arXiv 2204.14217, section 3.3 and Image-Local-Attention. There, cells outside the grid
+    score -10000 before the softmax, which in float32 equals leaving them out.
     """
     return local_attention_2d_with_lse(
         q, k, v, window=window, causal=causal, scale=scale, implementation=implementation
@@ -75,42 +80,47 @@ def local_attention_2d_with_lse(
     *,
     window: tuple[int, int],
     causal: bool = False,
-    scale: float | None = None,
+    scale: float | jax.Array | None = None,
     implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-    """As `local_attention_2d`, with the log-sum-exp of the scaled scores, [b, h, y, x] float32.
+    """`local_attention_2d`'s output and the log-sum-exp of the scaled scores, [b, h, y, x] float32.
 
-    The pair is a part for `merge_attention`. Gradients flow through both.
+    The pair is a part for `merge_attention`. Both are differentiable.
     """
     geometry = _check(q, k, v, window, causal)
-    attend = _IMPLEMENTATIONS[_choose(implementation, q.shape[-1])]
-    return attend(q, k, v, window=geometry, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    checked_scale = _check_scale(scale, q.shape[-1])
+    name = choose(implementation, q.dtype, q.shape[-1], geometry.ratio, default_device())
+    return _IMPLEMENTATIONS[name](q, k, v, window=geometry, scale=checked_scale)
 
 
-def _choose(implementation: str, dim: int) -> str:
-    """The implementation for a head dim on the default device, or a ValueError."""
+def choose(
+    implementation: str,
+    dtype: jnp.dtype,
+    dim: int,
+    ratio: int,
+    device: jax.Device,
+    records: Iterable[Record] | None = None,
+) -> str:
+    """The implementation that serves a call on a device, or a ValueError.
+
+    `records` tells "auto" what was measured; None is what ships with the package.
+    """
     if implementation == "auto":
-        device = _default_device()
-        if pallas_triton.compute_capability(device) not in _PALLAS_TRITON_CAPABILITIES:
-            return "xla"
-        return "xla" if pallas_triton.obstacle(device, dim) else "pallas_triton"
+        kind = Kind(device.device_kind, jnp.dtype(dtype).name, dim, coarse_keys=ratio > 1)
+        measured = shipped_records() if records is None else records
+        fits = is_accepted(kind, measured) and not pallas_triton.obstacle(device, dim)
+        return "pallas_triton" if fits else "xla"
     if implementation not in _IMPLEMENTATIONS:
         names = ", ".join(repr(name) for name in ("auto", *sorted(_IMPLEMENTATIONS)))
         raise ValueError(f"implementation={implementation!r} does not exist; there are {names}")
     obstacle = None
     if implementation == "pallas_triton":
-        obstacle = pallas_triton.obstacle(_default_device(), dim)
+        obstacle = pallas_triton.obstacle(device, dim)
     elif implementation == "pallas_triton_interpret":
         obstacle = pallas_triton.obstacle(None, dim)
     if obstacle:
         raise ValueError(f"implementation={implementation!r} cannot serve this call: {obstacle}")
     return implementation
-
-
-def _default_device() -> jax.Device:
-    """The device that jax computes on where nothing else is asked for."""
-    default = getattr(jax.config, "jax_default_device", None)  # a device, a platform or None
-    return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 
 def _check(
@@ -143,3 +153,13 @@ def _check(
     except (TypeError, ValueError):
         raise ValueError(f"window must be (rows, columns), two integers, got {window!r}") from None
     return Window(rows, columns, causal=causal, ratio=ratio)
+
+
+def _check_scale(scale: Any, dim: int) -> float | jax.Array:
+    """A float, constant in the program, or a float32 array [], or a ValueError."""
+    if scale is None:
+        return float(dim**-0.5)
+    dtype, shape = jnp.result_type(scale), jnp.shape(scale)
+    if shape or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise ValueError(f"scale must be one real number, got {dtype} of shape {shape}")
+    return scale.astype(jnp.float32) if isinstance(scale, jax.Array) else float(scale)

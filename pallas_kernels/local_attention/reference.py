@@ -1,4 +1,4 @@
-"""Local attention written densely and obviously: the oracle every implementation is held to."""
+"""Local attention in its simplest form: every implementation is tested against it."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from pallas_kernels.local_attention.window import Window
 
 
 def local_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, window: Window, scale: float
+    q: jax.Array, k: jax.Array, v: jax.Array, *, window: Window, scale: float | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Masked softmax over the whole key grid; memory grows with the square of the grid.
 

@@ -1,7 +1,7 @@
-"""Which keys a query sees: the window's geometry as pure index arithmetic, without jax.
+"""Which keys a query sees: the window's geometry as index arithmetic, without jax.
 
-Cells are (row, column) pairs. Keys lie on the query grid or on one coarser by a whole `ratio`; a
-query at (y, x) has its window centred on its parent cell (y // ratio, x // ratio) of the key grid.
+Cells are (row, column) pairs. The key grid is the query grid, or coarser by a whole `ratio`. The
+window of the query (y, x) is centred on its parent cell (y // ratio, x // ratio) of the key grid.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Window:
-    """A window of `rows` x `columns` key cells round the parent cell of each query.
+    """A window of `rows` x `columns` key cells around the parent cell of each query.
 
     `causal` keeps the first floor(rows * columns / 2) + 1 cells of the window in raster order, so
-    the query's own cell is the last one seen (the half window of Image-Local-Attention's masked
-    form). Raises ValueError for even or non-positive sides, and for a causal window on a coarser
-    key grid, where a parent cell holds later queries too.
+    the query's own cell is the last one seen (the masked form of Image-Local-Attention). Raises
+    ValueError for even or non-positive sides, and for a causal window on a coarser key grid, where
+    a parent cell covers later queries too.
     """
 
     rows: int
@@ -45,21 +45,21 @@ class Window:
 
     @property
     def sight(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Cells before and after its parent that a query sees: of rows, then of columns.
+        """(before, after): how many cells a query sees on each side of its parent, by axis.
 
-        A causal window looks at no later row. Reflected (after, before), this is which parents
-        see a key.
+        A causal window sees no later row. Swapped to (after, before), it is how many parents see a
+        key.
         """
         row_radius, column_radius = self.radius
         return (row_radius, 0 if self.causal else row_radius), (column_radius, column_radius)
 
     @property
     def num_keys(self) -> int:
-        """Keys a query sees when none is out of the grid."""
+        """Keys that a query sees when its window is inside the grid."""
         return self.rows * self.columns // 2 + 1 if self.causal else self.rows * self.columns
 
     def contains(self, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
-        """Whether offsets (key cell - parent cell) lie in the window; broadcasts, returns bool."""
+        """Whether offsets (key cell - parent cell) are in the window; broadcasts, returns bool."""
         row_radius, column_radius = self.radius
         inside = (np.abs(dy) <= row_radius) & (np.abs(dx) <= column_radius)
         if self.causal:

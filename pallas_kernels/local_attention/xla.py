@@ -1,9 +1,9 @@
-"""Local attention as matrix products over tiles of queries and the halo of keys round each.
+"""Local attention as matrix products over tiles of queries and the halo of keys around each.
 
-The grid is cut into tiles; the keys that a tile's queries see are one rectangle (the tile's parent
-cells and a halo), and the tile's scores are one product of its queries with that rectangle. Keys
-are copied once per tile, not once per query, and no score is computed between far cells. Nothing
-but jnp, so it runs on any device and differentiates, vmaps and shards over batch and heads.
+The queries of a tile see one rectangle of keys: their parent cells and a halo. A tile's scores are
+one product of its queries with that rectangle. So keys are copied once per tile, not once per
+query, and distant cells have no scores. It is written in jnp, so it runs on any device, and jax
+differentiates, maps and shards it.
 """
 
 from functools import lru_cache
@@ -14,8 +14,8 @@ import numpy as np
 
 from pallas_kernels.local_attention.window import Window
 
-# Added to the scores of keys out of sight. Their weight underflows to exactly zero, and, unlike
-# -inf, a padded query that sees nothing at all needs no guard against nan before it is cut away.
+# Added to the scores of hidden keys: their weight underflows to exactly zero. With -inf, a padding
+# query, which sees no key, would need a guard against nan.
 _MASKED = -1e30
 
 # The cost of one key copied into a tile, in scores: see `choose_tile`.
@@ -29,7 +29,7 @@ def local_attention(
     v: jax.Array,
     *,
     window: Window,
-    scale: float,
+    scale: float | jax.Array,
     tile: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Tiled local attention; `tile` is (rows, columns) of queries, chosen by `choose_tile` if None.
@@ -49,8 +49,8 @@ def local_attention(
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, i * ty - y), (0, j * tx - x), (0, 0)))
     queries = jnp.einsum("bhiyjxd->bhijyxd", queries.reshape(b, h, i, ty, j, tx, d))
     queries = queries.reshape(b, h, i, j, ty * tx, d)
-    # Keys lie d-major within a tile: both products are then plain row-major ones, which the CPU
-    # compiler of jax 0.10 runs five times faster than a product with a transposed right side.
+    # Keys are d-major within a tile: then both products are row-major, which the CPU compiler of
+    # jax 0.10 runs five times faster than a product with a transposed right side.
     keys = jnp.einsum("bhiyjxd->bhijdyx", _tiles_with_halo(k, window, (ty, tx), (i, j)))
     keys = keys.reshape(b, h, i, j, d, -1)
     values = jnp.einsum("bhiyjxd->bhijyxd", _tiles_with_halo(v, window, (ty, tx), (i, j)))
@@ -63,7 +63,7 @@ def local_attention(
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     total = weights.sum(axis=-1, keepdims=True)
-    # Dividing after the product touches d numbers a query rather than one a key.
+    # Dividing after the product costs d divisions a query instead of one for each key.
     out = jnp.einsum("bhijst,bhijtd->bhijsd", weights, values) / total
     lse = largest + jnp.log(total)
 
@@ -76,13 +76,13 @@ def local_attention(
 
 @lru_cache(maxsize=256)
 def choose_tile(grid: tuple[int, int], window: Window) -> tuple[int, int]:
-    """The tile (rows, columns) of least estimated cost, sides multiples of the window's ratio.
+    """The tile (rows, columns) of least estimated cost; its sides are multiples of the ratio.
 
-    Large tiles compute scores that the window masks, small ones copy each key into many tiles. The
-    estimate is queries (padding included) * keys in reach * (1 + 64 / queries in a tile): a score
-    costs 1, and a copied key, with its value and their way back in the gradient, 64. On a 2-core
-    CPU this ordered the shapes tried, from 4x4 to 24x24, as the clock did; near the
-    optimum (6x6 to 10x10 for a 9x9 window) both are flat.
+    Large tiles compute scores that the window masks; small ones copy each key into many tiles. The
+    estimate is queries (with padding) * keys in reach * (1 + 64 / queries in a tile): a score costs
+    1, and a copied key, with its value and both gradients, 64. On a 2-core CPU the estimate ranked
+    the shapes tried, from 4x4 to 24x24, as their measured times did. Near the optimum (6x6 to 10x10
+    for a 9x9 window) both are flat.
     """
     ratio = window.ratio
     sides = [range(ratio, max(ratio, min(_LONGEST_SIDE, n + ratio - 1)) + 1, ratio) for n in grid]
@@ -101,7 +101,7 @@ def _tiles_with_halo(
 
     [b, key y, key x, h, d] to float32 [b, h, i, reach rows, j, reach columns, d].
     """
-    # Overlapping tiles are summed in the gradient: that too is to be in float32.
+    # The gradient sums overlapping tiles; this makes it do so in float32.
     keys = jnp.einsum("byxhd->bhyxd", keys.astype(jnp.float32))
     reach = window.reach(tile)
     for axis, n in ((0, 2), (1, 4)):
@@ -115,8 +115,8 @@ def _overlapping_blocks(
 ) -> jax.Array:
     """Replaces one axis by (count, length): blocks that start at n * side - radius.
 
-    Each block is put together from whole and partial cuts of length `side`, so that the number of
-    slices (and of additions in the gradient) follows from the halo and not from the grid.
+    Each block is a concatenation of cuts of length `side`, so the number of slices (and of
+    additions in the gradient) depends on the halo and not on the grid.
     """
     cuts = -(-length // side)
     lengths = [(0, 0)] * a.ndim
@@ -135,7 +135,7 @@ def _masks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What to add to the scores: float32 [s, t] for the window, [i, j, 1, t] for the grid's border.
 
-    Kept apart because together they would be as large as the scores of one head.
+    They are separate because their sum would be as large as the scores of one head.
     """
     seen = window.tile_mask(tile).reshape(tile[0] * tile[1], -1)
     inside = []

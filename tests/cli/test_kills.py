@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -63,6 +64,23 @@ def whole(start, tmp_path_factory):
     return whole
 
 
+@pytest.fixture(scope="module")
+def begun(start, tmp_path_factory):
+    """(folder, number of processes) → that folder as of a run that was killed after it saved."""
+    made = {}
+
+    def begun(out, processes):
+        if processes not in made:
+            made[processes] = tmp_path_factory.mktemp("begun") / "run"
+            with ending(start(made[processes], "--save-every", 4, processes=processes)) as running:
+                running[0].wait_until(lambda: committed(made[processes]))
+                for process in running:
+                    process.kill()
+        shutil.copytree(made[processes], out)
+
+    return begun
+
+
 def train_on(start, out, step, **options):
     """To the end, from where it should go on."""
     with ending(start(out, "--save-every", STEPS, **options)) as running:
@@ -77,8 +95,15 @@ def went_on_from(process):
     return int(said[1]) if said else 0
 
 
+def last_line(process):
+    """Of one that was refused, or that gave up."""
+    assert process.finish() == 2, process.err()
+    assert "Traceback" not in process.err()
+    return process.err().splitlines()[-1]
+
+
 def stepped(process):
-    return "loss=" in process.err()
+    return "first step done" in process.err()
 
 
 def committed(out):
@@ -111,9 +136,11 @@ def assert_equal(out, other):
 
 
 def test_twenty_kills_lose_nothing(start, whole, tmp_path):
-    """Killed while it starts, in steps and in saves, at random moments."""
+    """Killed while it starts, in steps and in saves, at random moments, and once started twice; in
+    a folder with a name of which every other character means something to a program.
+    """
     rng = random.Random(7)
-    out = tmp_path / "run"
+    out = tmp_path / "run [v2] *?#100%"
     known = cut_short = 0
     for number in range(20):
         with ending(start(out, "--save-every", 2)) as (process,):
@@ -125,6 +152,9 @@ def test_twenty_kills_lose_nothing(start, whole, tmp_path):
             else:
                 process.wait_until(lambda p=process, k=known: committed(out) > k)
                 process.wait_until(lambda: unfinished(out))
+            if number == 4:
+                with ending(start(out)) as (second,):
+                    assert f" is in use by another run (process {process.pid} " in last_line(second)
             assert process.running(), process.err()
             process.kill()
         if stepped(process):
@@ -134,7 +164,7 @@ def test_twenty_kills_lose_nothing(start, whole, tmp_path):
         cut_short += bool(unfinished(out))
     assert known and cut_short
     train_on(start, out, known)
-    assert_equal(out, whole())
+    assert_equal(out.rename(tmp_path / "plain"), whole())
 
 
 def test_sigterm_to_one_process_saves_in_all(start, whole, tmp_path):
@@ -149,7 +179,7 @@ def test_sigterm_to_one_process_saves_in_all(start, whole, tmp_path):
             assert went_on_from(running[0]) == step
         assert step < committed(out) < STEPS // 2
         step = committed(out)
-        assert f"CogLM: stopped and saved at step {step}\n" in running[0].err()
+        assert f"CogLM: stopped and saved at step {step} of {STEPS // 2}: " in running[0].err()
     train_on(start, out, step, processes=2)
     assert_equal(out, whole(2))
 
@@ -182,22 +212,13 @@ def test_an_error_of_one_process_ends_the_other(start, tmp_path):
         assert "Traceback" not in running[0].err()
 
 
-def last_line(process):
-    assert process.finish() == 2, process.err()
-    assert "Traceback" not in process.err()
-    return process.err().splitlines()[-1]
-
-
 @pytest.mark.parametrize(("processes", "limited"), [(1, [0]), (2, [0, 1]), (2, [0]), (2, [1])])
-def test_a_checkpoint_that_cannot_be_written(processes, limited, start, whole, tmp_path):
+def test_a_checkpoint_that_cannot_be_written(processes, limited, start, begun, whole, tmp_path):
     """Its files may be at most 30,000 bytes, and sooner or later one is larger: the checkpoint
     before it stays. Processes that could write theirs do not wait for those that could not.
     """
     out = tmp_path / "run"
-    with ending(start(out, "--save-every", 4, processes=processes)) as running:
-        running[0].wait_until(lambda: committed(out))
-        for process in running:
-            process.kill()
+    begun(out, processes)
     step = committed(out)
     options = {"processes": processes, "largest_file": 30_000, "limited": limited}
     with ending(start(out, "--save-every", 4, **options)) as running:

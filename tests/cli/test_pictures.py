@@ -13,6 +13,7 @@ import cogview2_jax
 from cogview2_jax import bundle as bundles
 from cogview2_jax import cli
 from cogview2_jax.cli import common, sheets
+from cogview2_jax.pipeline.cogview import CogView
 
 PROMPT, OTHER = "a red circle above a striped blue square", "左边的绿色星形"
 
@@ -121,13 +122,13 @@ def test_captions_of_many_pictures(run, tiny_folder, wide, tmp_path):
 def test_pictures_are_opened_one_at_a_time(run, tiny_folder, wide, tmp_path, monkeypatch):
     """The second picture comes into being when the first is captioned."""
     late = tmp_path / "late.png"
-    caption = cogview2_jax.CogView.caption
+    caption = CogView.caption
 
     def caption_and_write(cv, *arguments, **options):
         late.write_bytes(wide.read_bytes())
         return caption(cv, *arguments, **options)
 
-    monkeypatch.setattr(cogview2_jax.CogView, "caption", caption_and_write)
+    monkeypatch.setattr(CogView, "caption", caption_and_write)
     code, out, _ = run("caption", wide, late, "--bundle", tiny_folder)
     assert code == 0 and len(out.splitlines()) == 2
 

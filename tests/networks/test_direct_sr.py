@@ -4,18 +4,17 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cogview2_jax.config import (
     CogLMConfig,
     DirectSRConfig,
-    Precision,
     TransformerConfig,
     Vocabulary,
 )
 from cogview2_jax.networks import coglm, direct_sr, inputs
+from cogview2_jax.sharding import Execution
 from pallas_kernels.local_attention.window import Window
 from tests.common import (
     TOLERANCE,
@@ -23,6 +22,7 @@ from tests.common import (
     assert_gradients_reach_every_parameter,
     assert_rows_do_not_depend_on_their_batch,
     parameter_count,
+    quick_jit,
     random_params,
 )
 
@@ -49,41 +49,29 @@ def params():
     return random_params(direct_sr.init_params, SMALL)
 
 
-def shardings_of(texts, coarse, config=SMALL):
+def inputs_of(texts, coarse, config=SMALL):
     text, is_text = inputs.left_padded(texts, config.text_slots, config.coglm.vocabulary)
     return inputs.direct_super_resolution(text, is_text, coarse, config)
 
 
-apply = jax.jit(direct_sr.apply, static_argnames=("config", "precision"))
+_apply = jax.jit(direct_sr.apply, static_argnames=("config", "execution"))
 
 
-def logits_of(params, layout, config=SMALL, precision=Precision()):
-    tokens, positions, mask, _ = layout
-    return apply(params, tokens, positions, mask, config=config, precision=precision)
-
-
-def gradients_by_cell(params, layout, config):
-    """|∂ reading of fine cell i / ∂ position embedding j|, for the first and the fine table."""
-    direction = jax.random.normal(jax.random.key(2), (config.coglm.vocabulary.num_image,))
-    names = ("position_embeddings", "extra_position_embeddings")
-
-    @jax.jit
-    def run(tables):
-        def readings(tables):
-            logits = direct_sr.apply(
-                params | tables, layout.tokens, layout.positions, layout.mask, config=config
-            )
-            return logits[0] @ direction
-
-        return {name: jnp.abs(part).max(-1) for name, part in jax.jacrev(readings)(tables).items()}
-
-    found = run({name: params[name] for name in names})
-    return (np.asarray(found[name]) for name in names)
+def logits_of(params, network_input, config=SMALL, execution=Execution()):
+    return _apply(params, network_input, config=config, execution=execution)
 
 
 def test_a_fine_cell_sees_its_two_windows_in_one_layer(params):
-    layout = shardings_of([TEXT], COARSE[:1])
-    prefix, fine = gradients_by_cell(params, layout, SMALL)
+    """By gradient: each cell has its own row of a position table, so the tables stand for cells."""
+    network_input = inputs_of([TEXT], COARSE[:1])
+    direction = jax.random.normal(jax.random.key(2), (SMALL.coglm.vocabulary.num_image,))
+
+    def readings(tables):
+        return direct_sr.apply(params | tables, network_input, config=SMALL)[0] @ direction
+
+    names = ("position_embeddings", "extra_position_embeddings")
+    jacobian = quick_jit(jax.jacrev(readings))({name: params[name] for name in names})
+    prefix, fine = (np.abs(jacobian[name]).max(-1) for name in names)
     (rows, columns), coarse = SMALL.grid, SMALL.coglm
     near = Window(*SMALL.window).dense_mask((rows, columns))
     np.testing.assert_array_equal(fine > 0, near.reshape(rows * columns, -1))
@@ -94,55 +82,55 @@ def test_a_fine_cell_sees_its_two_windows_in_one_layer(params):
     assert not prefix[:, :begin].any()  # no word is a fine cell's key
 
 
-def test_words_reach_the_fine_cells_in_two_layers(params):
-    config = dataclasses.replace(
-        SMALL,
-        coglm=dataclasses.replace(
-            SMALL.coglm, transformer=TransformerConfig(num_layers=2, hidden_size=32, num_heads=2)
-        ),
-    )
-    deeper = random_params(direct_sr.init_params, config)
-    prefix, _ = gradients_by_cell(deeper, shardings_of([TEXT], COARSE[:1]), config)
-    assert (prefix[:, : len(TEXT)] > 0).all()
+@pytest.fixture(scope="module")
+def of_two_layers():
+    """Two layers: what the last one makes of the prefix goes nowhere."""
+    sizes = TransformerConfig(num_layers=2, hidden_size=32, num_heads=2)
+    config = dataclasses.replace(SMALL, coglm=dataclasses.replace(SMALL.coglm, transformer=sizes))
+    return config, random_params(direct_sr.init_params, config)
+
+
+@pytest.mark.parametrize("changed", range(len(TEXT)))
+def test_a_word_reaches_the_fine_cells_in_the_second_layer(of_two_layers, changed):
+    config, params = of_two_layers
+    other = [60 if place == changed else word for place, word in enumerate(TEXT)]
+    network_input = inputs_of([TEXT, other], COARSE[:1].repeat(2, 0), config)
+    first, second = logits_of(params, network_input, config)
+    assert (np.abs(second - first).max(-1) > 1e-4).all()
+    # The first layer alone: no difference.
+    layers = jax.tree.map(lambda leaf: leaf[:1], params["layers"])
+    first, second = logits_of(params | {"layers": layers}, network_input)
+    np.testing.assert_array_equal(second, first)
 
 
 def test_pads_change_nothing(params):
-    expected = logits_of(params, shardings_of([TEXT] * 2, COARSE))
+    expected = logits_of(params, inputs_of([TEXT] * 2, COARSE))
     wider = dataclasses.replace(SMALL, text_slots=9)
-    ours = logits_of(params, shardings_of([TEXT] * 2, COARSE, wider), wider)
+    ours = logits_of(params, inputs_of([TEXT] * 2, COARSE, wider), wider)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_a_row_does_not_depend_on_its_batch(params):
-    layout = shardings_of([TEXT, TEXT[:1]], COARSE)
-    assert_rows_do_not_depend_on_their_batch(functools.partial(logits_of, params), layout)
+    network_input = inputs_of([TEXT, TEXT[:1]], COARSE)
+    assert_rows_do_not_depend_on_their_batch(functools.partial(logits_of, params), network_input)
 
 
 def test_bfloat16_is_close_to_float32(params):
-    layout = shardings_of([TEXT] * 2, COARSE)
+    network_input = inputs_of([TEXT] * 2, COARSE)
     assert_bfloat16_is_close_to_float32(
-        lambda params, precision: logits_of(params, layout, precision=precision), params
+        lambda params, execution: logits_of(params, network_input, execution=execution), params
     )
 
 
-def test_gradients_reach_every_parameter_and_are_finite(params):
-    # What the last layer makes of the prefix goes nowhere, hence two layers.
-    config = dataclasses.replace(
-        SMALL,
-        coglm=dataclasses.replace(
-            SMALL.coglm, transformer=TransformerConfig(num_layers=2, hidden_size=32, num_heads=2)
-        ),
-    )
-    deeper = random_params(direct_sr.init_params, config)
-    layout = shardings_of([TEXT] * 2, COARSE)
+def test_gradients_reach_every_parameter_and_are_finite(of_two_layers):
+    config, params = of_two_layers
+    network_input = inputs_of([TEXT] * 2, COARSE)
 
     def loss(params):
-        logits = direct_sr.apply(
-            params, layout.tokens, layout.positions, layout.mask, config=config
-        )
+        logits = direct_sr.apply(params, network_input, config=config)
         return (jax.nn.log_softmax(logits) ** 2).mean()
 
-    assert_gradients_reach_every_parameter(loss, deeper)
+    assert_gradients_reach_every_parameter(loss, params)
 
 
 def test_a_start_from_coglm_copies_attention_and_tiles_positions():

@@ -1,4 +1,4 @@
-"""Every layout, position and mask against the recorded ones, and what those do not show."""
+"""Tokens, positions and masks of every task: the recorded ones, and what those do not show."""
 
 import dataclasses
 from functools import partial
@@ -39,17 +39,17 @@ def test_text_to_image_matches_the_recorded():
     config = config_of(golden)
     tokens = golden["t2i_tokens"]
     end = int(np.argmax(tokens[0] == config.vocabulary.start_of_image))
-    layout = inputs.text_to_image(
+    made = inputs.text_to_image(
         tokens[:, :end], all_true(tokens[:, :end]), tokens[:, end + 1 :], config
     )
-    np.testing.assert_array_equal(layout.tokens, tokens)
+    np.testing.assert_array_equal(made.tokens, tokens)
     np.testing.assert_array_equal(
-        layout.positions, np.broadcast_to(golden["t2i_position_ids"], tokens.shape)
+        made.positions, np.broadcast_to(golden["t2i_position_ids"], tokens.shape)
     )
     np.testing.assert_array_equal(
-        layout.mask, np.broadcast_to(golden["t2i_mask"], (len(tokens), *golden["t2i_mask"].shape))
+        made.mask, np.broadcast_to(golden["t2i_mask"], (len(tokens), *golden["t2i_mask"].shape))
     )
-    bias = inputs.text_key_bias(layout.is_text, float(golden["t2i_attn_plus"]))
+    bias = inputs.text_key_bias(made.is_text, float(golden["t2i_attn_plus"]))
     np.testing.assert_array_equal(bias[0, :end], golden["t2i_attn_plus"])
     assert not bias[0, end:].any()
 
@@ -69,17 +69,7 @@ def test_padding_changes_nothing_but_the_slots(pad):
     assert padded.mask.any(-1).all()  # no row is without a key
 
 
-def test_the_decoders_row_is_the_masks_row():
-    text, is_text = inputs.right_padded([TEXT, TEXT[:2]], SMALL.max_text, SMALL.vocabulary)
-    layout = inputs.text_to_image(text, is_text, np.stack([IMAGE, IMAGE]), SMALL)
-    row = jax.jit(inputs.visible_keys, static_argnums=1)
-    for query in range(SMALL.max_text, layout.tokens.shape[1]):
-        np.testing.assert_array_equal(
-            row(layout.is_text, SMALL.max_text, query), layout.mask[:, query]
-        )
-
-
-def test_the_prefix_of_a_layout_is_the_layout_of_the_prefix():
+def test_the_prefix_of_an_input_is_the_input_of_the_prefix():
     text, is_text = inputs.right_padded([TEXT], SMALL.max_text, SMALL.vocabulary)
     whole = inputs.text_to_image(text, is_text, IMAGE, SMALL)
     prefix = inputs.text_to_image(text, is_text, IMAGE[:0], SMALL)
@@ -89,17 +79,19 @@ def test_the_prefix_of_a_layout_is_the_layout_of_the_prefix():
     np.testing.assert_array_equal(prefix.mask, whole.mask[:, :length, :length])
 
 
-def test_layouts_trace_once_for_every_prompt():
+def test_inputs_are_traced_once_for_every_prompt():
     traces = []
 
     @jax.jit
-    def layout(text, is_text, image):
+    def traced(text, is_text, image):
         traces.append(1)
         return inputs.text_to_image(text, is_text, image, SMALL)
 
     for length in range(1, SMALL.max_text + 1):
         ids = [60 + n for n in range(length)]
-        layout(*inputs.right_padded([ids], SMALL.max_text, SMALL.vocabulary), IMAGE[None])
+        padded = inputs.right_padded([ids], SMALL.max_text, SMALL.vocabulary)
+        expected = inputs.text_to_image(*padded, IMAGE[None], SMALL)
+        jax.tree.map(np.testing.assert_array_equal, traced(*padded, IMAGE[None]), expected)
     assert len(traces) == 1
 
 
@@ -112,11 +104,11 @@ def test_captioning_matches_the_recorded():
     tokens, cells = golden["caption_tokens"], config.num_image_tokens
     text = tokens[:, cells + 1 :]
     english = tokens[:, cells] == config.vocabulary.start_of_english
-    layout, loss_mask = inputs.captioning(tokens[:, :cells], text, all_true(text), english, config)
-    np.testing.assert_array_equal(layout.tokens, tokens)
+    made, loss_mask = inputs.captioning(tokens[:, :cells], text, all_true(text), english, config)
+    np.testing.assert_array_equal(made.tokens, tokens)
     for row in range(len(tokens)):
-        np.testing.assert_array_equal(layout.mask[row], golden["caption_mask"])
-        np.testing.assert_array_equal(layout.positions[row], golden["caption_position_ids"])
+        np.testing.assert_array_equal(made.mask[row], golden["caption_mask"])
+        np.testing.assert_array_equal(made.positions[row], golden["caption_position_ids"])
         np.testing.assert_array_equal(loss_mask[row], golden["caption_loss_mask"].astype(bool))
 
 
@@ -151,7 +143,7 @@ def test_infill_matches_the_recorded():
     np.testing.assert_array_equal(made.mask, golden["comp_attention_mask"])
     assert (made.tokens == -1).sum() == golden["comp_step_logits"].shape[1]
     np.testing.assert_array_equal(
-        inputs.infilled_grid(golden["comp_filled_seq"], made.slot_of_cell), golden["comp_result"]
+        golden["comp_filled_seq"][..., made.slot_of_cell], golden["comp_result"]
     )
 
 
@@ -172,7 +164,7 @@ def test_infill_of_any_mask(mask):
     np.testing.assert_array_equal(np.sort(made.cells), np.arange(24))
     np.testing.assert_array_equal(made.positions[first:], SMALL.image_position + made.cells)
     assert ((made.tokens == -1).sum(), (made.tokens[: made.start] == -1).sum()) == (mask.sum(), 0)
-    grid = inputs.infilled_grid(made.tokens, made.slot_of_cell)
+    grid = made.tokens[made.slot_of_cell]
     np.testing.assert_array_equal(grid, np.where(mask, -1, IMAGE.reshape(SMALL.grid)).reshape(-1))
 
     context = made.cells[: made.start - first]
@@ -182,10 +174,11 @@ def test_infill_of_any_mask(mask):
     for part in (context, made.cells[made.start - first :]):
         assert (np.diff(part) > 0).all()
 
+    assert made.is_text.sum() == len(TEXT) and made.is_text[: len(TEXT)].all()
     for query in range(made.start, first + 24):
-        np.testing.assert_array_equal(
-            inputs.visible_keys(made.is_text, slots, query), made.mask[query]
-        )
+        earlier = np.arange(first + 24) <= query
+        earlier[:slots] = made.is_text[:slots]
+        np.testing.assert_array_equal(made.mask[query], earlier)
     assert made.mask[first : made.start, first : made.start].all()
     assert not made.mask[: made.start, made.start :].any()
     assert not made.mask[:, len(TEXT) : slots].any()
@@ -208,13 +201,13 @@ def test_direct_super_resolution_matches_the_recorded():
     text, is_text = inputs.left_padded(
         [golden["text"]] * len(golden["tokens"]), config.text_slots, config.coglm.vocabulary
     )
-    layout = jax.jit(partial(inputs.direct_super_resolution, config=config))(
+    made = jax.jit(partial(inputs.direct_super_resolution, config=config))(
         text, is_text, golden["low_res_tokens"]
     )
-    np.testing.assert_array_equal(layout.tokens, golden["tokens"])
+    np.testing.assert_array_equal(made.tokens, golden["tokens"])
     for row in range(len(golden["tokens"])):
-        np.testing.assert_array_equal(layout.positions[row], golden["position_ids"])
-        np.testing.assert_array_equal(layout.mask[row], golden["attention_mask"])
+        np.testing.assert_array_equal(made.positions[row], golden["position_ids"])
+        np.testing.assert_array_equal(made.mask[row], golden["attention_mask"])
 
 
 def iterative_config(golden) -> IterativeSRConfig:
@@ -236,25 +229,25 @@ def test_iterative_super_resolution_matches_the_recorded():
     config = iterative_config(golden)
     texts = [text[: config.text_slots] for text in golden["text"]]
     text, is_text = inputs.left_padded(texts, config.text_slots, config.vocabulary)
-    schedule = inputs.lopar_schedule(config)
-    fine = np.where(schedule.reset[0], config.vocabulary.start_of_image, golden["start_tokens"])
-    layout = inputs.iterative_super_resolution(text, is_text, fine, config)
-    np.testing.assert_array_equal(layout.tokens, golden["first_input_tokens"])
+    reset = inputs.lopar_schedule(config)
+    fine = np.where(reset[0], config.vocabulary.start_of_image, golden["start_tokens"])
+    made = inputs.iterative_super_resolution(text, is_text, fine, config)
+    np.testing.assert_array_equal(made.tokens, golden["first_input_tokens"])
     for row in range(len(texts)):
-        np.testing.assert_array_equal(layout.positions[row], golden["position_ids"])
-        np.testing.assert_array_equal(layout.mask[row], golden["attention_mask"][0])
+        np.testing.assert_array_equal(made.positions[row], golden["position_ids"])
+        np.testing.assert_array_equal(made.mask[row], golden["attention_mask"][0])
 
 
 def test_the_schedule_is_the_recorded_one():
     golden = load("iterative_sr")
     config = iterative_config(golden)
-    schedule, order = inputs.lopar_schedule(config), inputs.lopar_order(config).reshape(-1)
+    reset, order = inputs.lopar_schedule(config), inputs.lopar_order(config).reshape(-1)
     before = golden["start_tokens"]
-    for number, (write, after) in enumerate(
-        zip(schedule.write, golden["step_tokens"], strict=True), start=1
+    for number, (masked, after) in enumerate(
+        zip(reset, golden["step_tokens"], strict=True), start=1
     ):
         changed = (before != after).any(0)
-        assert not changed[~write].any()
+        assert not changed[~masked].any()
         assert changed[order == number].any()  # the next round's cells alone would not explain it
         before = after
 
@@ -265,9 +258,16 @@ def test_the_order_tiles_any_grid():
     assert order.shape == (7, 10)
     for (row, column), number in np.ndenumerate(order):
         assert number == config.order[row % 2][column % 3]
-    schedule = inputs.lopar_schedule(config)
-    assert schedule.reset.shape == (3, 70)
-    np.testing.assert_array_equal(schedule.reset[2], order.reshape(-1) >= 3)
+    reset = inputs.lopar_schedule(config)
+    assert reset.shape == (3, 70) and reset.dtype == bool
+    for number, masked in enumerate(reset, start=1):
+        np.testing.assert_array_equal(masked, order.reshape(-1) >= number)
+
+
+def test_an_order_that_is_no_rectangle_is_refused():
+    for order in ((), (1, 2)):
+        with pytest.raises(ValueError, match="order must be a rectangle of rows: got shape"):
+            inputs.lopar_order(IterativeSRConfig(order=order))
 
 
 # --- Wrong input

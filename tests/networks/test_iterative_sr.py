@@ -4,25 +4,26 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cogview2_jax.config import (
     CogLMConfig,
     IterativeSRConfig,
-    Precision,
     TransformerConfig,
     Vocabulary,
 )
 from cogview2_jax.decoding import loops, sampling
 from cogview2_jax.networks import coglm, inputs, iterative_sr
+from cogview2_jax.sharding import Execution
 from pallas_kernels.local_attention.window import Window
 from tests.common import (
     TOLERANCE,
     assert_bfloat16_is_close_to_float32,
+    assert_gradients_reach_every_parameter,
     assert_rows_do_not_depend_on_their_batch,
     parameter_count,
+    quick_jit,
     random_params,
 )
 
@@ -45,99 +46,89 @@ def params():
     return random_params(iterative_sr.init_params, SMALL)
 
 
-def shardings_of(texts, cells, config=SMALL):
+def inputs_of(texts, cells, config=SMALL):
     text, is_text = inputs.left_padded(texts, config.text_slots, config.vocabulary)
     return inputs.iterative_super_resolution(text, is_text, cells, config)
 
 
-apply = jax.jit(iterative_sr.apply, static_argnames=("config", "precision"))
+_apply = jax.jit(iterative_sr.apply, static_argnames=("config", "execution"))
 
 
-def logits_of(params, layout, config=SMALL, precision=Precision()):
-    tokens, positions, mask, _ = layout
-    return apply(params, tokens, positions, mask, config=config, precision=precision)
+def logits_of(params, network_input, config=SMALL, execution=Execution()):
+    return _apply(params, network_input, config=config, execution=execution)
 
 
 def test_a_cell_sees_all_words_and_its_window(params):
-    layout = shardings_of([TEXT], CELLS[:1])
+    """By gradient: each slot has its own row of a position table, so the tables stand for slots."""
+    network_input = inputs_of([TEXT], CELLS[:1])
     direction = jax.random.normal(jax.random.key(2), (SMALL.vocabulary.num_image,))
+
+    def readings(tables):
+        return iterative_sr.apply(params | tables, network_input, config=SMALL)[0] @ direction
+
     names = ("position_embeddings", "extra_position_embeddings")
-
-    @jax.jit
-    def run(tables):
-        def readings(tables):
-            logits = iterative_sr.apply(
-                params | tables, layout.tokens, layout.positions, layout.mask, config=SMALL
-            )
-            return logits[0] @ direction
-
-        return {name: jnp.abs(part).max(-1) for name, part in jax.jacrev(readings)(tables).items()}
-
-    found = run({name: params[name] for name in names})
-    words, cells = (np.asarray(found[name]) for name in names)
-    # Pads have position 0 too, but are keys for nobody.
+    jacobian = quick_jit(jax.jacrev(readings))({name: params[name] for name in names})
+    words, cells = (np.abs(jacobian[name]).max(-1) for name in names)
+    # Pads have position 0 too, but no cell attends to them.
     assert (words[:, : len(TEXT)] > 0).all() and not words[:, len(TEXT) :].any()
     near = Window(*SMALL.window).dense_mask(SMALL.grid)
     np.testing.assert_array_equal(cells > 0, near.reshape(42, 42))
 
 
 def test_pads_change_nothing(params):
-    expected = logits_of(params, shardings_of([TEXT] * 2, CELLS))
+    expected = logits_of(params, inputs_of([TEXT] * 2, CELLS))
     wider = dataclasses.replace(SMALL, text_slots=9)
-    ours = logits_of(params, shardings_of([TEXT] * 2, CELLS, wider), wider)
+    ours = logits_of(params, inputs_of([TEXT] * 2, CELLS, wider), wider)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_a_row_does_not_depend_on_its_batch(params):
-    layout = shardings_of([TEXT, TEXT[:1]], CELLS)
-    assert_rows_do_not_depend_on_their_batch(functools.partial(logits_of, params), layout)
+    network_input = inputs_of([TEXT, TEXT[:1]], CELLS)
+    assert_rows_do_not_depend_on_their_batch(functools.partial(logits_of, params), network_input)
 
 
-def test_without_words_all_is_finite(params):
-    """A row of pads alone: its text part is empty, and what remains is the window."""
-    layout = shardings_of([TEXT] * 2, CELLS)
-    mask = layout.mask.at[0].set(False)
+def test_without_words_all_is_finite_and_gradients_reach_every_parameter(params):
+    """The first row has pads alone: its text part is empty, and what remains is the window."""
+    network_input = inputs_of([TEXT] * 2, CELLS)
+    network_input = network_input._replace(mask=network_input.mask.at[0].set(False))
 
-    @jax.jit
-    def run(params):
-        logits = iterative_sr.apply(params, layout.tokens, layout.positions, mask, config=SMALL)
-        return (jax.nn.log_softmax(logits) ** 2).mean(), logits
+    def loss(params):
+        logits = iterative_sr.apply(params, network_input, config=SMALL)
+        return (jax.nn.log_softmax(logits) ** 2).mean()
 
-    gradients, logits = jax.grad(run, has_aux=True)(params)
-    assert np.isfinite(logits).all()
-    for gradient in jax.tree.leaves(gradients):
-        assert np.isfinite(gradient).all() and gradient.any()
+    assert_gradients_reach_every_parameter(loss, params)
+    assert np.isfinite(logits_of(params, network_input)).all()
 
 
 def test_bfloat16_is_close_to_float32(params):
-    layout = shardings_of([TEXT] * 2, CELLS)
+    network_input = inputs_of([TEXT] * 2, CELLS)
     assert_bfloat16_is_close_to_float32(
-        lambda params, precision: logits_of(params, layout, precision=precision), params
+        lambda params, execution: logits_of(params, network_input, execution=execution), params
     )
 
 
 def test_rounds_over_the_network_are_a_python_loop(params):
-    schedule, key = inputs.lopar_schedule(SMALL), jax.random.key(5)
-    mask_token = SMALL.vocabulary.start_of_image
+    reset, mask_token = inputs.lopar_schedule(SMALL), SMALL.vocabulary.start_of_image
+    key = jax.random.key(5)
 
-    def predict(cells):
-        layout = shardings_of([TEXT] * 2, cells)
-        return iterative_sr.apply(
-            params, layout.tokens, layout.positions, layout.mask, config=SMALL
-        )
+    def draw(logits, number):
+        return sampling.sample_top_k(jax.random.fold_in(key, number), logits, 5)
 
-    def draw(key, logits, _):
-        return sampling.sample_top_k(key, logits, 5)
+    @jax.jit
+    def refined(params, tokens, reset):
+        def predict(cells):
+            network_input = inputs_of([TEXT] * 2, cells)
+            return iterative_sr.apply(params, network_input, config=SMALL)
 
-    run = jax.jit(functools.partial(loops.lopar, predict, draw, mask_token=mask_token, key=key))
-    ours = run(tokens=CELLS.astype(np.int32), reset=schedule.reset, write=schedule.write)
-    cells, predict, draw = CELLS, jax.jit(predict), jax.jit(draw)
-    for number, (reset, write) in enumerate(zip(*schedule, strict=True)):
-        logits = predict(np.where(reset, mask_token, cells))
-        drawn = draw(jax.random.fold_in(key, number), logits, number)
-        cells = np.where(write, drawn, cells)
+        return loops.lopar(predict, draw, tokens, reset, mask_token)
+
+    ours = refined(params, CELLS.astype(np.int32), reset)
+    cells, draw_once = CELLS, jax.jit(draw)
+    for number, masked in enumerate(reset):
+        logits = logits_of(params, inputs_of([TEXT] * 2, np.where(masked, mask_token, cells)))
+        cells = np.where(masked, draw_once(logits, number), cells)
     np.testing.assert_array_equal(ours, cells)
-    assert (ours != CELLS).any() and not (ours != CELLS)[:, ~schedule.write[0]].any()
+    assert (ours != CELLS).any() and not (ours != CELLS)[:, ~reset[0]].any()
 
 
 def test_the_published_network_has_5_9_billion_parameters():

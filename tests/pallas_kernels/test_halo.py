@@ -1,4 +1,4 @@
-"""What a kernel's program owns, meets and hides, put together and held to the dense mask."""
+"""What a kernel's program owns, loads and hides, together, against the dense mask."""
 
 import functools
 
@@ -24,50 +24,58 @@ CASES = {
 
 
 def pairs_seen(halo: Halo) -> np.ndarray:
-    """How often each pair meets and is not hidden, int [own cells, other cells]."""
-    own_cells, other_cells = np.prod(halo.grid), np.prod(halo.other_grid)
+    """How often each pair is loaded and not hidden, int [cells, walked cells]."""
+    cells, walked_cells = np.prod(halo.grid), np.prod(halo.walked_grid)
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(0, None))
     @functools.partial(jax.vmap, in_axes=(None, 0))
-    def meet(program, step):
+    def load(program, step):
         place = halo.place(program)
-        index, exists, codes = place.own()
-        others, other_codes = place.others(step)
-        return index, exists, others, hidden(halo, codes, other_codes)
+        tile, block = place.tile(), place.block(step)
+        return tile.index, tile.exists, block.index, hidden(halo, tile, block)
 
     programs, steps = np.prod(halo.counts), halo.steps
-    met = meet(np.arange(programs, dtype=np.int32), np.arange(steps, dtype=np.int32))
-    seen = np.zeros((own_cells, other_cells), int)
-    owned = np.zeros(own_cells, int)
+    loaded = load(np.arange(programs, dtype=np.int32), np.arange(steps, dtype=np.int32))
+    seen = np.zeros((cells, walked_cells), int)
+    owned = np.zeros(cells, int)
     for program, step in np.ndindex(programs, steps):
-        index, exists, others, hides = (np.asarray(a[program, step]) for a in met)
-        # Only cells that exist are met, so that a kernel needs no check before it loads them.
-        assert (others >= 0).all() and (others < other_cells).all()
-        assert (index[~exists] >= own_cells).all()
+        index, exists, walked, hides = (np.asarray(a[program, step]) for a in loaded)
+        # Only cells that exist are loaded, so that a kernel needs no check first.
+        assert (walked >= 0).all() and (walked < walked_cells).all()
+        assert (index[~exists] >= cells).all()
         rows, columns = np.nonzero(~hides & exists[:, None])
-        np.add.at(seen, (index[rows], others[columns]), 1)
+        np.add.at(seen, (index[rows], walked[columns]), 1)
         owned[index[exists]] += 1
     assert (owned == steps).all()
     return seen
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_pair_in_the_window_meets_once(name):
+def test_each_pair_in_the_window_is_seen_once(name):
     grid, window, tile, block = CASES[name]
     dense = window.dense_mask(grid)
     expected = dense.reshape(grid[0] * grid[1], -1)
-    queries = Halo.of_queries(window, grid, tile, block)
+    queries = Halo.query_tiles(window, grid, tile, block)
     np.testing.assert_array_equal(pairs_seen(queries), expected)
-    keys = Halo.of_keys(window, grid, tile, block)
+    keys = Halo.key_tiles(window, grid, tile, block)
     np.testing.assert_array_equal(pairs_seen(keys), expected.T)
 
 
+def test_both_ways_to_hide_pairs_are_tested():
+    fits = {
+        name: Halo.query_tiles(window, grid, tile, block).fits_bits
+        for name, (grid, window, tile, block) in CASES.items()
+    }
+    assert fits["no_pads_and_all_bits"] and not fits["too_wide_for_bits"]
+    assert not fits["too_wide_and_causal"]
+
+
 def test_the_published_shape_walks_over_as_few_keys_as_a_tile_sees():
-    halo = Halo.of_queries(Window(9, 9), (60, 60), (8, 8), 64)
-    assert (halo.box, halo.num_others, halo.steps, halo.pads) == ((16, 16), 256, 4, False)
-    halo = Halo.of_queries(Window(5, 5, ratio=3), (60, 60), (8, 8), 64)
-    assert (halo.box, halo.steps) == ((8, 8), 1)
-    # Queries of the reflected window: three times as many a side as parents.
-    halo = Halo.of_keys(Window(5, 5, ratio=3), (60, 60), (4, 4), 32)
-    assert (halo.box, halo.num_others) == ((8, 8), 24 * 24)
+    halo = Halo.query_tiles(Window(9, 9), (60, 60), (8, 8), 64)
+    assert (halo.extent, halo.num_walked, halo.steps, halo.pads) == ((16, 16), 256, 4, False)
+    halo = Halo.query_tiles(Window(5, 5, ratio=3), (60, 60), (8, 8), 64)
+    assert (halo.extent, halo.steps) == ((8, 8), 1)
+    # Queries of the reflected window: three times as many along each axis as parents.
+    halo = Halo.key_tiles(Window(5, 5, ratio=3), (60, 60), (4, 4), 32)
+    assert (halo.extent, halo.num_walked) == ((8, 8), 24 * 24)

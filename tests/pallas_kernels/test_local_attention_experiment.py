@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.local_attention import bounds, flex, peers, programs, report, run
+from experiments.local_attention import accept, bounds, flex, peers, programs, report, run
 from pallas_kernels import local_attention_2d
+from pallas_kernels.local_attention.acceptance import Kind, Record, read_records
 from pallas_kernels.local_attention.window import Window
 
 CASES = [((6, 9), Window(3, 5)), ((6, 9), Window(3, 3, ratio=3)), ((5, 4), Window(9, 9))]
@@ -126,7 +127,7 @@ def test_what_needs_too_much_memory_is_skipped_and_named():
     assert not failed
 
 
-def test_nobody_is_timed_for_another_function(monkeypatch):
+def test_what_disagrees_or_raises_is_not_timed(monkeypatch):
     def broken(q, k, v):
         raise RuntimeError("no such algorithm\nand more")
 
@@ -155,7 +156,7 @@ def test_a_gpu_measures_what_the_verdicts_need():
 
 
 def results_of_a_gpu(slower_at=0):
-    """As a GPU that meets every promise would have them; numbers made up for this test."""
+    """Results of a GPU that keeps every promise; numbers made up for this test."""
 
     def row(grid, batch, name, direction, ms, megabytes):
         return report.Result(
@@ -192,3 +193,56 @@ def test_verdicts_of_the_kernels():
     assert all(v.holds for v in verdicts)
     flat = report.verdicts(results_of_a_gpu(slower_at=48), run.FLAT_GRIDS)[-1]
     assert not flat.holds and "DOES NOT HOLD" in str(flat)
+
+
+@pytest.mark.parametrize(
+    ("kernels_ms", "failure", "expected"),
+    [
+        (lambda case: 0.5, None, (True, 2.0, 2.0)),
+        # One slow case of many is enough.
+        (lambda case: 4.0 if case.grid == 32 else 0.5, None, (True, 0.25, 0.25)),
+        (lambda case: 0.5 if case.direction == "forward" else 2.0, None, (True, 2.0, 0.5)),
+        (lambda case: 0.5, "pallas_triton on 60x60: off by 1.0e-01", (False, 2.0, 2.0)),
+        (lambda case: None, None, (True, 0.0, 0.0)),
+    ],
+)
+def test_a_record_is_of_the_worst_case(kernels_ms, failure, expected, monkeypatch):
+    def measure(case, setting, rates, skipped, failed):
+        if failure and case.grid == 60:
+            failed.append(failure)
+        ms = {"pallas_triton": kernels_ms(case), "xla": 1.0}
+        return [
+            report.Result(case.grid, "", case.direction, 1, name, 1, t, t, t, 1.0, 1.0, 1.0)
+            for name, t in ms.items()
+            if t is not None
+        ]
+
+    monkeypatch.setattr(run, "measure", measure)
+    kind = Kind("NVIDIA H200", "bfloat16", 64, coarse_keys=False)
+    record, problems = accept.judge(kind, setting(), RATES)
+    assert record == Record(kind, *expected, jax.__version__)
+    assert record.accepted == (expected[0] and min(expected[1:]) > 1)
+    assert set(problems) == ({failure} if failure else set())
+
+
+def test_records_are_read_as_written(tmp_path):
+    path = tmp_path / "accepted.json"
+    kind = Kind("NVIDIA H200", "bfloat16", 64, coarse_keys=False)
+    records = [
+        Record(kind, True, 1.5, 1.2, "0.12.0"),
+        Record(kind._replace(dim=128), False, 1.5, 1.2, "0.12.0"),
+    ]
+    for record in records:
+        accept.write_record(path, record)
+    assert read_records(path) == records
+    # A new record of the same kind replaces the old one.
+    slower = Record(kind, True, 0.5, 1.2, "0.12.0")
+    accept.write_record(path, slower)
+    assert read_records(path) == [slower, records[1]]
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs there")
+def test_acceptance_without_a_gpu_says_so_in_one_line(capsys):
+    assert accept.main([]) == 2
+    said = capsys.readouterr().err
+    assert "it needs an NVIDIA GPU" in said and said.count("\n") == 1

@@ -153,7 +153,7 @@ def test_low_precision_parts_are_summed_in_float32(assert_close):
         ),
         (
             [((1, 2, 3, 4, 5), "float32", (1, 2, 3, 4), "float32")],
-            r"parts\[0\] lse has shape \(1, 2, 3, 4\), its out asks \(1, 4, 2, 3\)",
+            r"parts\[0\] lse has shape \(1, 2, 3, 4\), its out needs \(1, 4, 2, 3\)",
         ),
         (
             [((1, 2, 3, 4, 5), "bfloat16", (1, 4, 2, 3), "bfloat16")],

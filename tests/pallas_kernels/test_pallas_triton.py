@@ -11,20 +11,17 @@ import pytest
 from experiments.local_attention import compile_gate
 from pallas_kernels import local_attention_2d, local_attention_2d_with_lse, merge_attention
 from pallas_kernels.local_attention import dispatch, pallas_triton
+from pallas_kernels.local_attention.acceptance import (
+    ACCEPTED,
+    Kind,
+    Record,
+    read_records,
+    shipped_records,
+)
 from pallas_kernels.local_attention.blocks import BlockSizes, Launch, block_sizes
+from pallas_kernels.local_attention.devices import default_device
 from pallas_kernels.local_attention.window import Window
-
-KERNEL = "pallas_triton_interpret"
-
-
-def draw(*shapes, dtype="float32"):
-    normal = np.random.default_rng(0).standard_normal
-    return [normal(shape).astype(jnp.dtype(dtype)) for shape in shapes]
-
-
-def cheaply(function):
-    """Compiled with little optimisation, which takes longer than the interpreted kernels run."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+from tests.pallas_kernels.common import KERNEL, cheaply, draw
 
 
 @pytest.mark.parametrize(
@@ -86,20 +83,48 @@ def gpu(kind="NVIDIA H200", capability="9.0"):
     return SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
 
 
+H200 = Kind("NVIDIA H200", "bfloat16", 64, coarse_keys=False)
+
+
+def record(kind=H200, agrees=True, forward=1.5, gradients=1.2):
+    return Record(kind, agrees, forward, gradients, "0.12.0")
+
+
 @pytest.mark.parametrize(
-    ("device", "dim", "expected"),
+    ("records", "call", "expected"),
     [
-        (gpu(), 64, "pallas_triton"),
-        (gpu(), 24, "pallas_triton"),
-        (gpu(), 160, "xla"),
-        (gpu("NVIDIA A100-SXM4-40GB", "8.0"), 64, "xla"),
-        (gpu("AMD Instinct MI300X", "gfx942"), 64, "xla"),
-        (SimpleNamespace(platform="cpu", device_kind="cpu"), 64, "xla"),
+        ([], {}, "xla"),
+        ([record()], {}, "pallas_triton"),
+        ([record(agrees=False)], {}, "xla"),
+        ([record(forward=0.9)], {}, "xla"),
+        ([record(gradients=0.9)], {}, "xla"),
+        # A record holds for its own kind of call and for no other.
+        ([record()], {"dtype": "float32"}, "xla"),
+        ([record()], {"dim": 32}, "xla"),
+        ([record()], {"ratio": 3}, "xla"),
+        ([record()], {"device": gpu("NVIDIA A100-SXM4-40GB", "8.0")}, "xla"),
+        ([record()], {"device": SimpleNamespace(platform="cpu", device_kind="cpu")}, "xla"),
+        ([record(agrees=False), record(H200._replace(dim=32))], {"dim": 32}, "pallas_triton"),
+        ([record(H200._replace(coarse_keys=True))], {"ratio": 3}, "pallas_triton"),
+        # A record cannot make the kernels run where they do not.
+        ([record(H200._replace(dim=160))], {"dim": 160}, "xla"),
     ],
 )
-def test_auto_takes_the_kernels_where_they_are_compiled_for(device, dim, expected, monkeypatch):
-    monkeypatch.setattr(dispatch, "_default_device", lambda: device)
-    assert dispatch._choose("auto", dim) == expected
+def test_auto_takes_the_kernels_where_a_record_says_so(records, call, expected):
+    usual = {"dtype": "bfloat16", "dim": 64, "ratio": 1, "device": gpu()}
+    assert dispatch.choose("auto", **{**usual, **call}, records=records) == expected
+
+
+def test_the_shipped_records_can_be_read():
+    assert list(shipped_records()) == read_records(ACCEPTED)
+
+
+def test_auto_without_a_record_is_xla():
+    (q,) = draw((1, 4, 4, 1, 16))
+    auto, xla = (
+        local_attention_2d(q, q, q, window=(3, 3), implementation=name) for name in ("auto", "xla")
+    )
+    np.testing.assert_array_equal(auto, xla)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +135,9 @@ def test_auto_takes_the_kernels_where_they_are_compiled_for(device, dim, expecte
         (gpu("AMD Instinct MI300X", "gfx942"), 64, "it needs an NVIDIA GPU, the default device is"),
     ],
 )
-def test_the_named_kernels_are_not_replaced(device, dim, message, monkeypatch):
-    monkeypatch.setattr(dispatch, "_default_device", lambda: device)
+def test_the_named_kernels_are_not_replaced(device, dim, message):
     with pytest.raises(ValueError, match=message) as caught:
-        dispatch._choose("pallas_triton", dim)
+        dispatch.choose("pallas_triton", "bfloat16", dim, 1, device)
     assert "\n" not in str(caught.value)
 
 
@@ -129,9 +153,9 @@ def test_the_named_kernels_are_refused_without_a_gpu():
 
 def test_the_default_device_is_what_jax_was_told():
     with jax.default_device(jax.devices("cpu")[0]):
-        assert dispatch._default_device().platform == "cpu"
+        assert default_device().platform == "cpu"
     with jax.default_device("cpu"):
-        assert dispatch._default_device().platform == "cpu"
+        assert default_device().platform == "cpu"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -170,7 +194,7 @@ def test_lowers_for_cuda_without_a_gpu(grid, window, dim, dtype):
 
 
 def test_the_compile_gate_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(compile_gate, "_tool", lambda name: None)
+    monkeypatch.setattr(compile_gate, "find_tool", lambda name: None)
     assert compile_gate.main([]) == 2
     said = capsys.readouterr().err
     assert "pip install" in said and said.count("\n") == 1

@@ -68,14 +68,14 @@ def test_entries_are_read_as_written_and_replaced(tmp_path):
     assert faster in found and same not in found and len(found) == 3
 
 
-def test_a_tuned_entry_serves_its_device_and_kind_alone(monkeypatch):
+def test_a_tuned_entry_serves_its_device_and_kind_alone():
     untuned = blocks.block_sizes("NVIDIA H100", jnp.dtype("bfloat16"), 64, 1)
     # Wider than the kind asked for: the narrower untuned one is nearer.
     tuned = [entry(), entry(itemsize=4, dim=128, ratio=math.inf, launch=LAUNCHES[1])]
-    monkeypatch.setattr(blocks, "_TABLE", blocks.ordered([*tuned, *blocks._UNTUNED]))
+    table = blocks.ordered([*tuned, *blocks.UNTUNED])
 
     def chosen(device="NVIDIA H200", dtype="bfloat16", dim=64, ratio=1):
-        return blocks.block_sizes(device, jnp.dtype(dtype), dim, ratio)
+        return blocks.block_sizes(device, jnp.dtype(dtype), dim, ratio, table)
 
     assert chosen().dq == LAUNCHES[0]
     assert chosen(device="NVIDIA H100") == untuned

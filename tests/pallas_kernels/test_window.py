@@ -54,7 +54,7 @@ def test_tile_mask_is_the_dense_mask_seen_from_a_tile(window, parents):
     rows, columns = window.reach(tile)
     mask = window.tile_mask(tile)
     assert mask.shape == (*tile, rows, columns)
-    # Place the tile so far inside a grid that its whole reach lies in it.
+    # Place the tile so far inside a grid that its whole reach is in the grid.
     start = (window.rows // 2, window.columns // 2)
     grid = tuple((s + r) * window.ratio for s, r in zip(start, (rows, columns), strict=True))
     first = tuple(s * window.ratio for s in start)

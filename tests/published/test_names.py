@@ -142,7 +142,8 @@ def test_a_tensor_too_many_is_named(name, extra):
     """A deeper network than asked for would otherwise lose its last layers in silence."""
     tensors = published(name) | {extra: np.zeros(3)}
     assert (
-        refusal(name, tensors) == f"tensor {extra!r} is no part of the network that was asked for"
+        refusal(name, tensors)
+        == f"tensor {extra!r} is not part of the network of this configuration"
     )
 
 

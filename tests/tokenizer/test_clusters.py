@@ -1,3 +1,5 @@
+"""Clusters of the codebook: what is near is together, and every label is used."""
+
 import numpy as np
 import pytest
 

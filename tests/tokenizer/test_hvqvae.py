@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from cogview2_jax.config import HVQVAEConfig, Precision
+from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import image
 from cogview2_jax.tokenizer.hvqvae import HVQVAE, ResidualDownsampler
+from tests.common import quick_jit
 
 SMALL = HVQVAEConfig(
     channels=8,
@@ -36,9 +38,10 @@ def params():
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def encode(params, images, stride):
-    return image.encode(params, images, stride, config=SMALL)
+@jax.jit
+def encode(params, images):
+    """Ids at every stride. In one program, so that the encoder is compiled once."""
+    return {stride: image.encode(params, images, stride, config=SMALL) for stride in SMALL.strides}
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -47,54 +50,79 @@ def decode(params, ids, stride):
 
 
 def pictures(*shape):
-    return jax.random.uniform(jax.random.key(1), (*shape, 3))
+    return np.random.default_rng(1).random((*shape, 3), np.float32)
+
+
+IMAGES = pictures(2, 32, 48)
+
+
+@pytest.fixture(scope="module")
+def ids(params):
+    return encode(params, IMAGES)
 
 
 def test_the_nearest_code_is_the_one_at_the_least_distance():
-    vectors = jax.random.normal(jax.random.key(0), (2, 5, 7, 6))
-    codebook = jax.random.normal(jax.random.key(1), (20, 6))
-    distances = np.square(np.asarray(vectors)[..., None, :] - np.asarray(codebook)).sum(-1)
-    ids = image.nearest_code(vectors, codebook)
-    np.testing.assert_array_equal(ids, distances.argmin(-1))
-    assert ids.dtype == jnp.int32
-    np.testing.assert_array_equal(image.nearest_code(codebook, codebook), np.arange(20))
+    rng = np.random.default_rng(0)
+    vectors, codebook = rng.standard_normal((2, 5, 7, 6)), rng.standard_normal((20, 6))
+    distances = np.square(vectors[..., None, :] - codebook).sum(-1)
+    nearest = jax.jit(image.nearest_code)
+    found = nearest(vectors.astype(np.float32), codebook.astype(np.float32))
+    np.testing.assert_array_equal(found, distances.argmin(-1))
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(nearest(codebook, codebook), np.arange(20))
 
 
 @pytest.mark.parametrize("stride", SMALL.strides)
-def test_shapes_of_a_picture_that_is_not_square(params, stride):
-    images = pictures(2, 32, 48)
-    ids = encode(params, images, stride)
-    assert ids.shape == (2, 32 // stride, 48 // stride) and ids.dtype == jnp.int32
-    assert (ids >= 0).all() and (ids < SMALL.codebook_size).all()
-    decoded = decode(params, ids, stride)
-    assert decoded.shape == images.shape and decoded.dtype == jnp.float32
+def test_shapes_of_a_picture_that_is_not_square(params, ids, stride):
+    found = ids[stride]
+    assert found.shape == (2, 32 // stride, 48 // stride) and found.dtype == jnp.int32
+    assert (found >= 0).all() and (found < SMALL.codebook_size).all()
+    decoded = decode(params, found, stride)
+    assert decoded.shape == IMAGES.shape and decoded.dtype == jnp.float32
     assert np.isfinite(decoded).all()
 
 
-def test_a_picture_does_not_depend_on_its_batch(params):
-    images = pictures(2, 32, 32)
-    ids = encode(params, images, 8)
-    np.testing.assert_array_equal(encode(params, images[1:], 8), ids[1:])
-    alone = decode(params, ids[1:], 8)
-    np.testing.assert_allclose(alone, decode(params, ids, 8)[1:], rtol=0, atol=TOLERANCE)
+def test_a_picture_does_not_depend_on_its_batch(params, ids):
+    alone = encode(params, IMAGES[1:])
+    jax.tree.map(lambda one, both: np.testing.assert_array_equal(one, both[1:]), alone, ids)
+    decoded = decode(params, alone[8], 8)
+    expected = decode(params, ids[8], 8)[1:]
+    np.testing.assert_allclose(decoded, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_tokens_and_pixels_are_those_of_bytes(params, ids):
+    """`to_tokens` and `to_pixels`: uint8 pictures and rows of cells, and the execution is used."""
+    options = {"stride": 8, "config": SMALL}
+    drawn = image.to_pixels(params, ids[8].reshape(2, -1), grid=(4, 6), **options)
+    exact = 255 * np.clip(decode(params, ids[8], 8), 0, 1)
+    assert drawn.dtype == jnp.uint8 and exact.min() == 0 and exact.max() == 255
+    np.testing.assert_allclose(drawn, exact, rtol=0, atol=0.5 + 255 * TOLERANCE)
+    half = Execution(Precision(compute=jnp.bfloat16))
+    tokens, of_half = (
+        image.to_tokens(params, drawn, execution=execution, **options)
+        for execution in (Execution(), half)
+    )
+    expected = encode(params, np.asarray(drawn, np.float32) / 255)[8]
+    np.testing.assert_array_equal(tokens, expected.reshape(2, -1))
+    assert 0.5 < (of_half == tokens).mean() < 1  # near ties, and only those, change
 
 
 def test_strided_convolutions_pad_right_and_bottom():
     """The first pixel meets a corner of the kernel, the last its middle."""
     model = ResidualDownsampler(Precision())
-    impulse = jnp.zeros((1, 4, 4, 1))
-    params = model.init(jax.random.key(0), impulse)["params"]
-    kernel = params["conv"]["kernel"][:, :, 0, 0]
-    first = model.apply({"params": params}, impulse.at[0, 0, 0].set(1))[0, :, :, 0]
-    np.testing.assert_allclose(first, [[kernel[0, 0] + 0.25, 0], [0, 0]], atol=TOLERANCE)
-    last = model.apply({"params": params}, impulse.at[0, 3, 3].set(1))[0, :, :, 0]
-    np.testing.assert_allclose(last, [[0, 0], [0, kernel[1, 1] + 0.25]], atol=TOLERANCE)
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 1, 1), np.float32)
+    params = {"conv": {"kernel": kernel, "bias": np.zeros(1, np.float32)}}
+    impulses = np.zeros((2, 4, 4, 1), np.float32)
+    impulses[0, 0, 0] = impulses[1, 3, 3] = 1
+    first, last = jax.jit(model.apply)({"params": params}, impulses)[..., 0]
+    np.testing.assert_allclose(first, [[kernel[0, 0, 0, 0] + 0.25, 0], [0, 0]], atol=TOLERANCE)
+    np.testing.assert_allclose(last, [[0, 0], [0, kernel[1, 1, 0, 0] + 0.25]], atol=TOLERANCE)
 
 
 def test_pictures_are_normalised_and_back(params):
     """The published mean and deviation: a decoder that gives zeros gives the mean picture."""
     nothing = jax.tree.map(np.zeros_like, params)
-    decoded = decode(nothing, jnp.zeros((1, 2, 2), jnp.int32), 8)
+    decoded = decode(nothing, np.zeros((1, 4, 6), np.int32), 8)
     mean = np.broadcast_to(np.float32(SMALL.mean), decoded.shape)
     np.testing.assert_array_equal(decoded, mean)
 
@@ -106,7 +134,7 @@ def test_gradients_are_finite_and_reach_encoder_and_decoder(params):
         vectors = model.apply({"params": params}, pictures(1, 16, 16), method="vectors")[0]
         return (model.apply({"params": params}, vectors, 4, method="reconstruct") ** 2).mean()
 
-    gradients = jax.jit(jax.grad(loss))(params)
+    gradients = quick_jit(jax.grad(loss))(params)
     reached = {"encoder", "projection", "decoder_4"}
     for part, tree in gradients.items():
         for gradient in jax.tree.leaves(tree):
@@ -120,7 +148,7 @@ def test_wrong_pictures_and_strides_are_refused(params):
     with pytest.raises(ValueError, match=r"stride must be one of \(4, 8, 16\): got 5"):
         image.encode(params, pictures(1, 32, 32), 5, config=SMALL)
     with pytest.raises(ValueError, match=r"stride must be one of \(4, 8, 16\): got 2"):
-        image.decode(params, jnp.zeros((1, 2, 2), int), 2, config=SMALL)
+        image.decode(params, np.zeros((1, 2, 2), int), 2, config=SMALL)
     with pytest.raises(ValueError, match=r"sides must be multiples of stride 16: got \(32, 40\)"):
         image.encode(params, pictures(1, 32, 40), 16, config=SMALL)
 

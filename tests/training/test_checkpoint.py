@@ -1,6 +1,8 @@
 """Checkpoints: damage and strangers are one line, and never a wrong start."""
 
+import os
 import shutil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,30 +17,51 @@ from cogview2_jax.training import checkpoint
 class State(NamedTuple):
     params: Any
     opt_state: Any
+    extra: Any
     step: Any
+
+
+class Extra(NamedTuple):
+    size: Any
+
+
+class NewerExtra(NamedTuple):
+    size: Any
+    idle: Any
 
 
 SETTINGS = {"network": {"layers": 2}, "sizes": (1, 2)}
 
 
-def state(step: int, width: int = 4) -> State:
+def state(step: int, width: int = 4, extra: Any = ()) -> State:
     params = {"a": {"w": jnp.full((3, width), float(step))}, "b": jnp.arange(2.0)}
-    return State(params, jax.tree.map(jnp.ones_like, params), jnp.int32(step))
+    return State(params, jax.tree.map(jnp.ones_like, params), extra, jnp.int32(step))
+
+
+def save(folder: Path, *steps: int, extra: Any = ()) -> None:
+    with checkpoint.open_folder(folder) as checkpoints:
+        for step in steps:
+            checkpoint.save(checkpoints, step, state(step, extra=extra), SETTINGS)
+
+
+def restore(folder: Path, like: Any = None, settings: Any = None) -> Any:
+    with checkpoint.open_folder(folder) as checkpoints:
+        return checkpoint.restore(checkpoints, like or state(0), settings or SETTINGS)
+
+
+def refused(folder: Path, error: type[Exception], message: str) -> str:
+    with pytest.raises(error, match=message) as caught:
+        restore(folder)
+    said = str(caught.value)
+    assert "\n" not in said and "delete" not in said
+    return said
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Checkpoints of steps 1 and 2."""
-    with checkpoint.open_folder(tmp_path / "run" / "checkpoints") as manager:
-        for step in (1, 2):
-            checkpoint.save(manager, step, state(step), SETTINGS)
-        checkpoint.finish(manager)
+    save(tmp_path / "run" / "checkpoints", 1, 2)
     return tmp_path / "run" / "checkpoints"
-
-
-def restore(folder, like=None, settings=None):
-    with checkpoint.open_folder(folder) as manager:
-        return checkpoint.restore(manager, like or state(0), settings or SETTINGS)
 
 
 def test_the_newest_comes_back(folder):
@@ -53,36 +76,84 @@ def test_an_empty_folder_starts_anew(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, state(0))
 
 
+LONG = "/".join(letter * 200 for letter in "abcdef")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["run [v2]", "a*", "b?", "#1 100%", "~", "~root", "实验", "q'u\"o`t$e\\", "-o", "gs:/x", LONG],
+    ids=lambda name: name[:10],
+)
+def test_a_folder_may_have_any_name(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "temporary").mkdir()
+    folder = tmp_path / name / "checkpoints"
+    save(folder, 1, 2)
+    save(folder, 3)
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
+    found, step = restore(folder)
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, found, state(3))
+    (folder / "3" / "rest" / "_METADATA").write_text("{")
+    assert str(folder) in refused(folder, ValueError, "rest/_METADATA is not the JSON")
+    assert not any((tmp_path / "temporary").iterdir())
+
+
 def test_what_a_kill_left_half_written_is_passed_over(folder):
     shutil.copytree(folder / "2", folder / "3.orbax-checkpoint-tmp-1")
+    assert checkpoint.begun_settings(folder.parent) is not None
     assert restore(folder)[1] == 2
 
 
+def files_of_arrays(folder: Path) -> list[Path]:
+    """Those of step 2 that are read: orbax keeps a second copy of them for each process."""
+    every = [*folder.glob("2/*/d/*"), *folder.glob("2/*/manifest.ocdbt")]
+    assert len(every) == 4
+    return every
+
+
 # Of the reads that orbax still has in flight when one of them fails.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_every_truncated_file_of_arrays_is_noticed(folder):
-    files = [
-        file
-        for file in sorted((folder / "2").rglob("*"))
-        if file.is_file() and (file.parent.name == "d" or file.name == "manifest.ocdbt")
-    ]
-    assert len(files) > 5
-    refused = 0
-    for file in files:
+in_flight = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@in_flight
+@pytest.mark.parametrize("damage", ["half", "changed"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_offered(damage, folder):
+    json_files = [*folder.glob("2/*/_METADATA"), folder / "2" / "run" / "metadata"]
+    for file in [*files_of_arrays(folder), *json_files]:
         whole = file.read_bytes()
-        file.write_bytes(whole[: len(whole) // 2])
-        try:
-            found, _ = restore(folder)
-            # Not all that lies there is read; what comes back is never wrong.
-            jax.tree.map(np.testing.assert_array_equal, found, state(2))
-        except ValueError as error:
-            refused += 1
-            assert "is damaged" in str(error) and "delete its folder" in str(error)
-            assert "\n" not in str(error)
+        half = len(whole) // 2
+        changed = whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1 :]
+        file.write_bytes(whole[:half] if damage == "half" else changed)
+        said = refused(folder, ValueError, f"checkpoint {folder / '2'} is damaged")
+        assert said.endswith("move folder 2 away to go on from the checkpoint before it")
         file.write_bytes(whole)
-    assert refused >= 4  # manifests and data of both trees
-    shutil.rmtree(folder / "2")
+    (folder / "2").rename(folder.parent / "2")
     assert restore(folder)[1] == 1
+
+
+@in_flight
+def test_what_cannot_be_read_is_not_said_to_be_damaged(tmp_path):
+    """Its name has words of the errors that damage is known by."""
+    folder = tmp_path / "corrupt checksum DATA_LOSS" / "checkpoints"
+    save(folder, 1, 2)
+    for file in [*files_of_arrays(folder), folder / "2" / "run" / "metadata"]:
+        kept = file.rename(tmp_path / "kept")
+        file.symlink_to(file)  # a loop, which even root cannot read
+        said = refused(folder, OSError, "could not be read: ")
+        assert "damaged" not in said
+        file.unlink()
+        kept.rename(file)
+    assert restore(folder)[1] == 2
+
+
+@in_flight
+def test_a_missing_file_is_not_said_to_be_damaged(folder):
+    for file in files_of_arrays(folder):
+        kept = file.rename(folder.parent / "kept")
+        assert "damaged" not in refused(folder, OSError, "could not be read: .*are all there")
+        kept.rename(file)
 
 
 def test_another_network_is_refused(folder):
@@ -91,9 +162,38 @@ def test_another_network_is_refused(folder):
         restore(folder, state(0, width=5))
 
 
+def test_another_optimiser_is_refused(folder):
+    expected = r"part of the state 'opt_state/c' has shape that is missing there and \(\) here"
+    like = state(0)
+    with pytest.raises(ValueError, match=expected):
+        restore(folder, like._replace(opt_state=like.opt_state | {"c": jnp.ones(())}))
+
+
+def test_a_run_of_an_older_version_goes_on_with_what_it_did_not_save(tmp_path):
+    save(tmp_path, 1, extra=Extra(jnp.full(2, 7.0)))
+    like = state(0, extra=NewerExtra(jnp.ones(2), jnp.full(2, 20.0)))
+    found, step = restore(tmp_path, like)
+    assert step == 1 and isinstance(found.extra, NewerExtra)
+    np.testing.assert_array_equal(found.extra, [[7, 7], [20, 20]])
+    save(tmp_path, 2, extra=found.extra)
+    np.testing.assert_array_equal(restore(tmp_path, like)[0].extra, found.extra)
+
+
 def test_other_settings_are_refused(folder):
     with pytest.raises(ValueError, match="was begun with network.layers 2, now it is 3"):
         restore(folder, settings={"network": {"layers": 3}, "sizes": (1, 2)})
+
+
+def test_begun_settings_are_those_of_the_newest_checkpoint(folder):
+    expected = {"network": {"layers": 2}, "sizes": [1, 2]}
+    before = sorted(os.walk(folder))
+    assert checkpoint.begun_settings(folder.parent) == expected
+    assert checkpoint.read_settings(folder, 1) == expected
+    assert sorted(os.walk(folder)) == before
+    assert checkpoint.begun_settings(folder.parent / "none") is None
+    (folder / "2" / "run" / "metadata").write_text('{"settings": ')
+    with pytest.raises(ValueError, match="is damaged .*run/metadata"):
+        checkpoint.begun_settings(folder.parent)
 
 
 def test_runs_of_version_0_1_describe_a_vocabulary_by_its_ids():
@@ -104,20 +204,25 @@ def test_runs_of_version_0_1_describe_a_vocabulary_by_its_ids():
 def test_a_foreign_folder_with_a_number_is_refused(folder):
     (folder / "7").mkdir()
     (folder / "7" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is damaged") as caught:
-        restore(folder)
-    assert "\n" not in str(caught.value)
+    refused(folder, ValueError, "is incomplete, it has no run/metadata: move folder 7 away")
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(OSError, match="checkpoints is a file: checkpoints need a folder") as caught:
-        restore(tmp_path / "checkpoints")
-    assert "\n" not in str(caught.value)
+    refused(tmp_path / "checkpoints", OSError, "checkpoints is a file: checkpoints need a folder")
+
+
+def test_the_best_stays_when_a_run_goes_on(tmp_path):
+    """Losses that are not finite are no better than any."""
+    losses = {1: 3.0, 2: 2.0, 3: np.nan, 4: 5.0, 5: -np.inf, 6: 4.0}
+    for steps in ((1, 2), (3,), (4, 5, 6)):
+        with checkpoint.open_folder(tmp_path, keep=1, best=True) as checkpoints:
+            for step in steps:
+                checkpoint.save(checkpoints, step, state(step), SETTINGS, losses[step])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "6"]
 
 
 def test_parameters_alone_come_back(folder):
-    with checkpoint.open_folder(folder) as manager:
-        params = checkpoint.restore_params(manager, 1, state(0).params)
-        assert checkpoint.read_settings(manager, 1)["network"] == {"layers": 2}
+    with checkpoint.open_folder(folder) as checkpoints:
+        params = checkpoint.restore_params(checkpoints, 1, state(0).params)
     jax.tree.map(np.testing.assert_array_equal, params, state(1).params)

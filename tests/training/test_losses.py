@@ -1,4 +1,6 @@
-"""Losses: their values against NumPy, their parts, and the codebook's moving average."""
+"""Losses: their values against NumPy, and their sums over the parts of a batch."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +16,30 @@ from cogview2_jax.config import (
 )
 from cogview2_jax.data.records import english_texts, make_record
 from cogview2_jax.networks import coglm, direct_sr, inputs, iterative_sr
+from cogview2_jax.networks.inputs import NetworkInput
 from cogview2_jax.tokenizer import image
+from cogview2_jax.tokenizer.hvqvae import HVQVAE
 from cogview2_jax.training import coglm_samples
 from cogview2_jax.training.losses import (
-    CodebookStatistics,
     coglm_loss,
     direct_sr_loss,
     hvqvae_loss,
-    init_statistics,
     iterative_sr_loss,
-    kmeans_plus_plus,
-    revive_dead_codes,
-    update_codebook,
 )
-from tests.common import SMALL_TOKENIZER
+from tests.common import SMALL_TOKENIZER, random_params
 
 SIZES = TransformerConfig(num_layers=1, hidden_size=16, num_heads=2)
 VOCABULARY = Vocabulary(num_image=12, size=24, pad=15, unknown=12)
 BASE = CogLMConfig(SIZES, VOCABULARY, grid=(4, 4), max_text=5, num_positions=32, image_position=8)
 TEXTS = [[17, 18, 19], [20, 17]]
+
+
+def compiled(function, *arguments, config):
+    """Its value. As one program, hardly optimised: that is ready soonest."""
+    return jit(functools.partial(function, config=config))(*arguments)
+
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _log_softmax(x):
@@ -47,7 +54,7 @@ def _image(shape, seed=0):
 
 @pytest.fixture(scope="module")
 def base_params():
-    return coglm.init_params(jax.random.key(0), BASE)
+    return random_params(coglm.init_params, BASE)
 
 
 def test_coglm_loss_is_the_mean_over_its_kinds(base_params):
@@ -58,8 +65,9 @@ def test_coglm_loss_is_the_mean_over_its_kinds(base_params):
     )
     english = english_texts(records, BASE, first_chinese=20)
     sample = coglm_samples.mixed_samples(records, english, choices, BASE, patch_size=2)
-    loss, by_kind = coglm_loss(base_params, sample, config=BASE)
-    logits = coglm.apply(base_params, sample.tokens, sample.positions, sample.mask, config=BASE)
+    loss, by_kind = compiled(coglm_loss, base_params, sample, config=BASE)
+    given = NetworkInput(sample.tokens, sample.positions, sample.mask)
+    logits = compiled(coglm.apply, base_params, given, config=BASE)
     each = -np.take_along_axis(_log_softmax(logits), sample.labels[..., None], -1)[..., 0]
     np.testing.assert_allclose(loss.value, each[sample.loss_mask].mean(), rtol=1e-5)
     for kind in (
@@ -77,10 +85,10 @@ def test_direct_sr_loss_weighs_cells(base_params):
     params = direct_sr.from_coglm(base_params, config)
     text, is_text = inputs.left_padded(TEXTS, 5, VOCABULARY)
     fine = _image((2, 144))
-    layout = inputs.direct_super_resolution(text, is_text, _image((2, 16), 1), config)
+    given = inputs.direct_super_resolution(text, is_text, _image((2, 16), 1), config)
     weights = np.random.default_rng(2).uniform(0.5, 2, fine.shape).astype(np.float32)
-    loss, _ = direct_sr_loss(params, layout, fine, weights, config=config)
-    logits = direct_sr.apply(params, *layout[:3], config=config)
+    loss, _ = compiled(direct_sr_loss, params, given, fine, weights, config=config)
+    logits = compiled(direct_sr.apply, params, given, config=config)
     each = -np.take_along_axis(_log_softmax(logits), fine[..., None], -1)[..., 0]
     np.testing.assert_allclose(loss.value, (each * weights).sum() / weights.sum(), rtol=1e-5)
 
@@ -103,62 +111,115 @@ def test_direct_sr_starts_from_coglm(base_params):
 
 def test_iterative_sr_loss_counts_masked_cells_alone():
     config = IterativeSRConfig(SIZES, VOCABULARY, grid=(6, 6), text_slots=5, num_positions=8)
-    params = iterative_sr.init_params(jax.random.key(1), config)
+    params = random_params(iterative_sr.init_params, config)
     text, is_text = inputs.left_padded(TEXTS, 5, VOCABULARY)
     fine = _image((2, 36))
     masked = np.random.default_rng(3).random(fine.shape) < 0.5
     shown = np.where(masked, VOCABULARY.start_of_image, fine)
-    layout = inputs.iterative_super_resolution(text, is_text, shown, config)
+    given = inputs.iterative_super_resolution(text, is_text, shown, config)
     weights = np.ones(fine.shape, np.float32)
-    loss, metrics = iterative_sr_loss(params, layout, fine, masked, weights, config=config)
-    logits = iterative_sr.apply(params, *layout[:3], config=config)
+    loss, metrics = compiled(iterative_sr_loss, params, given, fine, masked, weights, config=config)
+    logits = compiled(iterative_sr.apply, params, given, config=config)
     each = -np.take_along_axis(_log_softmax(logits), fine[..., None], -1)[..., 0]
     np.testing.assert_allclose(loss.value, each[masked].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["image"].value, loss.value, rtol=1e-5)
 
 
-def test_straight_through_gradient_reaches_the_encoder_and_spares_the_codebook():
-    params = image.init_params(jax.random.key(2), SMALL_TOKENIZER)
-    pictures = jax.random.uniform(jax.random.key(3), (2, 16, 16, 3))
+# --- The image tokenizer --------------------------------------------------------------------------
 
-    def loss(params):
-        weights = jnp.ones(pictures.shape[:3])
-        return hvqvae_loss(params, pictures, weights, (8,), config=SMALL_TOKENIZER)[0].value
 
-    grads = jax.grad(loss)(params)
-    encoder = np.abs(grads["encoder"]["conv_in"]["kernel"])
-    assert encoder.max() > 0
+@pytest.fixture(scope="module")
+def tokenizer_params():
+    return random_params(image.init_params, SMALL_TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_loss():
+    """(params, pictures, weights) → the loss, its parts and its gradient, all summed."""
+
+    def found(params, pictures, weights):
+        def total(params):
+            loss, metrics, _ = hvqvae_loss(
+                params,
+                pictures,
+                weights,
+                (4, 8),
+                config=SMALL_TOKENIZER,
+                commitment=0.5,
+                perceptual=lambda made, true: jnp.mean(jnp.abs(made - true) ** 3),
+                perceptual_weight=3.0,
+            )
+            return loss.total, metrics | {"loss": loss}
+
+        (_, metrics), grads = jax.value_and_grad(total, has_aux=True)(params)
+        return metrics, grads
+
+    return jit(found)
+
+
+PICTURES = np.random.default_rng(3).random((4, 16, 16, 3), np.float32)
+
+
+def test_tokenizer_losses_of_parts_add_up_to_that_of_the_whole(tokenizer_params, tokenizer_loss):
+    """Values and gradients, with pixel weights that differ between and within pictures."""
+    rng = np.random.default_rng(4)
+    weights = rng.uniform(0, 1, (4, 16, 16)) * np.array([9.0, 1.0, 0.0, 0.2])[:, None, None]
+    weights = weights.astype(np.float32)
+    whole = tokenizer_loss(tokenizer_params, PICTURES, weights)
+    halves = [
+        tokenizer_loss(tokenizer_params, PICTURES[rows], weights[rows])
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    summed = jax.tree.map(jnp.add, *halves)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), summed, whole)
+    assert abs(halves[0][0]["loss"].value - halves[1][0]["loss"].value) > 0.01
+
+
+@pytest.fixture(scope="module")
+def reconstructed(tokenizer_params):
+    """Stride → how far pictures and vectors are from what becomes of them, each value."""
+
+    @jit
+    def found(params):
+        levels = HVQVAE(SMALL_TOKENIZER).apply({"params": params}, PICTURES, method="vectors")
+        errors = {}
+        for stride, vectors in zip((4, 8), levels, strict=False):
+            ids = image.nearest_code(vectors, params["codebook"])
+            made = image.decode(params, ids, stride, config=SMALL_TOKENIZER)
+            errors[stride] = jnp.abs(made - PICTURES), vectors - params["codebook"][ids]
+        return errors
+
+    return jax.device_get(found(tokenizer_params))
+
+
+def test_tokenizer_loss_is_made_of_its_parts(tokenizer_params, tokenizer_loss, reconstructed):
+    """With weights of 1 each is the published mean over the batch."""
+    metrics, _ = tokenizer_loss(tokenizer_params, PICTURES, np.ones((4, 16, 16), np.float32))
+    values = {name: float(mean.value) for name, mean in metrics.items()}
+    expected, loss = {}, 0.0
+    for stride, (error, moved) in reconstructed.items():
+        expected[f"reconstruction_{stride}"] = (error + error**2).mean()
+        expected[f"commitment_{stride}"] = (moved**2).mean()
+        expected[f"perceptual_{stride}"] = (error**3).mean()
+        reconstruction, commitment, perceptual = list(expected.values())[-3:]
+        loss += (reconstruction + 0.5 * commitment + 3 * perceptual) / 2
+    expected["loss"] = loss
+    assert values == {name: pytest.approx(value, rel=1e-4) for name, value in expected.items()}
+
+
+def test_pixels_count_by_their_weights(tokenizer_params, tokenizer_loss, reconstructed):
+    weights = np.random.default_rng(5).uniform(0, 2, (4, 16, 16)).astype(np.float32)
+    metrics, _ = tokenizer_loss(tokenizer_params, PICTURES, weights)
+    error, _ = reconstructed[4]
+    each = (error + error**2).mean(axis=-1)
+    expected = (weights * each).sum() / weights.sum()
+    np.testing.assert_allclose(metrics["reconstruction_4"].value, expected, rtol=1e-4)
+
+
+def test_straight_through_gradient_reaches_the_encoder_and_spares_the_codebook(
+    tokenizer_params, tokenizer_loss
+):
+    _, grads = tokenizer_loss(tokenizer_params, PICTURES, np.ones((4, 16, 16), np.float32))
+    assert np.abs(grads["encoder"]["conv_in"]["kernel"]).max() > 0
     np.testing.assert_array_equal(grads["codebook"], 0)  # moved by its average instead
-    np.testing.assert_array_equal(grads["decoder_4"]["conv_in"]["kernel"], 0)
-
-
-def test_codebook_average_converges_to_the_mean_of_its_vectors():
-    codebook = jnp.array([[0.0, 0.0], [10.0, 10.0]])
-    statistics = init_statistics(codebook)
-    vectors = jnp.array([[1.0, 1.0], [3.0, 1.0], [10.0, 12.0], [10.0, 12.0]])
-    for _ in range(200):
-        ids = image.nearest_code(vectors, codebook)
-        codebook, statistics = update_codebook(statistics, vectors, ids, decay=0.9)
-    np.testing.assert_allclose(codebook, [[2, 1], [10, 12]], atol=1e-3)
-    np.testing.assert_allclose(statistics.cluster_size, [2, 2], atol=1e-3)
-
-
-def test_dead_codes_move_onto_vectors_and_live_ones_stay():
-    codebook = jnp.array([[0.0, 0.0], [50.0, 50.0]])
-    statistics = CodebookStatistics(jnp.array([4.0, 0.0]), codebook)
-    vectors = jnp.array([[0.0, 0.1], [5.0, 5.0], [5.0, 5.0]])
-    moved, statistics = revive_dead_codes(jax.random.key(0), codebook, statistics, vectors)
-    np.testing.assert_array_equal(moved[0], codebook[0])
-    np.testing.assert_array_equal(moved[1], [5, 5])  # far from its code, so all but surely drawn
-    np.testing.assert_allclose(
-        statistics.embed_avg[1] / statistics.cluster_size[1], [5, 5], rtol=1e-5
-    )
-
-
-def test_kmeans_plus_plus_finds_separate_groups():
-    rng = np.random.default_rng(0)
-    centres = np.array([[0, 0], [100, 0], [0, 100], [100, 100]], float)
-    vectors = (centres[:, None] + rng.normal(0, 1, (4, 50, 2))).reshape(-1, 2)
-    codes = kmeans_plus_plus(rng, vectors, 4)
-    nearest = ((codes[:, None] - centres) ** 2).sum(axis=-1).argmin(axis=1)
-    assert sorted(nearest.tolist()) == [0, 1, 2, 3]
+    np.testing.assert_array_equal(grads["decoder_16"]["conv_in"]["kernel"], 0)

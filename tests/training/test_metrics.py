@@ -15,10 +15,11 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from cogview2_jax.config import CogLMConfig, TransformerConfig, Vocabulary
 from cogview2_jax.networks import coglm
+from cogview2_jax.networks.inputs import NetworkInput
 from cogview2_jax.tokenizer import image
 from cogview2_jax.tokenizer.hvqvae import HVQVAE
 from cogview2_jax.training import metrics
-from cogview2_jax.training.metrics import Log
+from cogview2_jax.training.metrics import Costs, Log, MatrixRate, Speed
 from tests.common import SMALL_TOKENIZER
 
 
@@ -75,13 +76,72 @@ def test_a_full_disk_is_one_line(most, write, file, tmp_path):
     expected = f"{tmp_path / file} could not be written: File too large"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(OSError) as caught, Log(tmp_path) as log:
-        log._board.flush()
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
             write(log)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(caught.value) == expected
+
+
+def test_lines_after_the_start_are_dropped_and_others_stay(tmp_path):
+    """And one that a kill has cut short."""
+    with Log(tmp_path) as log:
+        for step in (5, 10, 10, 15):
+            log.figures(step, {"loss": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    with Log(tmp_path, start=10) as log:
+        log.figures(15, {"loss": 0.25})
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in found] == [
+        (5, 0.5),
+        (10, 0.5),
+        (10, 0.5),
+        (15, 0.25),
+    ]
+
+
+# --- Speed ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is moved."""
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return now
+
+
+def test_speed_is_of_the_steps_since_the_restart(clock):
+    speed = Speed(Costs(tokens=60))
+    assert speed.figures() == {}
+    for _ in range(4):
+        speed.step()
+    clock[0] += 2
+    assert speed.figures() == {"step_seconds": 0.5, "tokens_per_second": 120}
+    speed.restart()
+    assert speed.figures() == {}
+
+
+def test_utilisation_is_a_share_of_the_highest_rate_seen(clock, monkeypatch):
+    """First measured on a busy machine, and never above 1."""
+    rates = iter([100.0, 400.0, 50.0])
+    monkeypatch.setattr(metrics, "matrix_rate", lambda dtype: next(rates))
+    rate = MatrixRate(again_after=60)
+    assert rate.utilisation(50) == 0.5
+    assert rate.utilisation(126) == 1  # the run itself is the fastest seen
+    assert rate.utilisation(63) == 0.5
+    clock[0] += 60
+    assert rate.utilisation(100) == 0.25
+    clock[0] += 60
+    assert rate.utilisation(100) == 0.25  # a busy moment lowers nothing
+
+
+def test_no_time_is_no_speed(clock):
+    speed = Speed(Costs(tokens=60, flops=1e9, matrix_rate=MatrixRate()))
+    speed.step()
+    assert speed.figures() == {}
 
 
 def counted(function, *arguments) -> float:
@@ -101,7 +161,8 @@ def test_flops_of_coglm_are_those_of_its_matrix_products():
     params = jax.eval_shape(lambda key: coglm.init_params(key, config), jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, length, length), jnp.bool_)
-    forward = counted(functools.partial(coglm.apply, config=config), params, tokens, tokens, mask)
+    given = NetworkInput(tokens, tokens, mask)
+    forward = counted(functools.partial(coglm.apply, config=config), params, given)
     # XLA counts the norms, the softmax and the activations too.
     assert 3 * forward == pytest.approx(metrics.flops_per_sample(config), rel=0.06)
     assert 3 * forward > metrics.flops_per_sample(config)

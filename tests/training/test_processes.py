@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from cogview2_jax.training import checkpoint
+from cogview2_jax.training import checkpoint, lock
 from tests import training_runs
 from tests.processes import ROOT, Started, ending, free_port
 from tests.training_runs import STEPS, Work
@@ -62,8 +63,8 @@ def state_in():
     like, _, _ = training_runs.begin("coglm", None)
 
     def state_in(folder):
-        with checkpoint.open_folder(folder / "checkpoints") as manager:
-            state, step = checkpoint.restore(manager, like, {})
+        with checkpoint.open_folder(folder / "checkpoints") as checkpoints:
+            state, step = checkpoint.restore(checkpoints, like, {})
         assert step == STEPS
         return state
 
@@ -131,3 +132,12 @@ def test_killed_on_one_mesh_it_goes_on_with_another(start, train, state_in, alon
     assert min(last) == known + 1
     assert_same(losses | last, expected)
     assert_same(state_in(tmp_path), state_in(folder))
+
+
+def test_all_processes_are_refused_where_another_run_trains(start, tmp_path):
+    with lock.hold(tmp_path), ending(start(tmp_path, FSDP, processes=2)) as running:
+        for process in running:
+            assert process.finish() == 1
+            expected = f"OSError: {tmp_path} is in use by another run (process {os.getpid()} on "
+            assert expected in process.err()
+    assert not any(tmp_path.iterdir())

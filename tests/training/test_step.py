@@ -1,5 +1,7 @@
 """A training step: its gradient in parts, its average, what it freezes and refuses; optimisers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 
 from cogview2_jax.config import CogLMConfig, Precision, Training, TransformerConfig, Vocabulary
 from cogview2_jax.networks import coglm
-from cogview2_jax.training.losses import Mean, weighted
+from cogview2_jax.networks.inputs import NetworkInput
+from cogview2_jax.sharding import Execution
+from cogview2_jax.training.losses import weighted
 from cogview2_jax.training.step import (
     adamw,
     freeze,
@@ -17,6 +21,7 @@ from cogview2_jax.training.step import (
     muon_with_adamw,
     warmup_cosine,
 )
+from tests.common import random_params
 
 
 def batch(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -99,6 +104,18 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number():
     jax.tree.map(np.testing.assert_array_equal, before._replace(step=2), jax.device_get(state))
 
 
+def test_a_parameter_that_becomes_too_large_is_not_kept():
+    """Its loss and gradient were finite, so the next step alone would tell."""
+    optimizer, state = start(optax.sgd(1e38))
+    step = make_step(loss, optimizer)
+    x, y, weights = batch(0)
+    before = jax.device_get(state.params)
+    state, metrics = step(state, (x, 100 * y, weights))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+    assert metrics["finite"] == 0 and not np.isfinite(metrics["parameter_norm"])
+    jax.tree.map(np.testing.assert_array_equal, before, state.params)
+
+
 def test_extra_is_revised_with_what_the_loss_function_saw():
     def revise(params, extra, aux, step, key):
         assert aux.shape == (2, 8)  # parts, rows
@@ -130,37 +147,43 @@ VOCABULARY = Vocabulary(num_image=12, size=24, pad=15, unknown=12)
 BASE = CogLMConfig(SIZES, VOCABULARY, grid=(4, 4), max_text=5, num_positions=32, image_position=8)
 
 
-def _gradient(training: Training, key=None):
-    params = coglm.init_params(jax.random.key(0), BASE)
+@functools.cache
+def gradient_with(training: Training):
+    """Parameters and a key or None → the loss and its gradient; compiled once for each kind."""
     tokens = np.arange(20)[None] % 12
-    mask = np.tril(np.ones((1, 20, 20), bool))
+    inputs = NetworkInput(tokens, tokens, np.tril(np.ones((1, 20, 20), bool)))
 
-    def mean(params):
-        logits = coglm.apply(
-            params, tokens, tokens, mask, config=BASE, training=training, dropout_key=key
-        )
-        return Mean(jnp.sum(jax.nn.logsumexp(logits, -1)), jnp.float32(20)).value
+    def mean(params, key):
+        execution = Execution(training=training)
+        logits = coglm.apply(params, inputs, config=BASE, execution=execution, dropout_key=key)
+        return jnp.mean(jax.nn.logsumexp(logits, -1))
 
-    return jax.jit(jax.value_and_grad(mean))(params)
+    # Hardly optimised: so it is ready soonest.
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(jax.value_and_grad(mean), compiler_options=options)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(coglm.init_params, BASE)
 
 
 @pytest.mark.parametrize("remat", ["products", "all"])
-def test_rematerialisation_changes_no_number(remat):
+def test_rematerialisation_changes_no_number(remat, params):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        _gradient(Training()),
-        _gradient(Training(remat=remat)),
+        gradient_with(Training())(params, None),
+        gradient_with(Training(remat=remat))(params, None),
     )
 
 
-def test_dropout_is_drawn_from_its_key_and_off_without_one():
-    dropped = Training(dropout=0.5)
-    off, _ = _gradient(Training())
-    np.testing.assert_array_equal(off, _gradient(dropped)[0])
-    one, again = (_gradient(dropped, jax.random.key(1))[0] for _ in range(2))
-    np.testing.assert_array_equal(one, again)
-    assert abs(float(one) - float(off)) > 1e-4
-    assert abs(float(one) - float(_gradient(dropped, jax.random.key(2))[0])) > 1e-4
+def test_dropout_is_drawn_from_its_key_and_off_without_one(params):
+    dropped = gradient_with(Training(dropout=0.5))
+    off, _ = gradient_with(Training())(params, None)
+    np.testing.assert_array_equal(off, dropped(params, None)[0])
+    one, again, other = (float(dropped(params, jax.random.key(k))[0]) for k in (1, 1, 2))
+    assert one == again
+    assert abs(one - float(off)) > 1e-4 and abs(one - other) > 1e-4
 
 
 def test_training_options_are_checked():

@@ -4,8 +4,6 @@ An example is a function only of (split, index), through a counter-based generat
 length and can be read in any order.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 from typing import Literal, NamedTuple

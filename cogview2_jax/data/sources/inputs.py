@@ -1,7 +1,5 @@
 """What every source gives: inputs by number, each with its captions, or the reason why not."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
