@@ -257,6 +257,33 @@ def require_free(
     )
 
 
+class Outputs:
+    """The files of one command: checked before anything is computed, written all at once."""
+
+    def __init__(
+        self,
+        out: Path,
+        files: Collection[str],
+        report: str,
+        settings: Mapping[str, Any],
+        overwrite: bool,
+    ) -> None:
+        """`report` is the JSON file that holds `settings`, next to `files`. Raises ClickException
+        where these files are there already, of another command.
+        """
+        self._arguments = out, [*files, report], report, settings, overwrite
+        require_free(*self._arguments)
+
+    def write(self, contents: Mapping[str, bytes], seconds: Mapping[str, float]) -> None:
+        """Write the files and the report, with the time that each part took, and say where."""
+        out, _, report, settings, _ = self._arguments
+        require_free(*self._arguments)  # others write too
+        rounded = {part: round(value, 3) for part, value in seconds.items()}
+        content = to_json({**settings, "seconds": rounded})
+        for file in write_all(out, {**contents, report: content}):
+            click.echo(file)
+
+
 def write_all(out: Path, files: Mapping[str, bytes]) -> list[Path]:
     """Write all files into `out` under temporary names, then give them their own."""
     written: dict[Path, Path] = {}

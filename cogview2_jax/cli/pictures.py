@@ -106,7 +106,7 @@ def generate(
     chosen = common.choose_stage(folder, stage)
     names = sheets.stems(prompts, seed, "" if chosen == _LAST else chosen)
     whole = names[0] if len(names) == 1 else f"{names[0]}_and_{len(names) - 1}_more"
-    grid, report = f"{whole}_grid.png", f"{whole}.json"
+    grid = f"{whole}_grid.png"
     rows = [
         {"prompt": prompt, "pictures": [f"{name}_{i}.png" for i in range(num_images)]}
         for prompt, name in zip(prompts, names, strict=True)
@@ -120,8 +120,8 @@ def generate(
         "stage": chosen,
         "candidates": best_of,
     } | common.circumstances(folder, dtype)
-    files = [name for row in rows for name in row["pictures"]] + [grid, report]
-    common.require_free(out, files, report, description, overwrite)
+    files = [name for row in rows for name in row["pictures"]] + [grid]
+    outputs = common.Outputs(out, files, f"{whole}.json", description, overwrite)
 
     cv, _ = common.load(folder, settings.STAGES[chosen], dtype)
     timings = {"load": time.perf_counter() - begin}
@@ -133,11 +133,7 @@ def generate(
         for name, picture in zip(row["pictures"], pictures, strict=True)
     }
     contents[grid] = sheets.png(sheets.labelled_grid(prompts, made))
-    seconds = {part: round(value, 3) for part, value in timings.items()}
-    contents[report] = common.to_json(description | {"seconds": seconds})
-    common.require_free(out, files, report, description, overwrite)  # others write too
-    for file in common.write_all(out, contents):
-        click.echo(file)
+    outputs.write(contents, timings)
 
 
 def _draw(
@@ -278,7 +274,7 @@ def infill_command(
     chosen = common.choose_stage(folder, stage)
     name = f"{sheets.slug(picture.stem)}_{sheets.stems([prompt], seed, '')[0]}"
     name += "" if chosen == _LAST else f"_{chosen}"
-    files, report = [f"{name}_{i}.png" for i in range(num_images)], f"{name}.json"
+    files = [f"{name}_{i}.png" for i in range(num_images)]
     best_of = common.candidates(folder, candidates)
     description = {
         "prompt": prompt,
@@ -291,7 +287,7 @@ def infill_command(
         "stage": chosen,
         "candidates": best_of,
     } | common.circumstances(folder, dtype)
-    common.require_free(out, [*files, report], report, description, overwrite)
+    outputs = common.Outputs(out, files, f"{name}.json", description, overwrite)
 
     cv, _ = common.load(folder, settings.STAGES[chosen], dtype)
     import jax
@@ -305,9 +301,5 @@ def infill_command(
         stage=chosen,
         candidates=best_of,
     )
-    contents = {name: sheets.png(each) for name, each in zip(files, made, strict=True)}
-    seconds = {"total": round(time.perf_counter() - begin, 3)}
-    contents[report] = common.to_json(description | {"seconds": seconds})
-    common.require_free(out, [*files, report], report, description, overwrite)
-    for file in common.write_all(out, contents):
-        click.echo(file)
+    contents = {file: sheets.png(each) for file, each in zip(files, made, strict=True)}
+    outputs.write(contents, {"total": time.perf_counter() - begin})
