@@ -197,7 +197,8 @@ def versions() -> dict[str, str]:
 overwrite_option = click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace files in --out that another command made. The same command again needs no leave.",
+    help="Replace files in --out that a command with other settings made. The same command may"
+    " always rewrite its own.",
 )
 
 
@@ -215,7 +216,7 @@ def model_id(folder: Path) -> str:
 
 
 def circumstances(folder: Path, dtype: str) -> dict[str, Any]:
-    """What results depend on but for the command's own settings, as a report has it."""
+    """What results depend on, beyond the command's own settings."""
     return {
         "bundle": str(folder),
         "model_id": model_id(folder),
@@ -230,8 +231,8 @@ def require_free(
 ) -> None:
     """Raises ClickException where `out` has files of these names that another command made.
 
-    `report` is the JSON file of the command, one of `files`; whoever wrote one with the same
-    `settings` was the same command.
+    `report` is the command's JSON file, one of `files`. A command whose report has the same
+    `settings` is the same command.
     """
     there = sorted(name for name in files if (out / name).exists())
     if overwrite or not there:
@@ -254,6 +255,33 @@ def require_free(
         f"{out / (report if report in there else there[0])} {why}: give another --out, or"
         " --overwrite to replace it"
     )
+
+
+class Outputs:
+    """The files of one command: checked before anything is computed, written all at once."""
+
+    def __init__(
+        self,
+        out: Path,
+        files: Collection[str],
+        report: str,
+        settings: Mapping[str, Any],
+        overwrite: bool,
+    ) -> None:
+        """`report` is the JSON file that holds `settings`, next to `files`. Raises ClickException
+        where these files are there already, of another command.
+        """
+        self._arguments = out, [*files, report], report, settings, overwrite
+        require_free(*self._arguments)
+
+    def write(self, contents: Mapping[str, bytes], seconds: Mapping[str, float]) -> None:
+        """Write the files and the report, with the time that each part took, and say where."""
+        out, _, report, settings, _ = self._arguments
+        require_free(*self._arguments)  # others write too
+        rounded = {part: round(value, 3) for part, value in seconds.items()}
+        content = to_json({**settings, "seconds": rounded})
+        for file in write_all(out, {**contents, report: content}):
+            click.echo(file)
 
 
 def write_all(out: Path, files: Mapping[str, bytes]) -> list[Path]:

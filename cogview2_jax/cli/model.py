@@ -105,44 +105,51 @@ def init(
         raise click.ClickException(f"{out} exists: give a new folder")
     common.check_writable(out)
     from cogview2_jax import bundle as bundles
-    from cogview2_jax.tokenizer import text
 
+    where = changes or Path(preset)
     with common.refusing():
         content = _preset(preset)
         if changes:
             content = _changed(content, _read_changes(changes), str(changes))
-        if captions:
-            sentences, left_out = _sentences(captions, caption_fields or ("caption",))
-            if pieces:
-                made = text.train_subword_model(sentences, pieces)
-            else:
-                made = text.train_text_model(sentences)
-            model, origin = text.load_text_model(made), f"of {len(sentences)} captions"
-            if left_out:
-                origin += f", {left_out} lines left out"
-        elif text_model:
-            model, origin = text.load_text_model(text_model), f"as in {text_model}"
-        else:
-            shipped = bundles.locate()
-            model = bundles.read_text_model(shipped, bundles.read_description(shipped))
-            origin = "as in the model that ships"
+        model, origin = _text_model(text_model, captions, caption_fields or ("caption",), pieces)
         # The released tokenizer's way to read text goes with a text model that is not made here.
         published = preset == "published" and text_model is not None
         _set_vocabulary(content, model, as_published=True if published else None)
         advice = "its fields are those of the config.json of a bundle"
-        description = bundles.parse_description(content, changes or Path(preset), advice)
+        description = bundles.parse_description(content, where, advice)
         try:
             counts = parameter_counts(description)
         except Exception as error:  # sizes that no network can have end in any error of jax or flax
             reason = errors.first_line(error)
-            raise ValueError(
-                f"{changes or preset}: no networks of these sizes: {reason}"
-            ) from error
+            raise ValueError(f"{where}: no networks of these sizes: {reason}") from error
         bundles.save(out, bundles.untrained(description, model))
     click.echo(f"{out}: a model to be trained")
     for name, number in counts.items():
         click.echo(f"{name:12s}{number:,} parameters: {bundles.TRAINED_BY[name]}")
     click.echo(f"{'text model':12s}{model.vocab_size():,} pieces, {origin}")
+
+
+def _text_model(
+    file: Path | None, captions: Path | None, fields: tuple[str, ...], pieces: int | None
+) -> tuple[spm.SentencePieceProcessor, str]:
+    """The text model of a file, made of captions, or of the model that ships; and its origin."""
+    from cogview2_jax import bundle as bundles
+    from cogview2_jax.tokenizer import text
+
+    if captions:
+        sentences, left_out = _sentences(captions, fields)
+        if pieces:
+            made = text.train_subword_model(sentences, pieces)
+        else:
+            made = text.train_text_model(sentences)
+        origin = f"of {len(sentences)} captions"
+        origin += f", {left_out} lines left out" if left_out else ""
+        return text.load_text_model(made), origin
+    if file:
+        return text.load_text_model(file), f"as in {file}"
+    shipped = bundles.locate()
+    model = bundles.read_text_model(shipped, bundles.read_description(shipped))
+    return model, "as in the model that ships"
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -35,8 +35,8 @@ _candidates_option = click.option(
     "--candidates",
     type=click.IntRange(1, MOST_IMAGES),
     metavar="N",
-    help="Draw every picture N times at the base stage and keep the best: the one that the model"
-    " itself finds the prompt the likeliest caption of.  [default: what the bundle says]",
+    help="Draw every picture N times at the base stage and keep the one that the prompt describes"
+    " best, as the model scores captions.  [default: what the bundle says]",
 )
 _seed_option = click.option(
     "--seed",
@@ -106,7 +106,7 @@ def generate(
     chosen = common.choose_stage(folder, stage)
     names = sheets.stems(prompts, seed, "" if chosen == _LAST else chosen)
     whole = names[0] if len(names) == 1 else f"{names[0]}_and_{len(names) - 1}_more"
-    grid, report = f"{whole}_grid.png", f"{whole}.json"
+    grid = f"{whole}_grid.png"
     rows = [
         {"prompt": prompt, "pictures": [f"{name}_{i}.png" for i in range(num_images)]}
         for prompt, name in zip(prompts, names, strict=True)
@@ -120,8 +120,8 @@ def generate(
         "stage": chosen,
         "candidates": best_of,
     } | common.circumstances(folder, dtype)
-    files = [name for row in rows for name in row["pictures"]] + [grid, report]
-    common.require_free(out, files, report, description, overwrite)
+    files = [name for row in rows for name in row["pictures"]] + [grid]
+    outputs = common.Outputs(out, files, f"{whole}.json", description, overwrite)
 
     cv, _ = common.load(folder, settings.STAGES[chosen], dtype)
     timings = {"load": time.perf_counter() - begin}
@@ -133,11 +133,7 @@ def generate(
         for name, picture in zip(row["pictures"], pictures, strict=True)
     }
     contents[grid] = sheets.png(sheets.labelled_grid(prompts, made))
-    seconds = {part: round(value, 3) for part, value in timings.items()}
-    contents[report] = common.to_json(description | {"seconds": seconds})
-    common.require_free(out, files, report, description, overwrite)  # others write too
-    for file in common.write_all(out, contents):
-        click.echo(file)
+    outputs.write(contents, timings)
 
 
 def _draw(
@@ -241,7 +237,7 @@ Examples:
     type=(float, float, float, float),
     required=True,
     metavar="TOP LEFT BOTTOM RIGHT",
-    help="What to draw anew, as parts of the whole picture's height and width from 0 to 1.",
+    help="What to redraw, as fractions of the whole picture's height and width.",
 )
 @_num_images(settings.NUM_INFILLED)
 @_seed_option
@@ -264,11 +260,11 @@ def infill_command(
     overwrite: bool,
     bundle: Path | None,
 ) -> None:
-    """Draw a part of PICTURE anew, so that all of it fits PROMPT.
+    """Redraw a part of PICTURE, so that all of it fits PROMPT.
 
-    PICTURE may have any shape and size, and the result has the same. The model sees a square around
-    the box, as wide as the picture's shorter side (or as the box, where that is longer); nothing
-    outside of it changes. Writes the pictures and a JSON file with the settings.
+    PICTURE may have any shape and size; the result has the same. The model sees a square around the
+    box, as wide as the picture's shorter side, or as the box where that is longer. Nothing outside
+    this square changes. Writes the pictures and a JSON file with the settings.
     """
     begin = time.perf_counter()
     folder = common.check_model(bundle, (prompt,))
@@ -278,7 +274,7 @@ def infill_command(
     chosen = common.choose_stage(folder, stage)
     name = f"{sheets.slug(picture.stem)}_{sheets.stems([prompt], seed, '')[0]}"
     name += "" if chosen == _LAST else f"_{chosen}"
-    files, report = [f"{name}_{i}.png" for i in range(num_images)], f"{name}.json"
+    files = [f"{name}_{i}.png" for i in range(num_images)]
     best_of = common.candidates(folder, candidates)
     description = {
         "prompt": prompt,
@@ -291,7 +287,7 @@ def infill_command(
         "stage": chosen,
         "candidates": best_of,
     } | common.circumstances(folder, dtype)
-    common.require_free(out, [*files, report], report, description, overwrite)
+    outputs = common.Outputs(out, files, f"{name}.json", description, overwrite)
 
     cv, _ = common.load(folder, settings.STAGES[chosen], dtype)
     import jax
@@ -305,9 +301,5 @@ def infill_command(
         stage=chosen,
         candidates=best_of,
     )
-    contents = {name: sheets.png(each) for name, each in zip(files, made, strict=True)}
-    seconds = {"total": round(time.perf_counter() - begin, 3)}
-    contents[report] = common.to_json(description | {"seconds": seconds})
-    common.require_free(out, [*files, report], report, description, overwrite)
-    for file in common.write_all(out, contents):
-        click.echo(file)
+    contents = {file: sheets.png(each) for file, each in zip(files, made, strict=True)}
+    outputs.write(contents, {"total": time.perf_counter() - begin})

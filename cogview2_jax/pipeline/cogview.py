@@ -159,13 +159,13 @@ class CogView:
         stage: str | None = None,
         candidates: int | None = None,
     ) -> np.ndarray:
-        """The picture with what is in `box` drawn anew: uint8 [num_images, y, x, 3], its own size.
+        """The picture with its `box` redrawn, at its own size: uint8 [num_images, y, x, 3].
 
         `box` is (top, left, bottom, right) in 0…1 of the whole picture, upright. The model sees a
-        crop around the box, with the shape of its own pictures and as large as the picture allows;
-        what is outside of it stays as it is (see `editing`). Whole coarse cells of the crop are
-        replaced, those whose centre the box holds, and only their fine cells are super-resolved.
-        `stage` and `candidates` are as in `generate`.
+        crop around the box, with the aspect ratio of its own pictures and as large as the picture
+        allows; pixels outside the crop do not change (see `editing`). Whole coarse cells of the
+        crop are drawn, those whose centre the box holds, and only their fine cells are
+        super-resolved. `stage` and `candidates` are as in `generate`.
         """
         config = self.bundle.coglm_config
         stage = self._last_stage(stage)

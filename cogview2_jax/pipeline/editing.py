@@ -1,9 +1,9 @@
-"""The geometry of infilling: from a box in a picture of any shape to the cells that are drawn, and
-back.
+"""The geometry of infilling: from a box in a picture of any shape to the cells to draw, and back.
 
-The model sees a crop with the shape of its own pictures: the largest that fits into the picture,
-around the box. Where the box is longer than that, the crop grows beyond the picture, which is then
-continued by its border. What is outside of the crop is never touched.
+The model sees a crop with the aspect ratio of its own pictures: the largest that fits into the
+picture, around the box. Where the box is longer than that, the crop is as long as the box and
+reaches beyond the picture, which is padded with its border pixels. Pixels outside the crop never
+change.
 """
 
 from typing import NamedTuple
@@ -18,13 +18,13 @@ Box = tuple[float, float, float, float]  # top, left, bottom, right: parts of th
 
 
 class Edit(NamedTuple):
-    """A crop in pixels of the picture, which may reach beyond it, and what is drawn in it."""
+    """A crop in pixels of the picture, which may reach beyond it, and the cells to draw in it."""
 
     top: int
     left: int
     height: int
     width: int
-    mask: np.ndarray  # bool [y, x], the coarse cells that are drawn anew
+    mask: np.ndarray  # bool [y, x], the coarse cells to draw
 
 
 def picture_size(config: DirectSRConfig) -> tuple[int, int]:
@@ -82,7 +82,7 @@ def plan(box: Box, picture: tuple[int, int], config: DirectSRConfig) -> Edit:
 
 
 def cut(picture: Image.Image, edit: Edit) -> np.ndarray:
-    """The crop of a picture in RGB: uint8 [height, width, 3]; beyond the picture, its border."""
+    """The crop of a picture in RGB: uint8 [height, width, 3], padded with the border pixels."""
     rows = np.arange(edit.top, edit.top + edit.height).clip(0, picture.height - 1)
     columns = np.arange(edit.left, edit.left + edit.width).clip(0, picture.width - 1)
     part = picture.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
@@ -92,9 +92,9 @@ def cut(picture: Image.Image, edit: Edit) -> np.ndarray:
 def paste(picture: Image.Image, drawn: np.ndarray, edit: Edit) -> np.ndarray:
     """Pictures with what was drawn in its place: uint8 [b, y, x, 3] from `drawn` [b, y', x', 3].
 
-    Where the model drew the crop pixel for pixel, all of the crop is replaced, so that the drawn
-    cells and those around them fit each other. Where the model draws at another size, only the
-    drawn cells are, and all others keep the picture's own pixels.
+    Where the crop has the size that the model draws, all of it is replaced: the tokenizer then made
+    the drawn cells and those around them, so no seam shows. At any other size only the drawn cells
+    are replaced, and all others keep the resolution of the picture.
     """
     original = np.asarray(picture)
     place, inside = [], []

@@ -13,6 +13,7 @@ import pytest
 import cogview2_jax
 from cogview2_jax.config import Precision
 from cogview2_jax.pipeline import stages as programs
+from cogview2_jax.pipeline.prompts import prompt_tokens
 from cogview2_jax.sharding import Execution
 from tests.pipeline.conftest import PROMPT
 
@@ -30,8 +31,8 @@ def test_bfloat16_draws_nearly_the_same(cv, stages, tiny, tiny_folder):
     assert {stage: pictures.shape for stage, pictures in made.items()} == {
         stage: pictures.shape for stage, pictures in stages.items()
     }
-    # The same coarse tokens, one pass: a number of 8 bits seldom changes which token is drawn.
-    tokens = programs_input(cv)
+    # The same coarse tokens, one pass: 8-bit mantissas seldom change which token is drawn.
+    tokens = direct_inputs(cv)
     exact, near = (
         np.asarray(
             programs.super_resolve_direct(
@@ -49,9 +50,7 @@ def test_bfloat16_draws_nearly_the_same(cv, stages, tiny, tiny_folder):
     assert (exact == near).mean() > 0.9
 
 
-def programs_input(cv):
-    from cogview2_jax.pipeline.prompts import prompt_tokens
-
+def direct_inputs(cv):
     bundle = cv.bundle
     tokens = prompt_tokens([PROMPT] * 2, bundle.text_model, bundle.coglm_config, 10, 6)
     coarse = np.random.default_rng(0).integers(0, 64, (2, 16)).astype(np.int32)
@@ -60,7 +59,7 @@ def programs_input(cv):
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["4 1 2", "1 4 2", "2 2 2"])
+@pytest.mark.parametrize("mesh", ["4 1 2", "2 2 2"])
 def test_a_mesh_draws_what_one_device_draws(mesh):
     """On 8 virtual devices: see `mesh_run.py`."""
     environment = os.environ | {
