@@ -28,8 +28,9 @@ from cogview2_jax.networks import attention, coglm, direct_sr, inputs, iterative
 from cogview2_jax.sharding import Execution, Sharding, make_mesh
 from cogview2_jax.tokenizer import image
 from cogview2_jax.training.coglm_samples import TrainingSample
-from cogview2_jax.training.loop import Every, fit, process_rows, shard_batch
+from cogview2_jax.training.loop import fit, process_rows, shard_batch
 from cogview2_jax.training.losses import coglm_loss, direct_sr_loss, iterative_sr_loss
+from cogview2_jax.training.options import LoopOptions
 from cogview2_jax.training.step import (
     TrainState,
     adamw,
@@ -249,7 +250,7 @@ def work(told: Work) -> None:
         num_steps=told.steps,
         folder=Path(told.folder),
         name="tiny",
-        every=Every(save=told.save_every),
+        loop=LoopOptions(save_every=told.save_every),
         sharding=sharding,
     )
     if sharding is not None:

@@ -26,29 +26,11 @@ from cogview2_jax.sharding import Sharding
 from cogview2_jax.training import checkpoint, lock
 from cogview2_jax.training.checkpoint import Checkpoints
 from cogview2_jax.training.metrics import Costs, Log, Speed, Watched
+from cogview2_jax.training.options import LoopOptions
 from cogview2_jax.training.progress import Progress
 from cogview2_jax.training.step import TrainState
 
 Batches = Callable[[int], Any]
-
-
-@dataclass(frozen=True)
-class Every:
-    """Steps between saves, between logs and between sample pictures (0: no pictures), and how many
-    of the newest checkpoints are kept.
-    """
-
-    save: int = 200
-    log: int = 20
-    sample: int = 0
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        for name, least in (("save", 1), ("log", 1), ("sample", 0), ("keep", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"Every({name}) must be at least {least}: got {getattr(self, name)}"
-                )
 
 
 @dataclass(frozen=True)
@@ -79,12 +61,11 @@ def fit(
     folder: Path,
     name: str,
     settings: checkpoint.Settings | None = None,
-    every: Every = Every(),
+    loop: LoopOptions = LoopOptions(),
     hooks: Hooks = Hooks(),
     costs: Costs = Costs(),
     schedule: optax.Schedule | None = None,
     on_stop: str = "",
-    skip_non_finite: bool = False,
     sharding: Sharding | None = None,
 ) -> TrainState:
     """Train to `num_steps` steps, going on from the newest checkpoint in `folder` if there is one.
@@ -97,7 +78,6 @@ def fit(
         schedule: the learning rate, to be logged.
         on_stop: how to get a model from a run that was stopped, added to what is said then;
         "{step}" in it is the step that was saved.
-        skip_non_finite: pass over a step that is not finite, and count it, instead of stopping.
         sharding: where batches are put; `batches` then gives this process's rows.
 
     Raises FloatingPointError for a step that is not finite, OSError for a folder that another run
@@ -108,7 +88,7 @@ def fit(
         stack.enter_context(lock.hold(folder))
         checkpoints = stack.enter_context(
             checkpoint.open_folder(
-                folder / "checkpoints", every.keep, best=hooks.validate is not None
+                folder / "checkpoints", loop.keep, best=hooks.validate is not None
             )
         )
         state, start = checkpoint.restore(checkpoints, state, settings or {})
@@ -119,10 +99,10 @@ def fit(
             progress.say(f"goes on from step {start}")
         log = stack.enter_context(Log(folder, start)) if first else None
         report = _Report(log, progress, Speed(costs), schedule, hooks.watch)
-        finite = _Finite(name, skip_non_finite, hooks.ids_of, checkpoints)
+        finite = _Finite(name, loop.skip_non_finite, hooks.ids_of, checkpoints)
         reader = stack.enter_context(_Reader(batches, num_steps, sharding))
         stopping = stack.enter_context(_stop_signals(name, checkpoints))
-        run = _Run(num_steps, every, hooks, settings or {}, on_stop, checkpoints, report, finite)
+        run = _Run(num_steps, loop, hooks, settings or {}, on_stop, checkpoints, report, finite)
         state = run.steps(state, start, step_fn, reader, stopping)
         checkpoint.finish(checkpoints)
     return state
@@ -133,7 +113,7 @@ class _Run:
     """What the steps of a run need."""
 
     num_steps: int
-    every: Every
+    loop: LoopOptions
     hooks: Hooks
     settings: checkpoint.Settings
     on_stop: str
@@ -150,7 +130,7 @@ class _Run:
         stopping: "_Stopping",
     ) -> TrainState:
         """All steps after `start`."""
-        every, hooks, report = self.every, self.hooks, self.report
+        loop, hooks, report = self.loop, self.hooks, self.report
         if hooks.validate and not start:
             report.validation(0, hooks.validate(state))
         report.progress.compiling()
@@ -163,9 +143,9 @@ class _Run:
 
             last = step == self.num_steps
             stop = stopping.now(step) and not last
-            saves = last or stop or step % every.save == 0
-            logs = last or stop or step % every.log == 0
-            draws = every.sample and (last or step % every.sample == 0)
+            saves = last or stop or step % loop.save_every == 0
+            logs = last or stop or step % loop.log_every == 0
+            draws = loop.sample_every and (last or step % loop.sample_every == 0)
             self.finite.check(step, values, now=saves or logs)
             if logs:
                 report.training(step, state, values, self.finite, last=last)

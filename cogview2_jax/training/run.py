@@ -12,7 +12,7 @@ import optax
 
 from cogview2_jax.sharding import Sharding
 from cogview2_jax.training import checkpoint, metrics
-from cogview2_jax.training.loop import Every, Hooks, fit, shard_batch
+from cogview2_jax.training.loop import Hooks, fit, shard_batch
 from cogview2_jax.training.losses import Metrics
 from cogview2_jax.training.options import LoopOptions, Options
 from cogview2_jax.training.step import (
@@ -75,7 +75,7 @@ def run(
         folder=folder,
         name=task.name,
         settings=settings_of(task, options),
-        every=Every(loop.save_every, loop.log_every, loop.sample_every, loop.keep),
+        loop=loop,
         hooks=Hooks(
             validate=None if validate is None else lambda state: validate(kept(state)),
             sample=None if sample is None else lambda state: sample(kept(state)),
@@ -90,7 +90,6 @@ def run(
         ),
         schedule=schedule,
         on_stop="; with --steps {step} it writes the model as it is",
-        skip_non_finite=loop.skip_non_finite,
         sharding=sharding,
     )
     return kept(state)

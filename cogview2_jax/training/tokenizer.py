@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,14 +68,7 @@ def tokenizer_task(
     init = functools.partial(image_tokenizer.init_params, config=config)
     shapes = jax.eval_shape(init, jax.random.key(0))
     trained = _trained(shapes, strides, own.keep_others, config)
-    part, parts = process_rows(execution.sharding, options.batch_size)
-    records = reading.Records(pictures)
-    crops_of = functools.partial(
-        reading.pictures, records, options.batch_size, side, validation_share=options.validation
-    )
-    rows = functools.partial(crops_of, seed=options.seed, process_index=part, process_count=parts)
-    crops = rows(flip=own.mirror)
-    unseen = validation_part(lambda: rows(validation=True, epochs=1, flip=False), options, most=4)
+    data = _crop_data(pictures, side, options, own, execution)
 
     def marked(pixels: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         # Whether to quantise goes with the batch: it changes no shape, and compiles nothing anew.
@@ -100,9 +93,7 @@ def tokenizer_task(
     def before_step(step: int, state: TrainState) -> TrainState:
         if params is not None or step != begin:
             return state
-        # All processes place it on the same crops.
-        fresh = crops_of(seed=options.seed + 1, flip=own.mirror)
-        return place_codebook(state, fresh, strides, config, options.seed)
+        return place_codebook(state, data.fresh, strides, config, options.seed)
 
     revise = codebook_revision(decay=own.decay, begin=begin, revive_every=10)
     return Task(
@@ -114,28 +105,57 @@ def tokenizer_task(
         params=params,
         trained=None if all(jax.tree.leaves(trained)) else trained,
         loss=loss,
-        read=lambda step: marked(crops[step], step),
-        read_validation=lambda step: marked(unseen[step], begin),
-        validation_batches=len(unseen),
-        ids_of=functools.partial(record_numbers, records, options),
+        read=lambda step: marked(data.crops[step], step),
+        read_validation=lambda step: marked(data.validation[step], begin),
+        validation_batches=len(data.validation),
+        ids_of=functools.partial(record_numbers, data.records, options),
         tokens_per_sample=sum((side // stride) ** 2 for stride in strides),
         flops_per_sample=metrics.tokenizer_flops_per_sample(config, side, strides),
-        settings={
-            "records": checkpoint.describe(records.manifest),
-            **reading.split_settings(options.validation),
-            **checkpoint.describe(own),
-            "start": start,
-            "side": side,
-            "strides": list(strides),
-            "clusters": None,  # of the model, not of the run
-        },
+        settings=_settings(data.records, options, own)
+        | {"start": start, "side": side, "strides": list(strides)},
         put=functools.partial(_put, clusters=own.clusters),
-        sampler=lambda prompts: samples.reconstructions(crops[0][:8], strides, config),
+        sampler=lambda prompts: samples.reconstructions(data.crops[0][:8], strides, config),
         extra=lambda params: init_statistics(params["codebook"]),
         revise=None if own.keep_others else revise,
         before_step=before_step,
         watch=None if own.keep_others else watch_usage(),
     )
+
+
+class _CropData(NamedTuple):
+    """Crops uint8 [b, side, side, 3] by step: this process's rows, and `fresh` ones, the same in
+    all processes, that the codebook is placed on.
+    """
+
+    records: reading.Records
+    crops: Any
+    validation: Any
+    fresh: Any
+
+
+def _crop_data(
+    pictures: Path, side: int, options: Options, own: TokenizerOptions, execution: Execution
+) -> _CropData:
+    records = reading.Records(pictures)
+    part, parts = process_rows(execution.sharding, options.batch_size)
+    crops_of = functools.partial(
+        reading.pictures, records, options.batch_size, side, validation_share=options.validation
+    )
+    rows = functools.partial(crops_of, seed=options.seed, process_index=part, process_count=parts)
+    unseen = validation_part(lambda: rows(validation=True, epochs=1, flip=False), options, most=4)
+    fresh = crops_of(seed=options.seed + 1, flip=own.mirror)
+    return _CropData(records, rows(flip=own.mirror), unseen, fresh)
+
+
+def _settings(
+    records: reading.Records, options: Options, own: TokenizerOptions
+) -> checkpoint.Settings:
+    return {
+        "records": checkpoint.describe(records.manifest),
+        **reading.split_settings(options.validation),
+        **checkpoint.describe(own),
+        "clusters": None,  # of the model, not of the run
+    }
 
 
 def _strides(own: TokenizerOptions, config: HVQVAEConfig) -> tuple[int, ...]:

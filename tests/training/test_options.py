@@ -52,6 +52,12 @@ def test_options_are_checked(changes, message):
         Options(**changes)
 
 
+@pytest.mark.parametrize("name", ["save_every", "log_every", "keep"])
+def test_nothing_happens_every_0_steps(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1: got 0"):
+        LoopOptions(**{name: 0})
+
+
 def test_a_tuple_is_checked_by_item():
     with pytest.raises(ValueError, match="strides must be at least 1: got 0"):
         TokenizerOptions(strides=(8, 0))
