@@ -3,6 +3,7 @@ the same validation records.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,94 +63,112 @@ class Ablation(NamedTuple):
     tasks: Callable[[int], tuple[Task, Task, Options]]  # seed → full, without, how to train both
 
 
-def ablations(bundle: Bundle, size: Size, work: Path) -> dict[str, Ablation]:
-    """All of them by name. `bundle` holds its tokenizer and its CogLM."""
-    small = overfit.small(bundle, size.layers, size.width)
+class _Setup(NamedTuple):
+    """What every ablation is made of. `bundle` holds its tokenizer and its CogLM."""
 
-    def options(seed: int, steps: int, batch_size: int) -> Options:
+    bundle: Bundle
+    small: Bundle
+    size: Size
+    work: Path
+
+    def options(self, seed: int, steps: int, batch_size: int) -> Options:
         return dataclasses.replace(
             overfit.MUON,
             num_steps=steps,
             batch_size=batch_size,
             seed=seed,
-            validation=size.validation,
+            validation=self.size.validation,
         )
 
-    def mix(seed: int) -> tuple[Task, Task, Options]:
-        records = prepared.tokens(work / "records", bundle, Scenes(size.scenes), fine=False)
-        chosen = options(seed, size.mix_steps, 32)
 
-        def task(**tasks: Any) -> Task:
-            return coglm_task(small, records, chosen, CogLMOptions("nothing", **tasks))
-
-        # Both are judged on as many samples of captioning as of generation.
-        judged = task(caption_ratio=0.5, text_ratio=0.0).read_validation
-        full, without = task(), task(caption_ratio=0.0, text_ratio=0.0)
-        return (
-            full._replace(read_validation=judged),
-            without._replace(read_validation=judged),
-            chosen,
-        )
-
-    def direct(seed: int) -> tuple[Task, Task, Options]:
-        records = prepared.tokens(work / "fine_records", bundle, Scenes(size.fine_scenes))
-        chosen = options(seed, size.direct_steps, 8)
-
-        def task(start: str) -> Task:
-            return direct_sr_task(bundle, records, chosen, DirectSROptions(start))
-
-        return task("coglm"), task("nothing"), chosen
-
-    def iterative(seed: int) -> tuple[Task, Task, Options]:
-        fresh = overfit.with_small_grid(small)
-        records = prepared.tokens(work / "small_records", fresh, Scenes(size.small_scenes))
-        chosen = options(seed, size.iterative_steps, 16)
-        full = iterative_sr_task(fresh, records, chosen, IterativeSROptions("nothing"))
-        return full, full._replace(read=scattered(full.read, seed)), chosen
-
-    def tokenizer(seed: int) -> tuple[Task, Task, Options]:
-        pictures = prepared.pictures(work / "pictures", Scenes(size.scenes))
-        chosen = options(seed, size.tokenizer_steps, 16)
-        config = overfit.small_tokenizer(bundle.tokenizer_config, size.channels, size.codes)
-        fresh = bundle._replace(tokenizer_config=config)
-
-        def task(settle: float) -> Task:
-            own = TokenizerOptions("nothing", side=overfit.SIDE, settle=settle)
-            return tokenizer_task(fresh, pictures, chosen, own)
-
-        alone = codebook_revision()
-        return task(0.1), task(0.0)._replace(before_step=None, revise=alone), chosen
-
+def ablations(bundle: Bundle, size: Size, work: Path) -> dict[str, Ablation]:
+    """All of them by name. `bundle` holds its tokenizer and its CogLM."""
+    setup = _Setup(bundle, overfit.small(bundle, size.layers, size.width), size, work)
     return {
         "direct": Ablation(
             "Does direct SR gain from starting as CogLM?",
             "from CogLM",
             "from nothing",
             "image",
-            direct,
+            functools.partial(_direct, setup),
         ),
         "mix": Ablation(
             "Does the three-task mix teach captions, besides pictures?",
             "three tasks",
             "generation alone",
             "caption",
-            mix,
+            functools.partial(_mix, setup),
         ),
         "masks": Ablation(
             "Does iterative SR gain from masks like those of its rounds?",
             "masks of the rounds",
             "scattered masks",
             "image",
-            iterative,
+            functools.partial(_iterative, setup),
         ),
         "codes": Ablation(
             "Does the tokenizer gain from placing and reviving codes?",
             "placed and revived",
             "moving average alone",
             "reconstruction",
-            tokenizer,
+            functools.partial(_tokenizer, setup),
         ),
     }
+
+
+def _mix(setup: _Setup, seed: int) -> tuple[Task, Task, Options]:
+    records = prepared.tokens(
+        setup.work / "records", setup.bundle, Scenes(setup.size.scenes), fine=False
+    )
+    chosen = setup.options(seed, setup.size.mix_steps, 32)
+
+    def task(**tasks: Any) -> Task:
+        return coglm_task(setup.small, records, chosen, CogLMOptions("nothing", **tasks))
+
+    # Both are judged on as many samples of captioning as of generation.
+    judged = task(caption_ratio=0.5, text_ratio=0.0).read_validation
+    full, without = task(), task(caption_ratio=0.0, text_ratio=0.0)
+    return (
+        full._replace(read_validation=judged),
+        without._replace(read_validation=judged),
+        chosen,
+    )
+
+
+def _direct(setup: _Setup, seed: int) -> tuple[Task, Task, Options]:
+    records = prepared.tokens(
+        setup.work / "fine_records", setup.bundle, Scenes(setup.size.fine_scenes)
+    )
+    chosen = setup.options(seed, setup.size.direct_steps, 8)
+
+    def task(start: str) -> Task:
+        return direct_sr_task(setup.bundle, records, chosen, DirectSROptions(start))
+
+    return task("coglm"), task("nothing"), chosen
+
+
+def _iterative(setup: _Setup, seed: int) -> tuple[Task, Task, Options]:
+    fresh = overfit.with_small_grid(setup.small)
+    records = prepared.tokens(setup.work / "small_records", fresh, Scenes(setup.size.small_scenes))
+    chosen = setup.options(seed, setup.size.iterative_steps, 16)
+    full = iterative_sr_task(fresh, records, chosen, IterativeSROptions("nothing"))
+    return full, full._replace(read=scattered(full.read, seed)), chosen
+
+
+def _tokenizer(setup: _Setup, seed: int) -> tuple[Task, Task, Options]:
+    pictures = prepared.pictures(setup.work / "pictures", Scenes(setup.size.scenes))
+    chosen = setup.options(seed, setup.size.tokenizer_steps, 16)
+    config = overfit.small_tokenizer(
+        setup.bundle.tokenizer_config, setup.size.channels, setup.size.codes
+    )
+    fresh = setup.bundle._replace(tokenizer_config=config)
+
+    def task(settle: float) -> Task:
+        own = TokenizerOptions("nothing", side=overfit.SIDE, settle=settle)
+        return tokenizer_task(fresh, pictures, chosen, own)
+
+    alone = codebook_revision()
+    return task(0.1), task(0.0)._replace(before_step=None, revise=alone), chosen
 
 
 def scattered(read: Callable[[int], Any], seed: int) -> Callable[[int], Any]:
