@@ -11,6 +11,7 @@ from experiments.local_attention import accept, bounds, flex, peers, programs, r
 from pallas_kernels import local_attention_2d
 from pallas_kernels.local_attention.acceptance import Kind, Record, read_records
 from pallas_kernels.local_attention.window import Window
+from tests.pallas_kernels.common import cheaply
 
 CASES = [((6, 9), Window(3, 5)), ((6, 9), Window(3, 3, ratio=3)), ((5, 4), Window(9, 9))]
 SIZES = {"batch": 1, "heads": 2, "dim": 8}
@@ -29,7 +30,7 @@ def case(grid=9, names=("xla", "gather", "dense", "naive_global"), direction="fo
 def test_peers_compute_local_attention(grid, window, assert_close):
     inputs = programs.draw(grid, window, **SIZES, dtype="float32")[:3]
 
-    @jax.jit
+    @cheaply
     def everyone(q, k, v):
         options = {"window": (window.rows, window.columns), "implementation": "reference"}
         everything = {**options, "window": (19, 19)}

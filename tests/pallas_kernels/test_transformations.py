@@ -224,7 +224,7 @@ def test_inside_shard_map(assert_close):
 
 
 _ON_TWO_DEVICES = """
-import jax, numpy as np
+import functools, jax, numpy as np
 from pallas_kernels import local_attention_2d
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -239,7 +239,7 @@ def gradients(spec):
     over = jax.shard_map(attend, mesh=mesh, in_specs=(*[spec] * 3, P()), out_specs=spec)
     return jax.grad(lambda *inputs: (over(*inputs) ** 2).sum(), argnums=(0, 1, 2, 3))
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 def everyone(*inputs):
     return [gradients(spec)(*inputs) for spec in (P(), P("m"), P(None, None, None, "m"))]
 
