@@ -90,8 +90,8 @@ def train_on(start, out, step, **options):
 
 
 def went_on_from(process):
-    """The step that a process said it goes on from."""
-    said = re.search(r"CogLM: goes on from step (\d+)", process.err())
+    """The step at which a process said it resumes."""
+    said = re.search(r"CogLM: resumes at step (\d+)", process.err())
     return int(said[1]) if said else 0
 
 

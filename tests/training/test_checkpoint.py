@@ -127,7 +127,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_offered(damage, fo
         changed = whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1 :]
         file.write_bytes(whole[:half] if damage == "half" else changed)
         said = refused(folder, ValueError, f"checkpoint {folder / '2'} is damaged")
-        assert said.endswith("move folder 2 away to go on from the checkpoint before it")
+        assert said.endswith("move folder 2 away to resume from the checkpoint before it")
         file.write_bytes(whole)
     (folder / "2").rename(folder.parent / "2")
     assert restore(folder)[1] == 1

@@ -178,7 +178,7 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, capsys):
     (step,) = set(saved(tmp_path / "parts")) - {5}
     assert step in (7, 8)
     assert (
-        f"test: stopped and saved at step {step} of 20: started again, it goes on from there;"
+        f"test: stopped and saved at step {step} of 20: the same command resumes there;"
         f" with --steps {step} it writes the model\n"
     ) in capsys.readouterr().err
     assert lines(tmp_path / "parts")[-1]["step"] == step  # the last figures are not lost

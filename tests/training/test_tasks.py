@@ -196,7 +196,7 @@ def test_unfit_records_are_refused_with_what_to_prepare(tiny, records, pictures)
     with pytest.raises(ValueError, match="no picture of 144 tokens: .* --size 32 --size 96"):
         batches.require_layout(coarse, tiny.coglm_config, 144)
     strided = RecordLayout.of(tiny.coglm_config, 16, 96)  # a grid of 4 × 4, of other tokens
-    with pytest.raises(ValueError, match="a token for 16 pixels .* draws one as 8: .* --stride 8"):
+    with pytest.raises(ValueError, match="16 pixels per token .* has 8: .* --stride 8"):
         batches.require_layout(strided, tiny.coglm_config)
     with pytest.raises(ValueError, match="holds pictures, not tokens"):
         coglm_task(tiny, pictures, FEW)
