@@ -289,8 +289,7 @@ def mixed_samples(
 def _patches(
     corners: np.ndarray, config: CogLMConfig, patch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The cells in a patch, and those in a patch but not in its last column: bool [b, cells] each.
-    """
+    """Cells in a patch, and those in a patch but not in its last column: bool [b, cells] each."""
     offset = np.arange(patch_size)
     cells = (corners[..., 0, None] + offset)[..., None] * config.grid[1]
     cells = cells + (corners[..., 1, None] + offset)[..., None, :]  # [b, patches, size, size]

@@ -145,9 +145,9 @@ def _crop_data(
         reading.pictures, records, options.batch_size, side, validation_share=options.validation
     )
     rows = functools.partial(crops_of, seed=options.seed, process_index=part, process_count=parts)
-    unseen = validation_part(lambda: rows(validation=True, epochs=1, flip=False), options, most=4)
-    fresh = crops_of(seed=options.seed + 1, flip=own.mirror)
-    return _CropData(records, rows(flip=own.mirror), unseen, fresh)
+    unseen = validation_part(lambda: rows(validation=True, epochs=1, mirror=False), options, most=4)
+    fresh = crops_of(seed=options.seed + 1, mirror=own.mirror)
+    return _CropData(records, rows(mirror=own.mirror), unseen, fresh)
 
 
 def _settings(

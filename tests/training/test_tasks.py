@@ -101,7 +101,7 @@ def test_it_trains_from_nothing_and_goes_on(network, tiny, records, pictures, tm
 def test_super_resolution_starts_from_coglm(network, tiny, records):
     task = task_of(network, tiny, records, FEW, "coglm")
     np.testing.assert_array_equal(task.params["word_embeddings"], tiny.coglm["word_embeddings"])
-    with pytest.raises(ValueError, match="start 'coglm' needs parameters that the model does not"):
+    with pytest.raises(ValueError, match="start 'coglm' needs parameters that the model lacks"):
         task_of(network, tiny._replace(coglm={}), records, FEW, "coglm")
 
 
