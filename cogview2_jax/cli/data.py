@@ -138,7 +138,7 @@ Examples:
     "--workers",
     type=click.IntRange(1, 256),
     default=lambda: min(os.cpu_count() or 1, 32),
-    show_default="one a processor",
+    show_default="one per processor",
     metavar="N",
     help="Threads that read and decode pictures.",
 )

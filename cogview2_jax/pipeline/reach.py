@@ -34,5 +34,5 @@ def what_is_missing(stage: str, networks: Collection[str]) -> str:
     missing = [name for name in NETWORKS if name in STAGES[stage] and name not in networks]
     said = f"the model lacks {', '.join(missing)}: `{TRAINED_BY[missing[0]]}` trains {missing[0]}"
     if stages := reached(networks):
-        said += f"; without, it draws as far as stage {stages[-1]} (--stage {stages[-1]})"
+        said += f"; until then it draws as far as stage {stages[-1]} (--stage {stages[-1]})"
     return said

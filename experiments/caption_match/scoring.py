@@ -24,7 +24,7 @@ class Prompt:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Where it counts: unseen pairs by themselves, all others by objects and by language."""
+        """The groups it counts in: unseen pairs separately, all others by objects and language."""
         pairs = {(item.shape, item.colour) for item in self.claims.objects}
         if pairs & UNSEEN_PAIRS:
             return ("unseen_pairs",)
@@ -33,7 +33,7 @@ class Prompt:
 
 
 def read_prompts(lines: Sequence[str]) -> list[Prompt]:
-    """One prompt a line; empty lines are passed over.
+    """One prompt per line; empty lines are skipped.
 
     Raises ValueError, with the line's number, on a sentence that is not one of Scenes.
     """

@@ -75,7 +75,7 @@ def test_a_bundle_in_the_making_does_what_it_can(run, tiny, tmp_path):
     options = ("--bundle", folder, "--num-images", 2, "--out", out)
     lacks = (
         "the model lacks direct, iterative: `cogview2 train direct-sr` trains direct;"
-        " without, it draws as far as stage base (--stage base)\n"
+        " until then it draws as far as stage base (--stage base)\n"
     )
     for asked in ("full", "direct"):
         code, _, err = run("generate", OTHER, *options, "--stage", asked)

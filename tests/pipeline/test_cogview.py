@@ -274,7 +274,7 @@ def test_a_base_model_does_what_it_can(tiny, stages, tmp_path):
     key = jax.random.key(0)
     said = (
         "the model lacks direct, iterative: `cogview2 train direct-sr` trains direct;"
-        " without, it draws as far as stage base (--stage base)"
+        " until then it draws as far as stage base (--stage base)"
     )
     with pytest.warns(UserWarning) as caught:
         made = cv.generate(PROMPT, 2, key=key)
