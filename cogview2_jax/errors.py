@@ -1,6 +1,7 @@
 """One way to report an error in one line. Imports only the standard library."""
 
 import os
+from typing import Any
 
 
 def one_line(error: BaseException) -> str:
@@ -21,6 +22,22 @@ def reason(error: BaseException) -> str:
         said = " ".join(error.strerror.split())
         return f"{os.fsdecode(error.filename)}: {said}" if _is_path(error.filename) else said
     return one_line(error)
+
+
+def first_difference(
+    there: Any, asked: Any, name: str = "", missing: Any = None
+) -> tuple[str, Any, Any] | None:
+    """Where two JSON values differ first: the name of the place, and both values. `missing` stands
+    for a key that is not there.
+    """
+    if isinstance(there, dict) and isinstance(asked, dict):
+        for key in {**there, **asked}:
+            values = there.get(key, missing), asked.get(key, missing)
+            found = first_difference(*values, f"{name}.{key}".strip("."), missing)
+            if found:
+                return found
+        return None
+    return None if there == asked else (name, there, asked)
 
 
 def _is_path(filename: object) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 from cogview2_jax.config import Vocabulary
 from cogview2_jax.data.records import RecordLayout
+from cogview2_jax.errors import first_difference
 
 FORMAT = 1
 MANIFEST, REPORT, REFUSED = "records.json", "report.json", "refused.jsonl"
@@ -101,7 +102,7 @@ def require_same(folder: Path, manifest: Manifest) -> None:
     if not (folder / MANIFEST).exists():
         return
     there, asked = to_json(read(folder)), to_json(manifest)
-    if difference := _first_difference(there, asked):
+    if difference := first_difference(there, asked):
         name, old, new = difference
         raise ValueError(
             f"{folder} was begun with {name} {old!r}, now it is {new!r}:"
@@ -131,13 +132,3 @@ def rename_durably(partial: Path, file: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _first_difference(there: Any, asked: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    if isinstance(there, dict) and isinstance(asked, dict):
-        for key in {**there, **asked}:
-            found = _first_difference(there.get(key), asked.get(key), f"{name}.{key}".strip("."))
-            if found:
-                return found
-        return None
-    return None if there == asked else (name, there, asked)

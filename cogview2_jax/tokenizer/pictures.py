@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cogview2_jax.errors import first_line
+
 # A path, the content of a file, or pixels: uint8 [y, x, 3], grey [y, x] or with alpha [y, x, 4].
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -118,8 +120,7 @@ def open_picture(picture: Picture) -> Image.Image:
         reason = "not a picture, or of a format that is not opened"
         raise PictureError("unreadable image", reason, name) from error
     except Exception as error:  # damaged files make decoders raise nearly anything
-        reason = next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__
-        raise PictureError("unreadable image", reason, name) from error
+        raise PictureError("unreadable image", first_line(error), name) from error
 
 
 def fit_picture(picture: Picture, height: int, width: int) -> np.ndarray:

@@ -22,6 +22,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers, multihost
 
+from cogview2_jax.errors import first_difference, first_line
+
 Settings = dict[str, Any]
 _BEST = "validation_loss"
 _MISSING = "missing"
@@ -135,7 +137,7 @@ def restore(checkpoints: Checkpoints, like: Any, settings: Settings) -> tuple[An
     if step is None:
         return like, 0
     begun = read_settings(checkpoints.folder, step)
-    if difference := first_difference(begun, json.loads(json.dumps(settings))):
+    if difference := first_difference(begun, json.loads(json.dumps(settings)), missing=_MISSING):
         name, old, new = difference
         run = f"the run in {checkpoints.folder.parent} was begun"
         if _MISSING in (old, new):
@@ -215,20 +217,6 @@ def read_settings(folder: Path, step: int) -> Settings:
     return settings
 
 
-def first_difference(there: Any, asked: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """Where two JSON values differ: the name of the place, and both values; `_MISSING` stands for
-    a key that is not there.
-    """
-    if isinstance(there, dict) and isinstance(asked, dict):
-        for key in {**there, **asked}:
-            values = there.get(key, _MISSING), asked.get(key, _MISSING)
-            found = first_difference(*values, f"{name}.{key}".strip("."))
-            if found:
-                return found
-        return None
-    return None if there == asked else (name, there, asked)
-
-
 def describe(config: Any) -> Settings:
     """A dataclass as JSON values, for settings.
 
@@ -306,8 +294,7 @@ def _plain_name(folder: Path) -> Iterator[Path]:
 
 def _said(error: BaseException) -> str:
     """The first line of what orbax or tensorstore says, without the specification it ends with."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].split(" [tensorstore_spec")[0][:200]
+    return first_line(error).split(" [tensorstore_spec")[0][:200]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from cogview2_jax.errors import first_line
 from cogview2_jax.training.options import ProcessOptions
 
 
@@ -26,8 +27,7 @@ def join(options: ProcessOptions) -> None:
             shutdown_timeout_seconds=options.peer_timeout,
         )
     except (RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"the processes do not meet: {reason}") from error
+        raise ValueError(f"the processes do not meet: {first_line(error)}") from error
 
 
 def on_host(params: Any) -> Any:

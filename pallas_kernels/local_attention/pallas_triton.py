@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.local_attention import xla
+from pallas_kernels.local_attention.block_access import dot, load, load_vector, store
 from pallas_kernels.local_attention.blocks import INTERPRETER, BlockSizes, Launch, block_sizes
 from pallas_kernels.local_attention.derivatives import differentiable_once
 from pallas_kernels.local_attention.devices import compute_capability, default_device
@@ -231,20 +232,20 @@ def _forward_kernel(
     place = halo.place(pl.program_id(0))
     tile = place.tile()
     rows, mask = tile.index, None if halo.divides else tile.exists
-    q = _load(q_ref, rows, mask)
+    q = load(q_ref, rows, mask)
 
     def step(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, out = carry
         keys = place.block(i)
         # In base 2, which is the exponential the hardware has.
-        scores = (scale * _LOG2_E) * _dot(q, _load(k_ref, keys.index), transpose_b=True)
+        scores = (scale * _LOG2_E) * dot(q, load(k_ref, keys.index), transpose_b=True)
         scores = jnp.where(hidden(halo, tile, keys), _HIDDEN, scores)
         new_largest = jnp.maximum(largest, scores.max(axis=1))
         weights = jnp.exp2(scores - new_largest[:, None])
         shrink = jnp.exp2(largest - new_largest)
         total = shrink * total + weights.sum(axis=1)
-        v = _load(v_ref, keys.index)
-        return new_largest, total, shrink[:, None] * out + _dot(weights.astype(v.dtype), v)
+        v = load(v_ref, keys.index)
+        return new_largest, total, shrink[:, None] * out + dot(weights.astype(v.dtype), v)
 
     start = (
         jnp.full(rows.shape, _LOWEST, jnp.float32),
@@ -255,7 +256,7 @@ def _forward_kernel(
     if mask is not None:
         # Cells that stick out of the grid may see nothing; they are not stored.
         total = jnp.where(mask, total, 1.0)
-    _store(out_ref, rows, mask, out / total[:, None])
+    store(out_ref, rows, mask, out / total[:, None])
     plgpu.store(lse_ref.at[rows], (largest + jnp.log2(total)) / _LOG2_E, mask=mask)
 
 
@@ -276,20 +277,20 @@ def _dq_kernel(
     place = halo.place(pl.program_id(0))
     tile = place.tile()
     rows, mask = tile.index, None if halo.divides else tile.exists
-    q, dout = (_load(ref, rows, mask) for ref in (q_ref, dout_ref))
-    lse, delta = (_load_vector(ref, rows, mask) for ref in (lse_ref, delta_ref))
+    q, dout = (load(ref, rows, mask) for ref in (q_ref, dout_ref))
+    lse, delta = (load_vector(ref, rows, mask) for ref in (lse_ref, delta_ref))
     lse *= _LOG2_E
 
     def step(i: Any, dq: jax.Array) -> jax.Array:
         keys = place.block(i)
-        k, v = _load(k_ref, keys.index), _load(v_ref, keys.index)
-        scores = (scale * _LOG2_E) * _dot(q, k, transpose_b=True) - lse[:, None]
+        k, v = load(k_ref, keys.index), load(v_ref, keys.index)
+        scores = (scale * _LOG2_E) * dot(q, k, transpose_b=True) - lse[:, None]
         weights = jnp.exp2(jnp.where(hidden(halo, tile, keys), _HIDDEN, scores))
-        dscores = weights * (_dot(dout, v, transpose_b=True) - delta[:, None])
-        return dq + _dot(dscores.astype(k.dtype), k)
+        dscores = weights * (dot(dout, v, transpose_b=True) - delta[:, None])
+        return dq + dot(dscores.astype(k.dtype), k)
 
     dq = _for_each_step(halo, step, jnp.zeros(q.shape, jnp.float32))
-    _store(dq_ref, rows, mask, scale * dq)
+    store(dq_ref, rows, mask, scale * dq)
     if dscale_ref is not None:
         # Scores are scale * q · k, so the gradient by the scale is q · (dq / scale).
         plgpu.store(dscale_ref.at[rows], (q.astype(jnp.float32) * dq).sum(axis=1), mask=mask)
@@ -312,24 +313,24 @@ def _dkv_kernel(
     place = halo.place(pl.program_id(0))
     tile = place.tile()
     rows, mask = tile.index, None if halo.divides else tile.exists
-    k, v = (_load(ref, rows, mask) for ref in (k_ref, v_ref))
+    k, v = (load(ref, rows, mask) for ref in (k_ref, v_ref))
 
     def step(i: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dk, dv = carry
         queries = place.block(i)
-        q, dout = _load(q_ref, queries.index), _load(dout_ref, queries.index)
-        lse, delta = (_load_vector(ref, queries.index) for ref in (lse_ref, delta_ref))
+        q, dout = load(q_ref, queries.index), load(dout_ref, queries.index)
+        lse, delta = (load_vector(ref, queries.index) for ref in (lse_ref, delta_ref))
         lse *= _LOG2_E
-        scores = (scale * _LOG2_E) * _dot(k, q, transpose_b=True) - lse[None, :]
+        scores = (scale * _LOG2_E) * dot(k, q, transpose_b=True) - lse[None, :]
         weights = jnp.exp2(jnp.where(hidden(halo, tile, queries), _HIDDEN, scores))
-        dv += _dot(weights.astype(dout.dtype), dout)
-        dscores = weights * (_dot(v, dout, transpose_b=True) - delta[None, :])
-        return dk + _dot(dscores.astype(q.dtype), q), dv
+        dv += dot(weights.astype(dout.dtype), dout)
+        dscores = weights * (dot(v, dout, transpose_b=True) - delta[None, :])
+        return dk + dot(dscores.astype(q.dtype), q), dv
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     dk, dv = _for_each_step(halo, step, (zeros, zeros))
-    _store(dk_ref, rows, mask, scale * dk)
-    _store(dv_ref, rows, mask, dv)
+    store(dk_ref, rows, mask, scale * dk)
+    store(dv_ref, rows, mask, dv)
 
 
 def _run(
@@ -384,49 +385,6 @@ def _run(
 def _for_each_step(halo: Halo, step: Any, start: Any) -> Any:
     """`step(i, carry)` for each block of the extent; i is int32 under jax_enable_x64 too."""
     return jax.lax.fori_loop(np.int32(0), np.int32(halo.steps), step, start)
-
-
-def _dot(a: jax.Array, b: jax.Array, transpose_b: bool = False) -> jax.Array:
-    """a @ b, or a @ b.T, in float32; no TF32 for float32 inputs, whatever the default is."""
-    full = a.dtype == jnp.float32
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((1,), (1 if transpose_b else 0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _load(ref: Any, rows: jax.Array, exists: jax.Array | None = None) -> jax.Array:
-    """Rows of a [cells, d] ref, zero where they do not exist and in padding columns."""
-    columns, mask = _columns(ref, exists)
-    block = ref.at[rows[:, None], columns[None, :]]
-    return plgpu.load(block, mask=mask, other=None if mask is None else 0.0)
-
-
-def _load_vector(ref: Any, rows: jax.Array, exists: jax.Array | None = None) -> jax.Array:
-    return plgpu.load(ref.at[rows], mask=exists, other=None if exists is None else 0.0)
-
-
-def _store(ref: Any, rows: jax.Array, exists: jax.Array | None, values: jax.Array) -> None:
-    columns, mask = _columns(ref, exists)
-    plgpu.store(ref.at[rows[:, None], columns[None, :]], values.astype(ref.dtype), mask=mask)
-
-
-def _columns(ref: Any, exists: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """Columns of a ref, padded to a power of two of at least 16, and the mask [rows, columns]."""
-    d = ref.shape[-1]
-    columns = jnp.arange(padded_dim(d), dtype=jnp.int32)
-    mask = None if exists is None else exists[:, None]
-    if columns.size != d:
-        mask = columns[None, :] < d if mask is None else mask & (columns[None, :] < d)
-    return columns, mask
-
-
-def padded_dim(dim: int) -> int:
-    """The head dim that the kernels compute with: a power of two, at least 16."""
-    return max(16, pl.next_power_of_2(dim))
 
 
 def _cells(array: jax.Array) -> jax.Array:

@@ -47,6 +47,8 @@ CASES = {
 # The dtype changes the rounding, not the geometry: one case of each kind, and float16, which the
 # code treats as bfloat16, in one.
 LOW_PRECISION_CASES = ("9x5_odd_grid", "causal_9x9", "11x11_grid_in_the_halo", "cross3_5x5")
+# Other tests and cases cover their geometry, so these run with `-m slow` only.
+SLOW_CASES = ("9x9", "causal_5x3_odd_grid", "single_cell")
 
 
 def draw(case: Case, dtype: str = "float32", batch: int = 2, seed: int = 0):
@@ -116,7 +118,10 @@ def test_reference_is_a_loop_over_cells(name, assert_close):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *[(name, "float32") for name in CASES],
+        *[
+            pytest.param(name, "float32", marks=[pytest.mark.slow] * (name in SLOW_CASES))
+            for name in CASES
+        ],
         *[(name, "bfloat16") for name in LOW_PRECISION_CASES],
         ("causal_9x9", "float16"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 
 from cogview2_jax.data import defaults
 from cogview2_jax.data.sources.inputs import Input, Refused, caption_sets
+from cogview2_jax.errors import first_line
 
 
 class Tfds:
@@ -51,7 +52,7 @@ class Tfds:
                 split=split, decoders={image_field: tfds.decode.SkipDecoding()}
             )
         except (ValueError, NotImplementedError, OSError) as error:
-            raise ValueError(f"{name}: {_first_line(error)}") from error
+            raise ValueError(f"{name}: {first_line(error)}") from error
         self._fields, self._image_field = tuple(fields), image_field
         self._name = f"{builder.info.full_name}/{split}"
 
@@ -73,7 +74,7 @@ class Tfds:
         except (OSError, MemoryError):
             raise
         except Exception as error:  # tfds and its file formats raise anything
-            reason = f"{type(error).__name__}: {_first_line(error)}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise Refused("unreadable example", reason, name) from error
         try:
             captions = caption_sets({field: _texts(example, field) for field in self._fields})
@@ -109,7 +110,7 @@ def _tfds_builder(name: str, data_dir: Path | None, download: bool) -> Any:
             " set elsewhere with file_format='array_record'; to read it takes neither"
         ) from error
     except Exception as error:  # builders raise anything
-        raise ValueError(f"tfds could not prepare {name}: {_first_line(error)}") from error
+        raise ValueError(f"tfds could not prepare {name}: {first_line(error)}") from error
     return builder
 
 
@@ -143,7 +144,3 @@ def _texts(example: Any, path: str) -> Any:
                 return _texts(value, path[len(name) + 1 :])
         return None
     return [_texts(each, path) for each in example]
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "").strip()
