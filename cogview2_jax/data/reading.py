@@ -267,8 +267,7 @@ class _Pictures:
         self._start = 4 * (layout.text_slots + 1) if layout else 0  # of the picture in a record
 
     def ahead(self, numbers: np.ndarray) -> Iterator[int]:
-        """`numbers` in order; they and their neighbours are read many at a time, which is quicker.
-        """
+        """`numbers` in order; these and their neighbours are read in blocks, which is quicker."""
         for start in range(0, len(numbers), 64):
             block = numbers[start : start + 64]
             around = np.unique(np.concatenate([block - 1, block, block + 1]))

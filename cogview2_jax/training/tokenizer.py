@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cogview2_jax.bundle import Bundle
-from cogview2_jax.config import HVQVAEConfig
+from cogview2_jax.config import HVQVAEConfig, Training
 from cogview2_jax.data import reading
 from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import image as image_tokenizer
@@ -55,9 +55,14 @@ def tokenizer_task(
 
     `pixel_weights` maps crops [b, y, x, 3] in [0, 1] to the weight of each pixel, [b, y, x].
     `perceptual` is a distance between pictures that is added to the loss, with its weight. Raises
-    ValueError, in one line, for a folder without pictures.
+    ValueError, in one line, for a folder without pictures and for options that only transformers
+    have.
     """
     config = bundle.tokenizer_config
+    if execution.training != Training() or options.z_loss:
+        raise ValueError(
+            "dropout, remat and z_loss are for transformers: train the tokenizer without"
+        )
     strides = _strides(own, config)
     side = _side(own, strides, config)
     start, params = starting_params(own.start, {"model": bundle.tokenizer})

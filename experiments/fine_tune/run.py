@@ -33,7 +33,7 @@ SHOWN = ("red circle", "green star", "purple heart", "yellow square")
 SHAPES = ("circle", "square", "star", "heart")
 PREPARE = "data prepare photos/captions.jsonl --allow-unknown --out records"
 TRAIN = "train coglm records --steps {steps} --validation 0.1 --out run"
-GENERATE = 'generate --bundle run/model "a red circle"'
+GENERATE = 'generate --bundle run/model --out fine_tuned "a red circle"'
 
 
 def make_photos(folder: Path, number: int) -> None:

@@ -8,10 +8,11 @@ import optax
 import pytest
 
 from cogview2_jax import bundle as bundles
-from cogview2_jax.config import CogLMConfig
+from cogview2_jax.config import CogLMConfig, Training
 from cogview2_jax.data import prepare, reading, sources
 from cogview2_jax.data.records import RecordLayout
 from cogview2_jax.networks import direct_sr, inputs
+from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import image
 from cogview2_jax.training import batches
 from cogview2_jax.training.batches import Rows
@@ -208,6 +209,9 @@ def test_unfit_records_are_refused_with_what_to_prepare(tiny, records, pictures)
         ValueError, match="keep_others needs a trained tokenizer, which the model lacks"
     ):
         tokenizer_task(tiny, pictures, FEW, TokenizerOptions("nothing", keep_others=True))
+    remat = Execution(training=Training(remat="all"))
+    with pytest.raises(ValueError, match="dropout, remat and z_loss are for transformers"):
+        tokenizer_task(tiny, pictures, FEW, execution=remat)
 
 
 def test_validation_records_are_never_trained_on(records):
