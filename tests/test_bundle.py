@@ -1,4 +1,4 @@
-"""Saving and loading a model: exact, strict, all or nothing."""
+"""Saving and loading a model: exact, strict, atomic."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""data prepare: what it writes and says."""
+"""data prepare: files and messages."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Pictures: every way in, every mode, and what is refused in which words."""
+"""Pictures: every kind of input, every mode, and the messages of refusals."""
 
 import io
 import struct
@@ -35,7 +35,8 @@ def written(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def png(samples: np.ndarray, depth: int, colour: int, key: bytes = b"") -> bytes:
-    """A PNG file of rows of big-endian or packed samples, for what Pillow does not write."""
+    """A PNG file from rows of big-endian or packed samples, for formats that Pillow cannot write.
+    """
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return (
@@ -325,7 +326,7 @@ def test_formats_that_pillow_writes_are_read():
 
 
 def resized_then_cropped(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """What `fit_picture` is to compute, without regard to memory."""
+    """What `fit_picture` must compute, without its limit on memory."""
     scale = max(height / image.height, width / image.width)
     size = max(round(image.width * scale), width), max(round(image.height * scale), height)
     if size != image.size:
@@ -385,7 +386,7 @@ def test_the_crop_in_source_pixels(size):
     pixel = max(1, (right - left) / 48)
     assert abs((left + right) / 2 - size[0] / 2) <= pixel
     assert abs((top + bottom) / 2 - size[1] / 2) <= pixel
-    # What is outside of it does not show.
+    # Pixels outside the box do not show.
     image = Image.new("RGB", size, "red")
     image.paste("blue", (round(left), round(top), round(right), round(bottom)))
     if min(size) > 48:

@@ -1,4 +1,4 @@
-"""CogLM's training samples against the recorded ones, and what those do not show."""
+"""CogLM's training samples against the recorded ones, and cases without a recording."""
 
 import jax
 import numpy as np

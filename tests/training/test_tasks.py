@@ -1,4 +1,4 @@
-"""Every network's training from prepared records: it learns, and its batches are what they say."""
+"""Training of every network from prepared records: it learns, and its batches are right."""
 
 import dataclasses
 
@@ -145,7 +145,7 @@ def test_other_strides_can_be_trained_with_nothing_changed_for_the_rest(tiny, pi
 
 
 def rows_of(records, parts, tiny):
-    """The rows of a batch of 8, of each of `parts` processes, with the generator they share."""
+    """The rows of a batch of 8 in each of `parts` processes, with the generator that they share."""
     made = []
     for part in range(parts):
         dataset = reading.tokens(records, 8, process_index=part, process_count=parts)
@@ -228,7 +228,7 @@ def test_validation_records_are_never_trained_on(records):
 
 
 def test_a_short_folder_trains_and_validates(tiny, tmp_path):
-    """Pictures enough for a batch, and 2 of 24 records to validate on."""
+    """Enough pictures for a batch, and 2 of 24 records for validation."""
     prepare.prepare_pictures(sources.Scenes(24), tmp_path)
     options = Options(num_steps=1, batch_size=16, validation=0.1)
     task = tokenizer_task(tiny, tmp_path, options, TokenizerOptions(side=32, strides=(8,)))
