@@ -66,7 +66,7 @@ _INSIDE = {
 
 
 def _wanted(value: Any, about: dataclasses.Field) -> str | None:
-    """What the value of a field must be; None if it is."""
+    """A description of the values that a field may have, or None if its value is one of them."""
     choices, limits = about.metadata["choices"], about.metadata["limits"]
     if choices:
         return None if value in choices else f"one of {', '.join(choices)}"

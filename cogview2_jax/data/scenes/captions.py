@@ -1,8 +1,8 @@
 """Captions of scenes in English and Chinese, and what they claim.
 
-A caption is a sentence of a small grammar that names the shapes always and everything else most of
-the time. `parse_caption` reads any of them back into `Claims`, and `check` says which of them hold
-for the objects of a scene: those drawn, or those that a reader of a generated picture reports.
+A caption is a sentence of a small grammar that always names the shapes and usually everything else.
+`parse_caption` turns it back into `Claims`, and `check` says which of them hold for the objects of
+a scene: those drawn, or those that a reader of a generated picture reports.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PLAIN_NAMED = 0.5  # "plain" is what a reader assumes; saying it always would s
 
 @dataclass(frozen=True)
 class ObjectClaim:
-    """What a caption says of one object; None where it says nothing."""
+    """What a caption says about one object; None for what it does not mention."""
 
     shape: str
     colour: str | None = None
@@ -193,9 +193,9 @@ def _noun_phrase(item: SceneObject, rng: np.random.Generator, language: str) -> 
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-# To parse, a caption becomes tokens (kind, value); attribute words up to a shape become one object;
-# what is left is a short sequence of kinds that says who is where: N object, P place, R relation,
-# D either, "," joins, @ is 在. Words of no consequence have no kind.
+# To parse, a caption becomes tokens (kind, value); attribute words up to a shape become one object.
+# The rest is a short sequence of kinds: N object, P place, R relation, D either, "," and, @ 在.
+# Words without a meaning have no kind.
 
 Token = tuple[str, str]
 
@@ -312,7 +312,7 @@ def parse_caption(text: str) -> Claims:
 
 
 class Verdict(NamedTuple):
-    """How a scene answers the claims of a caption.
+    """Which claims of a caption hold for a scene.
 
     `named`, `right`: per attribute of ATTRIBUTES, how many claims the caption makes and how many
     hold; an attribute that is not named has 0 of 0. `all_named`: every claim holds, and there are
@@ -327,7 +327,7 @@ class Verdict(NamedTuple):
 def check(claims: Claims, objects: Sequence[SceneObject]) -> Verdict:
     """Which claims hold for the objects of a scene, of any number and at any positions.
 
-    Claims are matched with objects in the way that lets most of them hold. A claim about an object
+    Claims are matched with objects so that as many as possible hold. A claim about an object
     that is missing does not hold.
     """
     found: list[SceneObject | None] = list(objects)
