@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from cogview2_jax.data.records import make_record
 from cogview2_jax.networks import coglm
