@@ -26,11 +26,11 @@ def load(
 ) -> CogView:
     """The model in the bundle folder `path`, or the one that ships with the package.
 
-    A model may lack networks that are still to be trained: it does what it can with those it has.
-    `execution` says how to compute, by default in float32 on one device; in bfloat16, or on a mesh:
+    A model may lack networks that are still to be trained; it does what the others allow.
+    `execution` is the precision and the mesh, by default float32 on one device. Others are
 
         half = Execution(Precision("bfloat16", "bfloat16"))
-        cut = Execution(sharding=Sharding(make_mesh(tensor=2)))
+        sharded = Execution(sharding=Sharding(make_mesh(tensor=2)))
 
     Raises FileNotFoundError or ValueError, in one line, for a missing or damaged bundle.
     """

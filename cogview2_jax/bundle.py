@@ -4,12 +4,12 @@
     text.model           the SentencePiece model
     weights.safetensors  parameters as float16, names joined with "/", and the cluster labels
 
-A bundle in the making may lack whole networks: each is there entirely or not at all. The cluster
-labels come with the tokenizer, and the file of weights with the first network.
+A bundle that is still being trained may lack networks; each is there entirely or not at all. The
+cluster labels come with the tokenizer, and the file of weights with the first network.
 
-Nothing in it is code: the weights are read by `safetensors`, which runs none. Reading is strict. A
-field or a tensor too many, too few or of another shape is refused in one line that names the file,
-what was wrong with it and what to do.
+Nothing in it is code: the weights are read by `safetensors`, which runs none. Reading is strict: an
+unknown, missing or ill-shaped field or tensor is refused in one line that names the file, what is
+wrong with it and what to do.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ Params = dict
 class Bundle(NamedTuple):
     """A model in memory. The four trees of parameters share nothing.
 
-    The tree of a network that is not there is empty, and so are the labels without a tokenizer.
+    The tree of a missing network is empty, and so are the labels without a tokenizer.
     """
 
     coglm_config: CogLMConfig
@@ -94,11 +94,11 @@ NETWORKS = tuple(TRAINED_BY)
 
 
 def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
-    """Write `bundle` as the folder `path`, replacing what is there: all of it appears, or nothing.
+    """Write `bundle` as the folder `path`, atomically, replacing one that is there.
 
-    A network whose tree is empty is left out. Raises ValueError for parts that do not fit each
-    other and for weights outside float16, OSError (one line) when the disk is full or the place is
-    not writable.
+    A network with an empty tree is left out. Raises ValueError for parts that do not fit each other
+    and for weights outside float16, OSError (one line) when the disk is full or the place is not
+    writable.
     """
     path = Path(path).absolute()
     made_with = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
@@ -109,7 +109,7 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
     tensors = _tensors(bundle)
     _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, bundle, path)
 
-    # Beside the target, so that the last step is a rename within one file system.
+    # In the target's folder, so that the last step is a rename within one file system.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
     try:
@@ -140,8 +140,8 @@ def load(
 ) -> Bundle:
     """The bundle in the folder `path`, or the one that ships with the package.
 
-    Reads the `networks` that are named, all of which must be there, or by default those that are
-    there, at least one. The trees of others are empty. Parameters are placed as `place` does it.
+    Reads the named `networks`, which must all be there; by default those that are there, at least
+    one. The trees of the others are empty. Parameters are put on the devices by `place`.
 
     Raises FileNotFoundError for a missing folder or file and ValueError for a damaged or
     ill-fitting one and for missing networks, each in one line.
@@ -172,11 +172,11 @@ def load(
 
 
 def place(bundle: Bundle, execution: Execution) -> Bundle:
-    """The bundle with its parameters on the devices, as `execution` computes with them.
+    """The bundle with its parameters on the devices, in the dtype and sharding of `execution`.
 
-    The transformers' parameters take the dtype `execution.precision.params`, and on a mesh each is
-    cut as its logical axes say. The tokenizer's stay float32 and whole on every device: it is small
-    and decides on pixels. Raises ValueError for a parameter that the mesh cannot cut evenly.
+    The transformers' parameters get the dtype `execution.precision.params`, and on a mesh the
+    sharding of their logical axes. The tokenizer's stay float32 and replicated: it is small, and
+    pixels need the precision. Raises ValueError for a parameter that the mesh cannot shard evenly.
     """
     from cogview2_jax.networks import coglm, direct_sr, iterative_sr
 
@@ -192,7 +192,7 @@ def place(bundle: Bundle, execution: Execution) -> Bundle:
         if not tree:
             return tree
         dtype = jax.numpy.dtype(execution.precision.params if name in axes_of else "float32")
-        # On the host where it can be: on the device, each shape would compile a program.
+        # On the host if it is there: on the device, each shape would compile a program.
         tree = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype != dtype else leaf, tree)
         if sharding is None:
             return jax.device_put(tree)
@@ -346,7 +346,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], bundle: Bundle, where: 
     if missing := sorted(needed - shapes.keys()):
         raise ValueError(f"{file} lacks tensor {_first(missing)}: {ADVICE}")
     if unknown := sorted(shapes.keys() - expected.keys()):
-        raise ValueError(f"{file} has tensor {_first(unknown)}, no part of the model: {ADVICE}")
+        raise ValueError(f"{file} has unknown tensor {_first(unknown)}: {ADVICE}")
     for name, found in shapes.items():
         if found != expected[name]:
             raise ValueError(

@@ -34,11 +34,11 @@ def setting(
     flag: str | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """A field of a dataclass, with its range and its help: all that the command line says of it.
+    """A dataclass field with its range and its help; the command line makes an option of it.
 
-    Numbers must be finite, at least `least`, above `above`, at most `most` and below `below`; texts
-    one of `choices`. None is allowed where it is the default. `flag` is the option's name where it
-    is not the field's.
+    Numbers must be finite, at least `least`, above `above`, at most `most` and below `below`;
+    strings one of `choices`. None is allowed if it is the default. `flag` is the option's name if
+    it differs from the field's.
     """
     limits = {"least": least, "above": above, "most": most, "below": below}
     given = {name: limit for name, limit in limits.items() if limit is not None}
@@ -66,7 +66,7 @@ _INSIDE = {
 
 
 def _wanted(value: Any, about: dataclasses.Field) -> str | None:
-    """What the value of a field must be, where it is not."""
+    """What the value of a field must be; None if it is."""
     choices, limits = about.metadata["choices"], about.metadata["limits"]
     if choices:
         return None if value in choices else f"one of {', '.join(choices)}"
@@ -110,8 +110,8 @@ def check_temperature(name: str, value: Any) -> float:
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of the parameters and of what is computed: names or jax dtypes. Softmax and
-    LayerNorm sums are float32 throughout.
+    """Dtypes of the parameters and of the computation: names or jax dtypes. Softmax and LayerNorm
+    sums are always float32.
     """
 
     params: Any = "float32"
@@ -123,19 +123,19 @@ REMATERIALISATION = ("none", "products", "all")
 
 @dataclass(frozen=True)
 class Training:
-    """What only training asks of a transformer. `remat` changes no number."""
+    """Settings of a transformer that only training uses. `remat` changes no result."""
 
     dropout: float = setting(
         0.0,
-        "Share of the embeddings' and of every attention's and MLP's outputs that is left out.",
+        "Dropout rate of the embeddings and of each attention's and MLP's output.",
         least=0,
         below=1,
         metavar="X",
     )
     remat: str = setting(
         "none",
-        "What the backward pass computes again instead of keeping it: nothing, all but matrix"
-        " products, or all but each layer's input. Saves memory.",
+        "What the backward pass recomputes instead of storing it: nothing, all but matrix products,"
+        " or all but each layer's input. Saves memory.",
         choices=REMATERIALISATION,
     )
 
@@ -196,10 +196,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The stack of layers that all three networks are made of.
+    """The stack of layers in each of the three networks.
 
-    `unroll` is how many layers one turn of the scan over layers holds. It changes no number: more
-    compile for longer, and spare a CPU the copies of what the backward pass keeps.
+    `unroll` is the number of layers in one iteration of the scan over layers. It changes no result:
+    more layers take longer to compile, and save a CPU from copying the stored activations.
     """
 
     num_layers: int = 48
@@ -381,7 +381,7 @@ class ClusterSampling:
 class Sampling:
     """How the pipeline draws at each stage.
 
-    `text_upweight` is added to every score whose key is a text token. The base stage draws each
+    `text_upweight` is added to the attention scores of all text keys. The base stage draws each
     picture `candidates` times, and the best-scoring candidate is kept (post-selection).
     `iterative_temperature` 0 takes the most probable token; an `iterative_top_k` above the number
     of image tokens keeps all of them.

@@ -1,6 +1,6 @@
-"""What config.json of a bundle says: the configurations of its networks, read strictly.
+"""The content of a bundle's config.json: the configurations of its networks, read strictly.
 
-A field too many, too few or of another type is refused in one line that names it, and so are
+A field that is unknown, missing or of another type is refused in one line that names it, and so are
 configurations that do not fit each other.
 """
 
@@ -47,8 +47,8 @@ def to_json(description: Description) -> dict[str, Any]:
 def parse_description(content: Mapping[str, Any], file: Path, advice: str = ADVICE) -> Description:
     """The content of config.json, read from `file`, checked.
 
-    Raises ValueError, in one line, for fields too many, too few, of another type or that do not fit
-    each other.
+    Raises ValueError, in one line, for fields that are unknown, missing, of another type or that do
+    not fit each other.
     """
     if content["format"] != FORMAT:
         raise ValueError(
@@ -63,14 +63,14 @@ def parse_description(content: Mapping[str, Any], file: Path, advice: str = ADVI
         if not isinstance(made_with, dict):
             raise ValueError("made_with must be an object")
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{file} is unfit ({one_line(error)}): {advice}") from error
+        raise ValueError(f"{file} is not valid ({one_line(error)}): {advice}") from error
     description = Description(**configs, made_with=made_with)
     check_description(description, file)
     return description
 
 
 def check_description(description: Description, where: Path) -> None:
-    """Raises ValueError where two configurations do not fit each other."""
+    """Raises ValueError if two configurations do not fit each other."""
     coglm, direct, iterative, tokenizer, sampling, _ = description
     pairs = {
         "direct_config.coglm.grid": (direct.coglm.grid, coglm.grid),
@@ -96,7 +96,7 @@ def _require_keys(content: Mapping[str, Any], names: set[str], where: str) -> No
 
 
 def _from_json(kind: Any, value: Any, where: str) -> Any:
-    """`value` out of JSON as the type `kind` says: a dataclass, tuple, bool, int or float."""
+    """A JSON value as the type `kind`: a dataclass, tuple, bool, int or float."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be an object: got {value!r}")

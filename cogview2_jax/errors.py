@@ -1,11 +1,11 @@
-"""One way to say what went wrong in a line. Knows nothing but the standard library."""
+"""One way to report an error in one line. Imports only the standard library."""
 
 import os
 from typing import Any
 
 
 def one_line(error: BaseException) -> str:
-    """The whole message in one line; the error's type where it has no message."""
+    """The whole message in one line; the error's type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -15,8 +15,8 @@ def first_line(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line: of an error of the operating system its file and its reason
-    ("a.json: Permission denied"), of any other the message.
+    """The reason of an error in one line: file and reason of an operating system's error ("a.json:
+    Permission denied"), else the message.
     """
     if isinstance(error, OSError) and error.strerror:
         said = " ".join(error.strerror.split())

@@ -1,4 +1,4 @@
-"""Random keys as callers pass them: of `jax.random.key`, or of the older `jax.random.PRNGKey`."""
+"""Random keys from callers: made by `jax.random.key`, or by the older `jax.random.PRNGKey`."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ Array = jax.Array
 
 
 def one_key(key: Any) -> Array:
-    """`key` as one typed key, shape []: itself, or what `jax.random.PRNGKey` made of the same seed.
+    """`key` as one typed key, shape []; a key made by `jax.random.PRNGKey` is converted.
 
     Raises ValueError, in one line that says what to pass, for anything else.
     """
@@ -20,7 +20,7 @@ def one_key(key: Any) -> Array:
 
 
 def key_batch(keys: Any) -> Array:
-    """A key for each sample as typed keys, shape [b]; older keys are uint32 [b, 2].
+    """Typed keys, one for each sample, shape [b]; older keys are uint32 [b, 2].
 
     Raises ValueError, in one line that says what to pass, for anything else.
     """

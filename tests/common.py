@@ -1,4 +1,4 @@
-"""What test modules share: recorded files, small geometries, properties of every network."""
+"""Shared by test modules: recorded files, small geometries, properties of every network."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def random_params(init_params, config):
 
 
 def assert_rows_do_not_depend_on_their_batch(logits_of, network_input):
-    """`logits_of` is a function of a NetworkInput, here of two different rows."""
+    """`logits_of` maps a NetworkInput to logits; it is called with two different rows."""
     together = logits_of(network_input)
     swapped = logits_of(jax.tree.map(lambda part: part[::-1], network_input))
     np.testing.assert_allclose(swapped[::-1], together, rtol=0, atol=TOLERANCE)

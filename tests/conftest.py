@@ -1,4 +1,4 @@
-"""A tiny model with random weights, for everything that composes the networks."""
+"""A tiny model with random weights, for tests of several networks together."""
 
 from pathlib import Path
 from typing import Any

@@ -67,7 +67,7 @@ class Started:
         return self._popen.poll() is None
 
     def wait_until(self, reached: Callable[[], Any]) -> None:
-        """Until it is so; fails for a process that ends first."""
+        """Wait until `reached()`; fails if the process ends first."""
         end = time.monotonic() + PATIENCE
         while not reached():
             assert self.running(), f"ended with {self._popen.returncode}: {self.err()}"
@@ -79,7 +79,7 @@ class Started:
             os.killpg(self._popen.pid, number)
 
     def finish(self, timeout: float = PATIENCE) -> int:
-        """Its exit code, when it has ended by itself."""
+        """Wait for the process to end; returns its exit code."""
         try:
             return self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -92,7 +92,7 @@ class Started:
 
 @contextlib.contextmanager
 def ending(processes: Sequence[Started]) -> Iterator[Sequence[Started]]:
-    """None of them is left running, whatever happens inside."""
+    """Kills all processes at the end, whatever happens inside."""
     try:
         yield processes
     finally:

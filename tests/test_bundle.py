@@ -1,4 +1,4 @@
-"""Saving and loading a model: exact, strict, all or nothing."""
+"""Saving and loading a model: exact, strict, atomic."""
 
 import errno
 import json
@@ -161,7 +161,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "missing tensor": (edit_weights(lambda t: t.pop(CODEBOOK)), f"lacks tensor '{CODEBOOK}'"),
     "extra tensor": (
         edit_weights(lambda t: t.update(extra=np.zeros(1, np.float16))),
-        "has tensor 'extra'",
+        "has unknown tensor 'extra'",
     ),
     "wrong shape": (
         edit_weights(lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS][1:]})),

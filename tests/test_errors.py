@@ -1,4 +1,4 @@
-"""What went wrong, in one line."""
+"""Errors in one line."""
 
 import pytest
 

@@ -103,7 +103,7 @@ def test_cases_are_found_by_their_names_and_absent_files_told(small, tmp_path):
 
 
 def test_text_ids_are_compared(tmp_path):
-    """A small text model stands for the published one, and ids written here for the recorded."""
+    """A small text model in place of the published one, with recorded ids made here."""
     model = tmp_path / "ice_text.model"
     model.write_bytes(text.train_text_model(["a cat", "一只猫"]))
     vocabulary = text.vocabulary_for(text.load_text_model(model), 20_000, as_published=True)
@@ -310,7 +310,7 @@ def test_sizes_come_from_the_file():
 
 
 def test_weights_are_those_of_their_seed_and_tag():
-    """One tensor against the formula of the recording's note, spelt out."""
+    """One tensor against the formula in the recording's note, written out."""
     weights = seeded_weights(Golden(GOLDEN / "direct_sr.npz"))
     name = "mixins.attention_plus.query_key_value.0.weight"
     drawn = np.random.RandomState(zlib.crc32(f"7/dsr/{name}".encode())).standard_normal((192, 64))

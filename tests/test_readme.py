@@ -1,4 +1,4 @@
-"""The Python of every README runs as printed, and what they name exists."""
+"""The Python of every README runs as printed, and the modules and files that they name exist."""
 
 import re
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_snippets_run(readme, snippet, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_every_python_block_is_run(document):
-    """A block with an indented fence, or in a document that is no README, would not be run."""
+    """A block with an indented fence, or in a document that is no README, would never run."""
     content = document.read_text("utf-8")
     run = len(PYTHON.findall(content)) if document in READMES else 0
     assert len(re.findall(r"^[ \t]*(?:```|~~~)[ \t]*py", content, re.MULTILINE)) == run
@@ -55,7 +55,7 @@ def test_every_python_block_is_run(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_what_is_named_exists(document):
-    """Modules after `python -m`, and what links and images point to."""
+    """Modules after `python -m`, and targets of links and images."""
     content = document.read_text("utf-8")
     modules = re.findall(r"python -m (experiments[\w.]*\w)", content)
     paths = {f"{module.replace('.', '/')}.py": ROOT for module in modules}

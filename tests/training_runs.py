@@ -211,7 +211,7 @@ def gradient(network: str, params: Any, batch: Any, sharding: Sharding | None) -
 
 
 class Work(NamedTuple):
-    """What one process of a training is told. `process` is None where it is the only one."""
+    """The settings of one process of a training. `process` is None if it is the only one."""
 
     folder: str
     devices: int = 1
@@ -224,9 +224,7 @@ class Work(NamedTuple):
 
 
 def work(told: Work) -> None:
-    """Train coglm in the loop that users have, with this process's rows alone, and print the
-    loss of every step.
-    """
+    """Train coglm in the real loop, with this process's rows, and print the loss of every step."""
     if told.process is not None:
         address = f"localhost:{told.port}"
         jax.distributed.initialize(address, told.processes, told.process)

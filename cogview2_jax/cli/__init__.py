@@ -1,9 +1,9 @@
 """The command line: `cogview2 generate`, `caption`, `infill`, `init`, `info`, `data`, `train`.
 
-Every mistake of the user's ends in one line on stderr and exit code 2, before anything is computed
-or written. Exit code 1 means that some of several inputs could not be used, and the others were.
-Files appear complete or not at all, and replace no other command's. Heavy modules are imported
-where they are needed, so that help and refusals come at once.
+A user's mistake ends in one line on stderr and exit code 2, before anything is computed or written.
+Exit code 1 means that some of several inputs could not be used, and the others were. Files appear
+complete or not at all, and never replace those of another command unless asked. Heavy modules are
+imported where they are needed, so that help and error messages appear at once.
 """
 
 from __future__ import annotations

@@ -29,15 +29,15 @@ bundle_option = click.option(
     "--bundle",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder of a model; default: the one that ships.",
+    help="Folder of the model. Default: the model that ships with the package.",
 )
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(("float32", "bfloat16")),
     default="float32",
     show_default=True,
-    help="What the transformers compute in. bfloat16 takes half the memory and is quick on a GPU or"
-    " TPU; pictures differ in details.",
+    help="Dtype of the transformers. bfloat16 takes half the memory and is faster on a GPU or TPU;"
+    " pictures differ in details.",
 )
 
 
@@ -46,7 +46,7 @@ dtype_option = click.option(
 
 @contextlib.contextmanager
 def refusing(what: str = "") -> Iterator[None]:
-    """Known errors inside become the one line that the user sees."""
+    """Turns expected errors inside into the one line that the user sees."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -54,7 +54,7 @@ def refusing(what: str = "") -> Iterator[None]:
 
 
 def check_model(bundle: Path | None, prompts: Sequence[str] = ()) -> Path:
-    """The bundle's folder, if its configuration and text model are fit and spell the prompts."""
+    """The bundle's folder, once its configuration, its text model and the prompts are checked."""
     from cogview2_jax import bundle as bundles
     from cogview2_jax.tokenizer import text
 
@@ -70,7 +70,7 @@ def check_model(bundle: Path | None, prompts: Sequence[str] = ()) -> Path:
 
 
 def picture_problem(file: Path, error: Exception) -> str:
-    """What is wrong with a picture file, in one line that begins with its name."""
+    """The error of a picture file, in one line that begins with the file's name."""
     return f"{file}: {getattr(error, 'reason', None) or getattr(error, 'strerror', None) or error}"
 
 
@@ -138,8 +138,8 @@ def load(
 
 
 def choose_stage(folder: Path, asked: str | None) -> str:
-    """The stage to draw: as asked, or the last one that the model has networks for, which is said
-    on stderr where it is not the last of all.
+    """The stage to draw: as asked, or the last one that the model has networks for. If that is not
+    the last of all, stderr says what is missing.
     """
     from cogview2_jax import bundle as bundles
     from cogview2_jax.pipeline import reach, settings
@@ -157,7 +157,7 @@ def choose_stage(folder: Path, asked: str | None) -> str:
 
 
 def use_compilation_cache() -> Path | None:
-    """Keep compiled programs on disk. Returns where, or None when that place is not writable."""
+    """Keep compiled programs on disk. Returns the folder, or None if it is not writable."""
     import jax
 
     chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
@@ -192,13 +192,13 @@ def versions() -> dict[str, str]:
     }
 
 
-# --- What is written ------------------------------------------------------------------------------
+# --- Output files ---------------------------------------------------------------------------------
 
 overwrite_option = click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace files in --out that a command with other settings made. The same command may"
-    " always rewrite its own.",
+    help="Replace files in --out that a command with other settings wrote. The same command may"
+    " always replace its own.",
 )
 
 
@@ -216,7 +216,7 @@ def model_id(folder: Path) -> str:
 
 
 def circumstances(folder: Path, dtype: str) -> dict[str, Any]:
-    """What results depend on, beyond the command's own settings."""
+    """What results depend on in addition to the command's own settings."""
     return {
         "bundle": str(folder),
         "model_id": model_id(folder),
@@ -229,7 +229,7 @@ def circumstances(folder: Path, dtype: str) -> dict[str, Any]:
 def require_free(
     out: Path, files: Collection[str], report: str, settings: Mapping[str, Any], overwrite: bool
 ) -> None:
-    """Raises ClickException where `out` has files of these names that another command made.
+    """Raises ClickException if `out` has files with these names from another command.
 
     `report` is the command's JSON file, one of `files`. A command whose report has the same
     `settings` is the same command.
@@ -268,14 +268,14 @@ class Outputs:
         settings: Mapping[str, Any],
         overwrite: bool,
     ) -> None:
-        """`report` is the JSON file that holds `settings`, next to `files`. Raises ClickException
-        where these files are there already, of another command.
+        """`report` is the JSON file with the `settings`, next to `files`. Raises ClickException if
+        another command has written these files already.
         """
         self._arguments = out, [*files, report], report, settings, overwrite
         require_free(*self._arguments)
 
     def write(self, contents: Mapping[str, bytes], seconds: Mapping[str, float]) -> None:
-        """Write the files and the report, with the time that each part took, and say where."""
+        """Write the files and the report, with the time of each part, and print their paths."""
         out, _, report, settings, _ = self._arguments
         require_free(*self._arguments)  # others write too
         rounded = {part: round(value, 3) for part, value in seconds.items()}

@@ -1,4 +1,4 @@
-"""`cogview2 data prepare`: pictures with captions into records to train with."""
+"""`cogview2 data prepare`: turns pictures with captions into records for training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Examples:
 )
 @click.pass_context
 def data_group(context: click.Context) -> None:
-    """Data to train with."""
+    """Prepare data for training."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -50,7 +50,7 @@ Examples:
   cogview2 data prepare pairs.tsv --images photos --caption-field en --caption-field zh --out pairs
   cogview2 data prepare scenes --count 10000 --apart --out scenes_records
   cogview2 data prepare coco_captions --data-dir tfds --caption-field captions/text --out coco
-  cogview2 data prepare photos --pictures --out pictures
+  cogview2 data prepare photos --pictures --out picture_records
 """,
 )
 @click.argument("source")
@@ -66,39 +66,39 @@ Examples:
     is_flag=True,
     help="Keep the pictures themselves, to train an image tokenizer: needs no captions, no bundle.",
 )
-@click.option("--split", default="train", show_default=True, help="Of a tfds data set or scenes.")
+@click.option("--split", default="train", show_default=True, help="Of scenes or a tfds data set.")
 @click.option(
     "--count",
     type=click.IntRange(1, 10**12),
     metavar="N",
-    help="The first N inputs; scenes need it.",
+    help="Only the first N inputs. Required for scenes.",
 )
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where paths in a captions file begin; default: the file's folder.",
+    help="Folder that the paths in a captions file start at. Default: the file's own folder.",
 )
 @click.option(
     "--image-field",
     default=defaults.IMAGE_FIELD,
     show_default=True,
     metavar="NAME",
-    help="The picture's field.",
+    help="Field with the picture, or with its path.",
 )
 @click.option(
     "--caption-field",
     "caption_fields",
     multiple=True,
     metavar="NAME",
-    help="A caption's field, given once or twice (two languages). Default:"
+    help="Field with a caption; given twice for two languages. Default:"
     f' "{defaults.CAPTION_FIELD}" in a captions file, both languages of scenes, the only text of a'
     " tfds data set.",
 )
 @click.option(
     "--apart",
     is_flag=True,
-    help="A record for each language, instead of one with both.",
+    help="Make a record for each language, instead of one with both.",
 )
 @click.option(
     "--allow-unknown",
@@ -112,8 +112,8 @@ Examples:
     type=click.IntRange(1, 10**5),
     multiple=True,
     metavar="PIXELS",
-    help="Side of the square that is cut from each picture's middle and made into tokens; may be"
-    " repeated, ascending, for super-resolution. Default: the base model's.",
+    help="Side of the square that each picture is resized and cropped to before it becomes tokens."
+    " May be repeated, ascending, for super-resolution. Default: the base model's.",
 )
 @click.option(
     "--stride",
@@ -125,7 +125,7 @@ Examples:
     "--text-slots",
     type=click.IntRange(1, 10**6),
     metavar="N",
-    help="Places for text in a record, without the pad at its end. Default: the base model's;"
+    help="Columns for text in a record, not counting the pad after them. Default: the base model's;"
     " published: 111.",
 )
 @click.option(
@@ -138,7 +138,7 @@ Examples:
     "--workers",
     type=click.IntRange(1, 256),
     default=lambda: min(os.cpu_count() or 1, 32),
-    show_default="one a processor",
+    show_default="one per processor",
     metavar="N",
     help="Threads that read and decode pictures.",
 )
@@ -148,7 +148,7 @@ Examples:
     default=defaults.BATCH_SIZE,
     show_default=True,
     metavar="N",
-    help="Pictures that the tokenizer encodes at once.",
+    help="Pictures that the tokenizer encodes at once; less needs less memory.",
 )
 @click.option(
     "--shard-size",
@@ -156,7 +156,7 @@ Examples:
     default=defaults.SHARD_SIZE,
     show_default=True,
     metavar="N",
-    help="Inputs of a shard. Each shard is a file; a kill costs at most the one being written.",
+    help="Inputs per shard. Each shard is a file; a kill costs at most the shard being written.",
 )
 @common.bundle_option
 def prepare_command(
@@ -177,14 +177,14 @@ def prepare_command(
     """Turn SOURCE into array_record shards of token records, ready for training.
 
     SOURCE is a captions file (.jsonl or .tsv), the word scenes, or the name of a tfds data set;
-    with --pictures also a folder, and what is linked in it.
+    with --pictures also a folder, read with the folders in it.
 
     A record is one row of int32: texts, pads, the picture's tokens. With the published model that
     is 111 + 1 + 400. Inputs that cannot become one (an unreadable picture, an empty or over-long
     caption, a malformed line) are left out and listed in refused.jsonl, with the reason.
 
-    After a kill, the same command continues. Run several times at once on one folder, it uses
-    several devices: each run takes shards that no other holds. The records are the same either way.
+    After a kill, the same command continues. Several runs of it on one folder share the work: each
+    takes shards that no other holds. The records are the same either way.
     """
     fields = source_options["caption_fields"]
     if len(fields) > 2 or len(set(fields)) < len(fields):
@@ -243,7 +243,7 @@ def _prepared(
 
 
 def _report(out: Path, report: Report) -> None:
-    """Say how many records there are, and where the others are listed."""
+    """Print the number of records, and where refused inputs are listed."""
     name, listed = (click.format_filename(path) for path in (out, out / "refused.jsonl"))
     number = sum(report.refused.values())
     kinds = ", ".join(f"{count} {kind}" for kind, count in report.refused.items())
@@ -254,7 +254,9 @@ def _report(out: Path, report: Report) -> None:
         where = f", see {listed}" if report.complete else ""
         click.echo(f"not read as pictures: {report.left_out} other files or folders{where}")
     if not report.complete:
-        click.echo("another run still works on the other shards; run this again to see the end")
+        click.echo(
+            "another run is working on the other shards: run the same command again for the report"
+        )
     elif not report.records:
         raise click.ClickException(f"no input became a record: see {listed}")
 

@@ -1,4 +1,4 @@
-"""`cogview2 init` and `info`: a model before it is trained, and what a model is made of."""
+"""`cogview2 init` and `info`: make a model without weights, and describe a model."""
 
 from __future__ import annotations
 
@@ -68,21 +68,21 @@ Examples:
     "--captions",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Make a text model of these captions: .txt with one a line, or a captions file (.jsonl,"
-    " .tsv). Each word is a piece, and others are unknown.",
+    help="Make a text model from these captions: a .txt with one per line, or a captions file"
+    " (.jsonl, .tsv). Each of their words becomes a piece; all other words are unknown.",
 )
 @click.option(
     "--caption-field",
     "caption_fields",
     multiple=True,
     metavar="NAME",
-    help='A caption\'s field in the captions file, once or several times. Default: "caption".',
+    help='Field with a caption in the captions file; may be repeated. Default: "caption".',
 )
 @click.option(
     "--pieces",
     type=click.IntRange(8, 10**6),
     metavar="N",
-    help="At most N pieces: frequent words, and parts to spell all others with.",
+    help="Make at most N pieces: frequent words, and parts to spell all other words with.",
 )
 def init(
     out: Path,
@@ -95,7 +95,7 @@ def init(
 ) -> None:
     """Make a model without weights, to train from zero.
 
-    `cogview2 train` then makes its networks, one after the other.
+    `cogview2 train` then trains its networks, one after the other.
     """
     if captions and text_model:
         raise click.UsageError("give --text-model or --captions, not both")
@@ -112,18 +112,18 @@ def init(
         if changes:
             content = _changed(content, _read_changes(changes), str(changes))
         model, origin = _text_model(text_model, captions, caption_fields or ("caption",), pieces)
-        # The released tokenizer's way to read text goes with a text model that is not made here.
+        # The released tokenizer's rules are for text models from elsewhere.
         published = preset == "published" and text_model is not None
         _set_vocabulary(content, model, as_published=True if published else None)
         advice = "its fields are those of the config.json of a bundle"
         description = bundles.parse_description(content, where, advice)
         try:
             counts = parameter_counts(description)
-        except Exception as error:  # sizes that no network can have end in any error of jax or flax
+        except Exception as error:  # for impossible sizes jax and flax raise various errors
             reason = errors.first_line(error)
             raise ValueError(f"{where}: no networks of these sizes: {reason}") from error
         bundles.save(out, bundles.untrained(description, model))
-    click.echo(f"{out}: a model to be trained")
+    click.echo(f"{out}: a model without weights")
     for name, number in counts.items():
         click.echo(f"{name:12s}{number:,} parameters: {bundles.TRAINED_BY[name]}")
     click.echo(f"{'text model':12s}{model.vocab_size():,} pieces, {origin}")
@@ -132,7 +132,7 @@ def init(
 def _text_model(
     file: Path | None, captions: Path | None, fields: tuple[str, ...], pieces: int | None
 ) -> tuple[spm.SentencePieceProcessor, str]:
-    """The text model of a file, made of captions, or of the model that ships; and its origin."""
+    """The text model from a file, from captions, or of the model that ships; and its origin."""
     from cogview2_jax import bundle as bundles
     from cogview2_jax.tokenizer import text
 
@@ -234,7 +234,7 @@ def _sentences(file: Path, fields: tuple[str, ...]) -> tuple[list[str], int]:
         except sources.Refused:
             left_out += 1
         else:
-            # A text that goes with each of a list is there once.
+            # A text that is paired with each text of a list counts once.
             sentences += dict.fromkeys(words for one in sets for words in one.values())
     return sentences, left_out
 
@@ -276,7 +276,7 @@ def _facts(
     yield "made with", made_with
     for name, number in parameter_counts(description).items():
         there = bool(getattr(bundle, name))
-        note = "" if there else f", not there yet: `{TRAINED_BY[name]}` makes them"
+        note = "" if there else f", not there yet: `{TRAINED_BY[name]}` trains them"
         yield f"{name} parameters", f"{number:,}{note}"
     yield "longest prompt", f"{base.max_text} tokens"
     vocabulary = base.vocabulary

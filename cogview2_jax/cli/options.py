@@ -1,8 +1,8 @@
 """Options of the command line, made from the `setting` fields of dataclasses.
 
-A dataclass says a default, a range and a help once; here they become click options, and what the
-user chose becomes the dataclass again. tyro does the same with argparse; click stays because the
-other commands, their help and their one-line errors are click's.
+A dataclass states default, range and help once. Here they become click options, and the user's
+values become the dataclass again. tyro does the same with argparse; click stays because the other
+commands, their help and their one-line errors are click's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def from_settings(*classes: type) -> Callable[[Any], Any]:
 
 
 def take(kind: type[Settings], chosen: dict[str, Any]) -> Settings:
-    """A dataclass of what was chosen, removed from `chosen`. Raises as the dataclass does."""
+    """The dataclass made from its values in `chosen`, which are removed. Raises as it does."""
     return kind(**{each.name: chosen.pop(each.name) for each in _settings(kind)})
 
 

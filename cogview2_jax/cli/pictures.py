@@ -15,7 +15,7 @@ from cogview2_jax.cli import common, sheets
 from cogview2_jax.pipeline import settings
 
 MOST_IMAGES = 64  # of one prompt at once: 200 MB of activations a network
-# What the progress bar calls a network that runs.
+# The progress bar's names of the running networks.
 _PART_OF = {"coglm": "base", "direct": "direct", "iterative": "iterative", "tokenizer": "pixels"}
 _LAST = list(settings.STAGES)[-1]
 
@@ -35,8 +35,8 @@ _candidates_option = click.option(
     "--candidates",
     type=click.IntRange(1, MOST_IMAGES),
     metavar="N",
-    help="Draw every picture N times at the base stage and keep the one that the prompt describes"
-    " best, as the model scores captions.  [default: what the bundle says]",
+    help="Draw each picture N times at the base stage, and keep the one with the highest caption"
+    " score for the prompt.  [default: what the bundle says]",
 )
 _seed_option = click.option(
     "--seed",
@@ -145,7 +145,7 @@ def _draw(
     candidates: int,
     timings: dict[str, float],
 ) -> list[Any]:
-    """The pictures of each prompt, with a progress bar. Adds the seconds of every part."""
+    """The pictures of each prompt, with a progress bar. Adds each part's seconds to `timings`."""
     import jax
     from tqdm import tqdm
 
@@ -201,10 +201,10 @@ Examples:
 def caption_command(
     pictures: tuple[Path, ...], language: str, dtype: str, bundle: Path | None
 ) -> None:
-    """Say what each picture shows, the most probable word each time.
+    """Caption each picture, with the most probable token each time.
 
-    Pictures are opened one after the other. One that cannot be used is named on stderr, the others
-    are captioned, and the exit code is 1.
+    A picture that cannot be used is named on stderr; the others are captioned, and the exit code
+    is 1.
     """
     cv, _ = common.load(common.check_model(bundle), ("tokenizer", "coglm"), dtype)
     from cogview2_jax.tokenizer.pictures import PictureError, open_picture
@@ -260,10 +260,10 @@ def infill_command(
     overwrite: bool,
     bundle: Path | None,
 ) -> None:
-    """Redraw a part of PICTURE, so that all of it fits PROMPT.
+    """Redraw a part of PICTURE, so that the whole fits PROMPT.
 
     PICTURE may have any shape and size; the result has the same. The model sees a square around the
-    box, as wide as the picture's shorter side, or as the box where that is longer. Nothing outside
+    box, as wide as the picture's shorter side, or as the box if that is longer. Nothing outside
     this square changes. Writes the pictures and a JSON file with the settings.
     """
     begin = time.perf_counter()

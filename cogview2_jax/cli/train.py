@@ -32,7 +32,7 @@ _prompt_option = click.option(
     "--prompt",
     "prompts",
     multiple=True,
-    help="Draw this at every --sample-every; may be repeated.",
+    help="A prompt that --sample-every draws; may be repeated.",
 )
 
 
@@ -67,8 +67,9 @@ Examples:
 def train_group(context: click.Context) -> None:
     """Train a network, from a model's parameters or from nothing.
 
-    Killed, the same command goes on from the last checkpoint. Stopped early, the same command with
-    --steps of the last checkpoint writes the model as it is.
+    After a kill or an interruption, the same command resumes from the last checkpoint. To get a
+    model from a run that was stopped early, repeat its command with --steps N, where N is the step
+    of the last checkpoint.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -77,9 +78,9 @@ def train_group(context: click.Context) -> None:
 @train_group.command(
     epilog="""\b
 Examples:
-  cogview2 data prepare photos --pictures --out pictures
-  cogview2 train tokenizer pictures --steps 2000 --start nothing --stride 8 --out run
-  cogview2 train tokenizer pictures --bundle run/model --stride 4 --keep-others --out also_4
+  cogview2 data prepare photos --pictures --out picture_records
+  cogview2 train tokenizer picture_records --start nothing --stride 8 --steps 2000 --out run
+  cogview2 train tokenizer picture_records --bundle run/model --stride 4 --keep-others --out also_4
 """
 )
 @click.argument("pictures", type=click.Path(path_type=Path))
@@ -169,8 +170,8 @@ def _train(
     prompts: tuple[str, ...],
     chosen: dict[str, Any],
 ) -> None:
-    """Check everything, train, write the model. `build` makes the task, with the network's `own`
-    options.
+    """Check everything, train, write the model. `build` makes the task from the network's `own`
+    options and the shared ones.
     """
     out: Path = chosen["out"]
     with common.refusing():
@@ -188,7 +189,7 @@ def _train(
     common.check_writable(out)
     common.use_compilation_cache()
     if loop.sample_every and jax.process_count() > 1:
-        raise click.UsageError("--sample-every goes with one process only")
+        raise click.UsageError("--sample-every works with one process only")
     from cogview2_jax import bundle as bundles
     from cogview2_jax.training import lock
     from cogview2_jax.training.loop import keep_freed_memory
@@ -222,14 +223,14 @@ def _refusing_what_a_step_raises() -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise click.ClickException(
-            "the step does not fit the memory: give a smaller --batch-size, a larger --accumulate,"
-            " or --remat all"
+            "a training step does not fit the memory: give a smaller --batch-size, a larger"
+            " --accumulate, or --remat all"
         ) from error
 
 
 def _hush() -> None:
-    """Keep orbax and tensorstore quiet. A write that fails raises one error, printed in one line;
-    they also log it, from every thread that wrote, and warn of what was still being written.
+    """Silence orbax and tensorstore. A write that fails raises an error, printed in one line; they
+    also log it from every writing thread, and warn of unfinished writes.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,1 +1,1 @@
-"""Data: the procedural Scenes and the readers that feed training."""
+"""Data for training: sources, preparation of records, reading of batches, and Scenes."""

@@ -1,4 +1,4 @@
-"""Defaults that the commands share with the functions. Light to import: help shows them."""
+"""Defaults that the commands and the functions share. Imports nothing: help shows them."""
 
 IMAGE_FIELD, CAPTION_FIELD = "image", "caption"  # of a captions file
 BATCH_SIZE = 64  # pictures that the tokenizer encodes at once

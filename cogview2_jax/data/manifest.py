@@ -1,4 +1,4 @@
-"""What a folder of prepared records holds: its settings, its layout and the names of its files.
+"""A folder of prepared records: its settings, the layout of its records, the names of its files.
 
     records.json                             the settings; a folder has one set of them
     records-00003-of-00010.array_record      the records of inputs 3·n to 4·n, in their order
@@ -30,8 +30,8 @@ TOKENS, PICTURES = "tokens", "pictures"
 class Manifest:
     """The settings that every record of a folder depends on.
 
-    `settings` holds the others as JSON values: source, fields, tokenizer. `layout` is None when
-    `kind` is "pictures": then a record is a picture file as it was found.
+    `settings` holds the others as JSON values: source, fields, tokenizer. `layout` is None if
+    `kind` is "pictures": then a record is the unchanged content of a picture file.
     """
 
     kind: str
@@ -57,7 +57,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
     # Through JSON and back: then it compares equal to a manifest that was read.
     content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(manifest)))
     if layout := content["layout"]:
-        # How text was read is said in `settings`.
+        # `settings` says how text was read.
         del layout["vocabulary"]["first_chinese"], layout["vocabulary"]["as_published"]
     return {"format": FORMAT} | content
 

@@ -1,8 +1,8 @@
 """Inputs of a source → shards of records in a folder: parallel, resumable, the same every time.
 
-What the records are depends on the inputs and the settings only: pictures go through the tokenizer
-in batches that are cut by number, so that the numbers of threads and processes change nothing. How
-shards are written and shared by processes is in `shards`.
+The records depend only on the inputs and the settings: batches for the tokenizer are formed by
+input number, so that the numbers of threads and processes change nothing. `shards` writes the
+shards and shares them between processes.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def prepare_tokens(
     """Token records: rows of `layout`, as little-endian int32.
 
     `tokenizer` is the parameter tree of the image tokenizer. Texts of a set share a record, as
-    published; with `apart`, each has a record of its own. A caption without a word, one that does
-    not fit, one that is not Unicode and, unless `allow_unknown`, one with words that the text model
-    cannot spell is refused, with the texts that share its record. `allow_unknown` None does as
-    the layout's vocabulary says. Shards are of `shard_size` inputs each.
+    published; with `apart`, each has its own record. A caption without a word, one that does not
+    fit, one that is not Unicode and, unless `allow_unknown`, one with words that the text model
+    cannot spell is refused, with the texts that share its record. `allow_unknown` None follows the
+    layout's vocabulary. A shard has `shard_size` inputs.
 
     `workers` threads read and decode; `progress` is called with numbers of inputs as they are done,
-    first with those done before. Raises ValueError when the folder was begun with other settings
-    and, before it is begun, when a batch does not fit the memory, OSError (one line) when something
-    cannot be written; the same call then continues where this one stopped.
+    first with those done before. Raises ValueError if the folder was begun with other settings or
+    (before it is begun) if a batch does not fit the memory, OSError (one line) if something cannot
+    be written; the same call then continues where this one stopped.
     """
     if allow_unknown is None:
         allow_unknown = layout.vocabulary.as_published
@@ -111,8 +111,8 @@ def prepare_pictures(
     workers: int = 1,
     progress: Callable[[int], None] = lambda inputs: None,
 ) -> Report:
-    """Picture records, to train an image tokenizer: each file as it was found, if it can be opened;
-    pixels (Scenes) become PNG. Captions are ignored. Arguments and errors are those of
+    """Picture records, to train an image tokenizer: the unchanged content of each file that can be
+    opened; pixels (Scenes) become PNG. Captions are ignored. Arguments and errors are those of
     `prepare_tokens`.
     """
     settings = {"source": source.fingerprint}
@@ -164,7 +164,7 @@ def _image_tokens(
     """Tokens of up to `batch_size` pictures, given at each size of `layout`: int32 [b, cells]."""
     columns = []
     for size, given in zip(layout.sizes, pictures, strict=True):
-        # Batches are filled up, so that there is one program and every row comes from it.
+        # The last batch is padded, so that one program computes all rows.
         whole = np.zeros((batch_size, size, size, 3), np.uint8)
         whole[: len(given)] = given
         columns.append(to_tokens(tokenizer, whole, stride=layout.stride, config=config))
@@ -175,8 +175,8 @@ def _image_tokens(
 def _require_memory(
     tokenizer: Any, config: HVQVAEConfig, batch_size: int, size: int, stride: int
 ) -> None:
-    """Raises ValueError when tokens of `batch_size` pictures of `size` pixels take more memory than
-    there is. Compiles the program, which the next call then reuses.
+    """Raises ValueError if encoding `batch_size` pictures of `size` pixels takes more memory than
+    there is. Compiles the program, which the next call reuses.
     """
     pictures = jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8)
     batch = f"a batch of {batch_size} pictures of {size} pixels"
@@ -185,7 +185,7 @@ def _require_memory(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(f"{batch} does not fit the memory: make batches smaller") from error
+        raise ValueError(f"{batch} does not fit the memory: give a smaller --batch-size") from error
     parts = program.memory_analysis()
     if parts is None:  # not every device reports it
         return
@@ -196,7 +196,7 @@ def _require_memory(
     if needed > there:
         raise ValueError(
             f"{batch} needs {needed / 1e9:.0f} GB of memory of {there / 1e9:.0f} GB:"
-            " make batches smaller"
+            " give a smaller --batch-size"
         )
 
 

@@ -26,7 +26,7 @@ from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data.manifest import Manifest
 from cogview2_jax.tokenizer.pictures import open_picture
 
-# How records are split into those to train with and those for validation; the seed is a part of it.
+# The way in which records are split into training and validation, its seed included.
 SPLIT = "random by picture"
 _SPLIT_SEED = 0
 
@@ -34,8 +34,8 @@ _SPLIT_SEED = 0
 class Records:
     """The records of a folder as bytes, by number, in the order of the inputs.
 
-    Raises FileNotFoundError or ValueError, in one line, for a folder without records, one that is
-    not finished and a damaged file.
+    Raises FileNotFoundError or ValueError, in one line, for a folder without records, an unfinished
+    one and a damaged file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,7 +51,7 @@ class Records:
             )
         for file in files:
             reader = ArrayRecordReader(str(file))
-            intact = reader.ok()  # a file that is cut short has no index, and no records
+            intact = reader.ok()  # a truncated file has no index, and no records
             if intact:
                 reader.close()
             else:
@@ -100,10 +100,10 @@ def tokens(
     that do not fill the last batch are left out, but there is always one batch: where `epochs` have
     fewer rows, further epochs fill it. Columns are those of `Records(folder).manifest.layout`.
 
-    `validation_share` (0 to 1) of the records are kept for validation and are in no batch; with
-    `validation`, the batches are of them only. See `validation_numbers` for which these are.
+    The share `validation_share` (0 to 1) of the records, chosen by `validation_numbers`, is kept
+    for validation: with `validation` batches have only these records, otherwise only the others.
 
-    Raises ValueError for a batch that the processes cannot share equally and for records that
+    Raises ValueError for a batch that the processes cannot split equally and for records that
     cannot be split, and as `Records` does.
     """
     records = _opened(folder)
@@ -123,9 +123,9 @@ def validation_numbers(records: Records, share: float) -> np.ndarray:
 
     They are drawn at random, the same for every seed, process and number of processes. A picture is
     drawn with all its records: the neighbours that show it, whether they come from one input or
-    from several. So there may be some more or fewer than `share`; there is at least one if `share`
-    is above 0, and one is left to train with. Raises ValueError for a share of less than 0, of 1 or
-    more, and above 0 when all records show one picture.
+    from several. So their number may differ a little from `share`; there is at least one if `share`
+    is above 0, and at least one remains for training. Raises ValueError for a share below 0, or of
+    1 or more, and for one above 0 if all records show one picture.
     """
     if not 0 <= share < 1:
         raise ValueError(f"the share for validation must be at least 0 and below 1: got {share}")
@@ -143,8 +143,8 @@ def training_numbers(records: Records, validation_share: float) -> Sequence[int]
 
 
 def split_settings(validation_share: float) -> dict[str, Any]:
-    """JSON values that change whenever records are split in another way: a training run keeps them,
-    so that it does not continue with records that it was measured on.
+    """JSON values that change when records are split in another way. A training run saves them, so
+    that a resumed run never trains on its validation records.
     """
     return {"validation_split": SPLIT} if validation_share else {}
 
@@ -164,8 +164,8 @@ def record_numbers(
     """The numbers in `Records(folder)` of the records of batch `step`: int [batch_size /
     process_count].
 
-    Given the arguments of `tokens` or `pictures`, these are the rows of their batches in order,
-    which name the records that a step of training has read.
+    With the arguments of `tokens` or `pictures`, these are the records of their batches, row by
+    row.
     """
     part = _part(_opened(folder), validation_share, validation)
     dataset = _shuffled(part, seed, epochs, batch_size)
@@ -183,7 +183,7 @@ def pictures(
     process_count: int = 1,
     epochs: int | None = None,
     smallest: int | None = None,
-    flip: bool = True,
+    mirror: bool = True,
     validation_share: float = 0.0,
     validation: bool = False,
 ) -> Any:
@@ -191,8 +191,8 @@ def pictures(
     [batch_size / process_count, side, side, 3].
 
     Each crop is a random square of the picture, from `smallest` pixels (default: `side`) to all of
-    its shorter side, resized to `side`; half are mirrored, unless not `flip`. What is random
-    depends only on the seed and the place in the data. The rest is as in `tokens`.
+    its shorter side, resized to `side`; with `mirror`, half of them are mirrored. The random
+    choices depend only on the seed and the place in the data. The rest is as in `tokens`.
     """
     records = _opened(folder)
     if records.manifest.kind != manifests.PICTURES:
@@ -201,7 +201,7 @@ def pictures(
         raise ValueError(f"side and smallest must be at least 1: got {side} and {smallest}")
 
     def crop(number: int, rng: np.random.Generator) -> np.ndarray:
-        return random_crop(open_picture(records[number]), side, rng, smallest or side, flip)
+        return random_crop(open_picture(records[number]), side, rng, smallest or side, mirror)
 
     part = _part(records, validation_share, validation)
     dataset = _shuffled(part, seed, epochs, batch_size).random_map(crop)
@@ -209,11 +209,11 @@ def pictures(
 
 
 def random_crop(
-    picture: Image.Image, side: int, rng: np.random.Generator, smallest: int, flip: bool = True
+    picture: Image.Image, side: int, rng: np.random.Generator, smallest: int, mirror: bool = True
 ) -> np.ndarray:
     """A random square of `picture` as uint8 [side, side, 3]; see `pictures`.
 
-    Shrinking averages areas and enlarging is bicubic, as where pictures are tokenised.
+    Shrinking averages areas and enlarging is bicubic, as in `fit_picture`.
     """
     shorter = min(picture.size)
     edge = int(rng.integers(min(smallest, shorter), shorter + 1))
@@ -221,7 +221,7 @@ def random_crop(
     way = Image.Resampling.BOX if edge > side else Image.Resampling.BICUBIC
     box = (left, top, left + edge, top + edge)
     made = np.asarray(picture.resize((side, side), way, box))
-    return np.ascontiguousarray(made[:, ::-1]) if flip and rng.random() < 0.5 else made
+    return np.ascontiguousarray(made[:, ::-1]) if mirror and rng.random() < 0.5 else made
 
 
 def _opened(folder: Path | Records) -> Records:
@@ -267,7 +267,7 @@ class _Pictures:
         self._start = 4 * (layout.text_slots + 1) if layout else 0  # of the picture in a record
 
     def ahead(self, numbers: np.ndarray) -> Iterator[int]:
-        """`numbers`, each once it and its neighbours are read: many at a time, which is quicker."""
+        """`numbers` in order; these and their neighbours are read in blocks, which is quicker."""
         for start in range(0, len(numbers), 64):
             block = numbers[start : start + 64]
             around = np.unique(np.concatenate([block - 1, block, block + 1]))
@@ -323,7 +323,7 @@ def _batches(dataset: Any, batch_size: int, process_index: int, process_count: i
             f"batch_size must be shared equally by the processes: got {batch_size} for process"
             f" {process_index} of {process_count}"
         )
-    # Batches of what one process holds, and of these every n-th: rows stay in global order.
+    # Batches of one process's size, of which it takes every n-th: rows stay in global order.
     whole = dataset[: len(dataset) // batch_size * batch_size]
     return whole.batch(batch_size // process_count)[process_index::process_count]
 

@@ -1,4 +1,4 @@
-"""Training records: which columns of a row of int32 hold what.
+"""Training records: the columns of a row of int32.
 
 A record has the texts and the image tokens of one picture in one row, as in the released
 `pretrain_coglm.py`.
@@ -43,7 +43,7 @@ class RecordLayout:
 
     @classmethod
     def of(cls, config: CogLMConfig, stride: int = TOKEN_STRIDE, *more: int) -> RecordLayout:
-        """The layout of `make_record` for `config`, and of more sizes in pixels."""
+        """The layout of `make_record` for `config`, with further sizes in pixels."""
         if config.grid[0] != config.grid[1]:
             raise ValueError(f"grid must be square: got {config.grid}")
         sizes = (config.grid[0] * stride, *more)
@@ -139,8 +139,8 @@ def english_texts(records: np.ndarray, config: CogLMConfig, first_chinese: int) 
 
 
 def text_width(records: np.ndarray, config: CogLMConfig) -> int:
-    """Places of a record before its image, its last pad among them. Two texts may need more than
-    a prompt's `config.text_slots`; each has positions from 0.
+    """Columns of a record before its image, including the pad at their end. Two texts may need more
+    than a prompt's `config.text_slots`; each has positions from 0.
     """
     width = records.shape[-1] - config.num_image_tokens
     if records.ndim != 2 or width < 2:

@@ -1,4 +1,4 @@
-"""Shards of records: written whole or not at all, each by one process, with what was refused.
+"""Shards of records: each written atomically by one process, with a list of refused inputs.
 
 The inputs are cut into shards by number. A shard is written under a temporary name, read back and
 renamed, so that a kill, a full disk or a failing machine costs at most the shards that were being
@@ -23,12 +23,12 @@ from cogview2_jax.data.manifest import Manifest
 from cogview2_jax.data.sources import Input, Refused, Source, left_out
 from cogview2_jax.tokenizer.pictures import PictureError
 
-OTHER_FILE = "other file"  # the kind of what a source does not read
+OTHER_FILE = "other file"  # the kind of a file that a source does not read
 
 
 class Refusal(NamedTuple):
-    """One line of refused.jsonl. `input` is its number from 0, None for a file that is no input;
-    `caption` says which of several.
+    """One line of refused.jsonl. `input` is the input's number from 0, None for a file that is no
+    input; `caption` is the refused one of several.
     """
 
     input: int | None
@@ -39,7 +39,7 @@ class Refusal(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Numbers of a folder. `complete` is false while another process still works on a shard.
+    """Counts of a folder. `complete` is false while another process is working on a shard.
     `left_out` counts files that the source does not read.
     """
 
@@ -53,9 +53,9 @@ class Report(NamedTuple):
 class Recipe(NamedTuple):
     """How inputs become records.
 
-    `read` runs in a thread on one input and raises `Refused` or `PictureError`. It returns what
-    `write` needs, None when nothing of the input is left, and the refusals of single captions.
-    `write` runs in the main thread on up to `batch_size` of those and returns the records of each.
+    `read` runs in a thread on one input and raises `Refused` or `PictureError`. It returns an item
+    for `write`, or None if nothing of the input is left, and the refusals of single captions.
+    `write` runs in the main thread on up to `batch_size` items and returns the records of each.
     """
 
     read: Callable[[Input], tuple[Any, list[tuple[str, Refused]]]]
@@ -71,8 +71,8 @@ def write_shards(
     workers: int,
     progress: Callable[[int], None],
 ) -> Report:
-    """Write all shards of `manifest` that `folder` does not have. `progress` is called with numbers
-    of inputs as they are done, first with those of the shards that are there.
+    """Write the shards of `manifest` that `folder` lacks. `progress` is called with numbers of
+    inputs as they are done, first with those of the shards that are there.
 
     Raises ValueError for a folder that was begun with other settings, and OSError, in one line,
     when something cannot be written.
@@ -84,7 +84,7 @@ def write_shards(
     done = [shard for shard in range(manifest.num_shards) if _is_done(folder, manifest, shard)]
     progress(sum(len(manifest.inputs(shard)) for shard in done))
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        # Pillow warns of harmless oddities, and of sizes that `pictures` has its own limit for.
+        # Pillow warns of harmless oddities, and of sizes that `pictures` limits by itself.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             for shard in range(manifest.num_shards):
@@ -111,7 +111,7 @@ class _Inputs(NamedTuple):
     progress: Callable[[int], None]
 
     def read(self, index: int) -> tuple[Any, list[Refusal]]:
-        """What `recipe.write` needs of an input, or None, and what was refused of it."""
+        """An input's item for `recipe.write`, or None, and its refusals."""
         name = ""
         try:
             item = self.source[index]
@@ -122,7 +122,7 @@ class _Inputs(NamedTuple):
         return made, [_refusal(index, name, one, caption) for caption, one in refused]
 
     def accepted(self, indices: range, refusals: list[Refusal]) -> Iterator[Any]:
-        """What `recipe.write` needs of each input that was not refused, in order. Refusals are
+        """The items for `recipe.write` of all inputs that are not refused, in order. Refusals are
         added to `refusals`.
         """
         ahead = self.workers + 2 * self.recipe.batch_size
@@ -219,7 +219,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(folder: Path, manifest: Manifest, shard: int) -> Iterator[bool]:
-    """Whether only this process holds the shard until the end; the system frees it at a kill."""
+    """Whether this process got the shard's lock, held until the end; a kill releases it."""
     file = manifest.shard_file(folder, shard)
     if file.exists():
         yield False
@@ -234,7 +234,8 @@ def _held(folder: Path, manifest: Manifest, shard: int) -> Iterator[bool]:
         try:
             yield True
         finally:
-            # Whoever opened it before this sees, once it has the lock, that the shard is done.
+            # A process that opened the file before this finds, once it has the lock, the shard
+            # done.
             lock.unlink(missing_ok=True)
 
 
@@ -242,7 +243,7 @@ def _held(folder: Path, manifest: Manifest, shard: int) -> Iterator[bool]:
 
 
 def _summarise(source: Source, folder: Path, manifest: Manifest) -> Report:
-    """Numbers of the shards that are done; when all are, also written, with all refusals."""
+    """Counts of the finished shards. Once all are finished, writes them, with all refusals."""
     records, lines = 0, []
     kinds: Counter[str] = Counter()
     done = [shard for shard in range(manifest.num_shards) if _is_done(folder, manifest, shard)]

@@ -42,23 +42,22 @@ _Tree = TypeVar("_Tree")
 
 STRIDE = TOKEN_STRIDE
 STAGES = tuple(settings.STAGES)
-# Numbers of draws beyond any candidate's, so that no two stages share a key.
+# Draw numbers above any candidate's, so that no two stages share a key.
 _DIRECT_DRAW, _ITERATIVE_DRAW = 2**32 - 1, 2**32 - 2
 
 
 @dataclass(frozen=True)
 class CogView:
-    """A bundle with the whole pipeline as methods; see `cogview2_jax.load`.
+    """A bundle with the whole pipeline as methods; made by `cogview2_jax.load`.
 
     Prompts may be English or Chinese. Pictures come in as `open_picture` takes them (paths, bytes,
-    PIL images, uint8 arrays) and go out as uint8 [y, x, 3]. The same key gives the same pictures; a
-    key is one of `jax.random.key`, or an older one of `jax.random.PRNGKey`. The first call of a
-    kind compiles, later ones of the same `num_images` do not. A wrong argument raises ValueError in
-    one line.
+    PIL images, uint8 arrays) and go out as uint8 [y, x, 3]. The same key, made by `jax.random.key`
+    or the older `jax.random.PRNGKey`, gives the same pictures. The first call of a method compiles,
+    later ones with the same `num_images` do not. A wrong argument raises ValueError in one line.
 
-    `execution` says how the transformers are computed: its precision, and the mesh that batches and
-    parameters are cut over. Images do not depend on it but for rounding. The parameters in `bundle`
-    are placed accordingly.
+    `execution` is the precision of the transformers, and the mesh over which batches and parameters
+    are sharded. Images do not depend on it, except for rounding. The parameters in `bundle` are
+    placed accordingly.
     """
 
     bundle: Bundle
@@ -69,7 +68,7 @@ class CogView:
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The networks that are there, in the order of training."""
+        """The networks that the bundle has, in the order of training."""
         return tuple(name for name in bundles.NETWORKS if getattr(self.bundle, name))
 
     def generate(
@@ -83,11 +82,11 @@ class CogView:
     ) -> np.ndarray:
         """Pictures of a prompt: uint8 [num_images, y, x, 3], 192×192 with the bundle that ships.
 
-        `stage` is the last one to run: "base" (its small picture enlarged), "direct" or "full". By
-        default that is the last one that the model has networks for, with a warning when that is
-        not "full". Each picture is the best-scoring of `candidates` drawn by the base stage, judged
-        by `caption_score` (the paper's post-selection); None takes the number of the bundle's
-        `sampling`.
+        `stage` is the last one to run: "base" (its small picture enlarged), "direct" or "full". The
+        default is the last one that the model has networks for, with a warning when that is not
+        "full". The base stage draws each picture `candidates` times (None: as often as the bundle's
+        `sampling` says) and keeps the one with the best `caption_score` (the paper's
+        post-selection).
         """
         stage = self._last_stage(stage)
         made = self.generate_stages(
@@ -163,9 +162,9 @@ class CogView:
 
         `box` is (top, left, bottom, right) in 0…1 of the whole picture, upright. The model sees a
         crop around the box, with the aspect ratio of its own pictures and as large as the picture
-        allows; pixels outside the crop do not change (see `editing`). Whole coarse cells of the
-        crop are drawn, those whose centre the box holds, and only their fine cells are
-        super-resolved. `stage` and `candidates` are as in `generate`.
+        allows; pixels outside the crop do not change (see `editing`). The coarse cells with their
+        centre in the box are redrawn, and only their fine cells are super-resolved. `stage` and
+        `candidates` are as in `generate`.
         """
         config = self.bundle.coglm_config
         stage = self._last_stage(stage)
@@ -180,7 +179,7 @@ class CogView:
         filling = inputs.infill(edit.mask, ids[is_text].tolist(), coarse, config)
 
         def of_each(array: np.ndarray) -> Any:
-            return self._cut_over_mesh(np.repeat(array[None], rows, axis=0))
+            return self._shard_over_mesh(np.repeat(array[None], rows, axis=0))
 
         def draw(candidate: int) -> Array:
             return decode_infilling(
@@ -216,8 +215,8 @@ class CogView:
     ) -> str:
         """A caption of a picture, in English ("en") or Chinese ("zh"), of at least one word.
 
-        The most probable token each time, or, with a `key`, one of the `top_k` most probable; at
-        `temperature` 0 again the most probable. Only tokens of the language are drawn.
+        Greedy without a `key` and at `temperature` 0; otherwise each token is drawn from the
+        `top_k` most probable. Only tokens of the language are taken.
         """
         config = self.bundle.coglm_config
         top_k = check_count("top_k", top_k)
@@ -245,7 +244,7 @@ class CogView:
         return caption_text(np.asarray(ids)[0], self.bundle.text_model, config.vocabulary)
 
     def rank(self, prompt: str, pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
-        """How well each picture fits the prompt, by its likelihood as a caption of it.
+        """How well each picture fits the prompt: the likelihood of the prompt as its caption.
 
         Returns the pictures' numbers, best first, int [n], and their scores in the order given,
         float32 [n].
@@ -258,7 +257,7 @@ class CogView:
         scores = self._scores(tokens, coarse)[: len(pictures)]
         return np.argsort(-scores, kind="stable"), scores
 
-    # Parts of the above, host arrays in and out.
+    # Parts of the methods above, host arrays in and out.
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -266,10 +265,10 @@ class CogView:
 
     @property
     def _sampling(self) -> dict[str, Any]:
-        """What the stages that draw clusters share."""
+        """Arguments that the stages with cluster sampling share."""
         return {
             "execution": self.execution,
-            # Static, and the number of candidates is nothing to compile anew for.
+            # Static: without this, another number of candidates would compile again.
             "sampling": dataclasses.replace(self.bundle.sampling, candidates=1),
             "num_clusters": self.bundle.num_clusters,
         }
@@ -296,7 +295,7 @@ class CogView:
     def _drawing(
         self, prompts: Sequence[str], key: Array, num_images: int
     ) -> tuple[PromptTokens, Callable[[int], Array]]:
-        """The tokens of every image of every prompt, and its keys by the number of the draw."""
+        """The tokens of every image of every prompt, and a function: draw number → keys."""
         key = one_key(key)
         tokens = self._whole_batch(self._tokens(prompts).repeat(num_images))
         hashes = np.array([zlib.crc32(prompt.encode()) for prompt in prompts], np.uint32)
@@ -305,7 +304,7 @@ class CogView:
         )
 
     def _whole_batch(self, tree: _Tree) -> _Tree:
-        """Arrays [b, …] on the mesh, the last row repeated until it cuts the batch evenly."""
+        """Arrays [b, …] on the mesh, with the last row repeated until the batch splits evenly."""
         sharding = self.execution.sharding
         if sharding is None:
             return tree
@@ -314,9 +313,9 @@ class CogView:
         def whole(array: Any) -> Any:
             return array[np.minimum(np.arange(-(-len(array) // parts) * parts), len(array) - 1)]
 
-        return self._cut_over_mesh(jax.tree.map(whole, tree))
+        return self._shard_over_mesh(jax.tree.map(whole, tree))
 
-    def _cut_over_mesh(self, tree: _Tree) -> _Tree:
+    def _shard_over_mesh(self, tree: _Tree) -> _Tree:
         sharding = self.execution.sharding
         if sharding is None:
             return tree
@@ -326,7 +325,7 @@ class CogView:
     def _best_of(
         self, tokens: PromptTokens, draw: Callable[[int], Array], candidates: int | None
     ) -> np.ndarray:
-        """Base tokens, int32 [b, cells]: of what `draw(candidate)` makes, each image's best."""
+        """Base tokens, int32 [b, cells]: the best of each image's `draw(candidate)`."""
         if candidates is None:
             candidates = self.bundle.sampling.candidates
         candidates = check_count("candidates", candidates)
@@ -339,7 +338,7 @@ class CogView:
     def _scores(self, tokens: PromptTokens, coarse: np.ndarray) -> np.ndarray:
         scores = caption_score(
             self.bundle.params("coglm"),
-            self._cut_over_mesh(coarse),
+            self._shard_over_mesh(coarse),
             *tokens.base,
             tokens.english,
             config=self.bundle.coglm_config,
@@ -351,7 +350,7 @@ class CogView:
         fine = super_resolve_direct(
             self.bundle.params("direct"),
             *tokens.direct,
-            self._cut_over_mesh(coarse),
+            self._shard_over_mesh(coarse),
             keys,
             self.bundle.cluster_labels,
             config=self.bundle.direct_config,
@@ -365,8 +364,8 @@ class CogView:
         refined = super_resolve_iterative(
             self.bundle.params("iterative"),
             *tokens.iterative,
-            self._cut_over_mesh(fine),
-            self._cut_over_mesh(may_change),
+            self._shard_over_mesh(fine),
+            self._shard_over_mesh(may_change),
             keys,
             config=self.bundle.iterative_config,
             execution=self.execution,
@@ -379,7 +378,7 @@ class CogView:
         config = self.bundle.coglm_config if stage == "base" else self.bundle.direct_config
         pictures = image_tokenizer.to_pixels(
             self.bundle.params("tokenizer"),
-            self._cut_over_mesh(ids),
+            self._shard_over_mesh(ids),
             grid=config.grid,
             stride=STRIDE,
             config=self.bundle.tokenizer_config,

@@ -1,9 +1,8 @@
 """The geometry of infilling: from a box in a picture of any shape to the cells to draw, and back.
 
-The model sees a crop with the aspect ratio of its own pictures: the largest that fits into the
-picture, around the box. Where the box is longer than that, the crop is as long as the box and
-reaches beyond the picture, which is padded with its border pixels. Pixels outside the crop never
-change.
+The model sees a crop around the box, with the aspect ratio of its own pictures: the largest that
+fits into the picture. If the box is longer than that, the crop is as long as the box and reaches
+beyond the picture, which is padded with its border pixels. Pixels outside the crop never change.
 """
 
 from typing import NamedTuple
@@ -33,10 +32,10 @@ def picture_size(config: DirectSRConfig) -> tuple[int, int]:
 
 
 def plan(box: Box, picture: tuple[int, int], config: DirectSRConfig) -> Edit:
-    """The crop of a picture around `box`, and its coarse cells whose centres the box holds.
+    """The crop of a picture around `box`, and the coarse cells with their centre in the box.
 
     `picture` is its height and width. Raises ValueError for a box that is empty, leaves the
-    picture, holds no centre, or is much longer than the picture's shorter side.
+    picture, contains no cell's centre, or is much longer than the picture's shorter side.
     """
     try:
         top, left, bottom, right = (float(edge) for edge in box)
@@ -90,11 +89,11 @@ def cut(picture: Image.Image, edit: Edit) -> np.ndarray:
 
 
 def paste(picture: Image.Image, drawn: np.ndarray, edit: Edit) -> np.ndarray:
-    """Pictures with what was drawn in its place: uint8 [b, y, x, 3] from `drawn` [b, y', x', 3].
+    """Pictures with `drawn` [b, y', x', 3] pasted into the crop: uint8 [b, y, x, 3].
 
-    Where the crop has the size that the model draws, all of it is replaced: the tokenizer then made
-    the drawn cells and those around them, so no seam shows. At any other size only the drawn cells
-    are replaced, and all others keep the resolution of the picture.
+    A crop of the size that the model draws is replaced as a whole: the tokenizer has decoded the
+    new cells with those around them, so no seam shows. At any other size only the new cells are
+    replaced, and all others keep the resolution of the picture.
     """
     original = np.asarray(picture)
     place, inside = [], []
@@ -120,7 +119,7 @@ def paste(picture: Image.Image, drawn: np.ndarray, edit: Edit) -> np.ndarray:
 
 
 def _start(begin: float, end: float, side: int, length: int) -> int:
-    """Where a crop of `length` begins: in the middle of the box as far as the picture allows."""
+    """The start of a crop of `length`, centred on the box as far as the picture allows."""
     if length >= side:
         return -((length - side) // 2)
     centred = round((begin + end) / 2 * side - length / 2)

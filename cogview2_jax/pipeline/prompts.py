@@ -1,5 +1,5 @@
-"""Strings → the slots of each network, ids → strings, the ids that a caption may have, and the key
-of every picture.
+"""Strings → the text slots of each network, ids → strings, the ids that a caption may have, and the
+key of every picture.
 """
 
 import functools
@@ -41,7 +41,7 @@ def prompt_tokens(
     direct_slots: int,
     iterative_slots: int,
 ) -> PromptTokens:
-    """Prompts as every network reads them: super-resolution as much as it has slots for.
+    """Prompts as tokens for every network; super-resolution gets as many as it has slots.
 
     Raises ValueError, in one line, for no prompt and for one that `text.encode` refuses.
     """
@@ -61,8 +61,8 @@ def prompt_tokens(
 def image_keys(key: Array, prompt_hashes: Array, num_images: int, draw: Array) -> Array:
     """A key for every image of every prompt: [prompts · num_images].
 
-    `prompt_hashes` is uint32 [prompts]. What an image is drawn from depends on the key, its
-    prompt, its number and `draw` (the number of the candidate, or the stage) alone.
+    `prompt_hashes` is uint32 [prompts]. An image's key depends only on `key`, on its prompt, on its
+    number and on `draw` (the number of the candidate, or the stage).
     """
     of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(one_key(key), prompt_hashes)
     numbers = jnp.arange(num_images)

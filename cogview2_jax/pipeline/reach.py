@@ -1,4 +1,4 @@
-"""How far the networks of a model reach: which stage they can draw, and what the next one needs."""
+"""Which stages the networks of a model can draw, and which networks a stage still needs."""
 
 from collections.abc import Collection
 
@@ -28,11 +28,11 @@ def require_stage(stage: str, networks: Collection[str]) -> None:
 
 
 def what_is_missing(stage: str, networks: Collection[str]) -> str:
-    """The networks that a stage still needs, what trains the first of them and which stage can be
-    drawn without, in one line.
+    """A line that says which networks a stage still needs, which command trains the first of them,
+    and which stage can be drawn now.
     """
     missing = [name for name in NETWORKS if name in STAGES[stage] and name not in networks]
     said = f"the model lacks {', '.join(missing)}: `{TRAINED_BY[missing[0]]}` trains {missing[0]}"
     if stages := reached(networks):
-        said += f"; without, it draws as far as stage {stages[-1]} (--stage {stages[-1]})"
+        said += f"; until then it draws as far as stage {stages[-1]} (--stage {stages[-1]})"
     return said

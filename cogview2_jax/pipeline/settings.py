@@ -1,5 +1,5 @@
-"""The stages, and what Python and the command line take by default. Imports nothing, so that help
-comes at once.
+"""The stages, and the defaults of Python and the command line. Imports nothing, so that help
+appears at once.
 """
 
 # Each stage, and the networks that run up to it, in order. The tokenizer draws the pixels.

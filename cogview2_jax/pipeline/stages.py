@@ -1,9 +1,9 @@
 """The stages as pure, jitted functions of parameters, arrays and keys.
 
 The configuration is static: one compilation serves every prompt up to the limit and every seed; a
-new batch size compiles anew. Image i of a batch is drawn from `keys[i]` alone, so the rest of the
-batch does not matter (but for the last bits of float32, which may differ between batch sizes).
-`keys` are a key for each image, [b]; older keys, uint32 [b, 2], are taken too.
+new batch size compiles again. Image i of a batch is drawn from `keys[i]` alone, so it does not
+depend on the rest of the batch (except for the last bits of float32, which may differ between batch
+sizes). `keys` has a key for each image, [b]; older keys are uint32 [b, 2].
 
 Paper (arXiv 2204.14217) sections 3.2 and 3.3; the released `cogview2_text2image.py` and
 `cogview2_completion.py`.
@@ -33,8 +33,8 @@ _ROWS_AT_ONCE = 600  # of logits in cluster sampling: bounds its memory at the p
 class CaptionIds(NamedTuple):
     """Which text ids a caption may have: bool [num_text] each, or [b, num_text].
 
-    `first` in the first slot; then `words` alone until there is one; then `later`. With the pad and
-    end pieces in `later` only, a caption has a word before it ends.
+    `first` holds for the first slot, `words` from then on until the caption has a word, and `later`
+    after that. With the pad and end pieces in `later` only, no caption is empty.
     """
 
     first: Any
@@ -69,19 +69,19 @@ def decode_image(
         int32 [b, cells], raster order.
     """
     unknown = jnp.full((text.shape[0], config.num_image_tokens), -1)
-    layout = inputs.text_to_image(text, is_text, unknown, config)
-    bias = inputs.text_key_bias(layout.is_text, sampling.text_upweight)
+    given = inputs.text_to_image(text, is_text, unknown, config)
+    bias = inputs.text_key_bias(given.is_text, sampling.text_upweight)
     slots = text.shape[1]
     draw = _cluster_sampler(keys, cluster_labels, num_clusters, sampling.base)
     return _fill(
-        params, layout, bias, slots + 1, slots + 1, draw, _image_ids(config), config, execution
+        params, given, bias, slots + 1, slots + 1, draw, _image_ids(config), config, execution
     )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "num_clusters", "execution"))
 def decode_infilling(
     params: Params,
-    layout: inputs.NetworkInput,
+    given: inputs.NetworkInput,
     slot_of_cell: Array,
     keys: Array,
     cluster_labels: Array,
@@ -91,18 +91,18 @@ def decode_infilling(
     num_clusters: int,
     execution: Execution = Execution(),
 ) -> Array:
-    """Coarse image tokens with the masked cells drawn anew: one compilation, whatever the mask.
+    """Coarse image tokens with the masked cells redrawn: one compilation for all masks.
 
-    `layout` [b, s] and `slot_of_cell` [b, cells] are those of `inputs.infill`, stacked. Returns
+    `given` [b, s] and `slot_of_cell` [b, cells] are those of `inputs.infill`, stacked. Returns
     int32 [b, cells], raster order; kept cells are unchanged.
     """
-    bias = inputs.text_key_bias(layout.is_text, sampling.text_upweight)
-    length = layout.tokens.shape[1]
+    bias = inputs.text_key_bias(given.is_text, sampling.text_upweight)
+    length = given.tokens.shape[1]
     first = length - config.num_image_tokens
     draw = _cluster_sampler(keys, cluster_labels, num_clusters, sampling.base)
-    # The whole sequence is the prefix: the context sees itself in both directions, and the loop
-    # passes over the slots that are known.
-    filled = _fill(params, layout, bias, first, length, draw, _image_ids(config), config, execution)
+    # The whole sequence is the prefix: the context is bidirectional, and the loop keeps the known
+    # slots.
+    filled = _fill(params, given, bias, first, length, draw, _image_ids(config), config, execution)
     return jnp.take_along_axis(filled, slot_of_cell - first, axis=1)
 
 
@@ -133,7 +133,7 @@ def decode_caption(
     batch, vocabulary = image.shape[0], config.vocabulary
     keys = key_batch(keys)
     unknown = jnp.full((batch, config.max_text), -1)
-    layout, _ = inputs.captioning(image, unknown, jnp.ones(unknown.shape, bool), english, config)
+    given, _ = inputs.captioning(image, unknown, jnp.ones(unknown.shape, bool), english, config)
     ids = (vocabulary.num_image, vocabulary.num_image + vocabulary.num_text)
     first, words, later = (
         jnp.broadcast_to(jnp.asarray(part), (batch, vocabulary.num_text)) for part in allowed
@@ -150,11 +150,9 @@ def decode_caption(
         said = said | here[:, 0]
         return jnp.where(jnp.where(said[:, None], later, words), logits, -jnp.inf), said
 
-    bias = jnp.zeros((1, layout.tokens.shape[1]))
+    bias = jnp.zeros((1, given.tokens.shape[1]))
     begin = config.num_image_tokens + 1
-    return _fill(
-        params, layout, bias, begin, begin, draw, ids, config, execution, (first, restrict)
-    )
+    return _fill(params, given, bias, begin, begin, draw, ids, config, execution, (first, restrict))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "execution"))
@@ -174,8 +172,8 @@ def caption_score(
     `english` bool [b]. Higher is better. Over the whole vocabulary and without up-weighting, as
     published.
     """
-    layout, _ = inputs.captioning(image, text, is_text, english, config)
-    hidden = coglm.hidden_states(params, layout, config=config, execution=execution)
+    given, _ = inputs.captioning(image, text, is_text, english, config)
+    hidden = coglm.hidden_states(params, given, config=config, execution=execution)
     # The slot before each text slot predicts it.
     before = hidden[:, config.num_image_tokens : -1]
     log_probability = jax.nn.log_softmax(
@@ -187,7 +185,7 @@ def caption_score(
 
 def _fill(
     params: Params,
-    layout: inputs.NetworkInput,
+    given: inputs.NetworkInput,
     bias: Array,
     first: int,
     prefix: int,
@@ -197,9 +195,9 @@ def _fill(
     execution: Execution,
     restriction: tuple[Array, Callable[[Array, Array, Array], tuple[Array, Array]]] | None = None,
 ) -> Array:
-    """The slots from `first` on, int32 [b, s − first], those that hold −1 drawn in turn.
+    """The slots from `first` on, int32 [b, s − first]; those that hold −1 are drawn in order.
 
-    Slots before `prefix` (at least `first`) run at once under the layout's mask, then the slots
+    Slots before `prefix` (at least `first`) run at once under the mask of `given`, then the slots
     from `first` on run one at a time over the cache. `draw` is (logits [b, v] of `ids`, i) → [b],
     counted from 0.
 
@@ -207,15 +205,15 @@ def _fill(
     later one (logits [b, v], state [b], the token before [b]) → (logits, state); the state begins
     as False.
     """
-    known = layout.tokens
-    tokens = jnp.maximum(known, 0)  # what stands for an unknown token is seen by nobody
+    known = given.tokens
+    tokens = jnp.maximum(known, 0)  # the placeholder of an unknown token is never visible
     batch, length = tokens.shape
     cache = coglm.init_cache(config, batch, length, execution)
     hidden, cache = coglm.extend(
         params,
         cache,
         inputs.NetworkInput(
-            tokens[:, :prefix], layout.positions[..., :prefix], layout.mask[:, :prefix]
+            tokens[:, :prefix], given.positions[..., :prefix], given.mask[:, :prefix]
         ),
         0,
         config=config,
@@ -234,8 +232,8 @@ def _fill(
             cache,
             inputs.NetworkInput(
                 tokens[:, None],
-                jax.lax.dynamic_slice_in_dim(layout.positions, slot, 1, axis=-1),
-                jax.lax.dynamic_slice_in_dim(layout.mask, slot, 1, axis=1),
+                jax.lax.dynamic_slice_in_dim(given.positions, slot, 1, axis=-1),
+                jax.lax.dynamic_slice_in_dim(given.mask, slot, 1, axis=1),
             ),
             slot,
             config=config,
@@ -295,8 +293,8 @@ def super_resolve_direct(
 
     `text`, `is_text` [b, text_slots] from `inputs.left_padded`; the rest as `decode_image`.
     """
-    layout = inputs.direct_super_resolution(text, is_text, coarse, config)
-    logits = direct_sr.apply(params, layout, config=config, execution=execution)
+    given = inputs.direct_super_resolution(text, is_text, coarse, config)
+    logits = direct_sr.apply(params, given, config=config, execution=execution)
     return _cluster_sampler(keys, cluster_labels, num_clusters, sampling.direct)(
         logits, jnp.zeros((), jnp.int32)
     )
@@ -331,8 +329,8 @@ def super_resolve_iterative(
     top_k = jnp.asarray(sampling.iterative_top_k)
 
     def predict(tokens: Array) -> Array:
-        layout = inputs.iterative_super_resolution(text, is_text, tokens, config)
-        return iterative_sr.apply(params, layout, config=config, execution=execution)
+        given = inputs.iterative_super_resolution(text, is_text, tokens, config)
+        return iterative_sr.apply(params, given, config=config, execution=execution)
 
     def draw(logits: Array, round_: Array) -> Array:
         one = functools.partial(

@@ -1,4 +1,4 @@
-"""Text as people type it → text that a text model reads: plain spaces, no invisible marks.
+"""Cleaning of typed text before it is encoded: plain spaces, no invisible marks.
 
 For the models that `text.train_text_model` and `text.train_subword_model` make. The published text
 model gets its text unchanged.
@@ -22,7 +22,7 @@ _INVISIBLE = (
 
 
 class TextError(ValueError):
-    """Text that cannot be used, said in one line.
+    """Text cannot be used; the message is one line.
 
     `kind` is the reason in a word: "malformed", "empty", "long" or "unknown".
     """
@@ -43,7 +43,7 @@ def require_unicode(text: str) -> None:
 
 
 def clean(text: str) -> str:
-    """`text` with composed letters (NFC), every space as " " and nothing for invisible marks.
+    """`text` with composed letters (NFC), with every space as " " and without invisible marks.
 
     Spaces are all of Unicode's, tabs, line and paragraph separators, and blank letters. Invisible
     are format characters (zero-width joiners, direction marks, soft hyphens), variation selectors
@@ -59,7 +59,7 @@ def clean(text: str) -> str:
 
 
 class _Replacements(dict[int, str]):
-    """Code → what stands for it. Filled as characters are met: Unicode has a million."""
+    """Code → its replacement. Filled on demand: Unicode has a million codes."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)

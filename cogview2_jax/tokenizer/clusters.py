@@ -1,5 +1,5 @@
-"""Clusters of the codebook, for cluster sampling (paper section 3.3). The published labels are also
-from k-means.
+"""Clusters of the codebook, for cluster sampling (paper section 3.3). The published labels are from
+k-means, too.
 """
 
 import numpy as np
@@ -16,8 +16,8 @@ def cluster_codebook(codebook: np.ndarray, num_clusters: int, *, seed: int = 0) 
     distinct = len(np.unique(codes, axis=0))
     if not 0 < num_clusters <= distinct:
         raise ValueError(f"num_clusters must be 1 to {distinct} distinct codes: got {num_clusters}")
-    # SciPy returns fewer clusters when one becomes empty, which is rare: try the next seed then.
-    # Trying seeds in order keeps the labels a function of `seed`.
+    # In rare cases SciPy leaves a cluster empty: then the next seed is tried. Trying seeds in order
+    # keeps the labels a function of `seed`.
     for start in range(seed, seed + 50):
         _, labels = kmeans2(codes, num_clusters, iter=50, minit="++", missing="warn", rng=start)
         if len(np.unique(labels)) == num_clusters:

@@ -1,4 +1,4 @@
-"""Pictures as they come in, for the commands and for Python: opened, turned upright, put on white,
+"""Reading of pictures, for the commands and for Python: opened, turned upright, put on white,
 cropped and resized.
 """
 
@@ -22,15 +22,15 @@ Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 MOST_BYTES = 1 << 28  # of a picture file; a larger one is refused before it is read
 MOST_PIXELS = (1 << 28) // 3  # 256 MiB in RGB; more are refused before they are decoded
 
-# Everything that Pillow opens, but for: PostScript, which Pillow has another program run; Windows
-# metafiles, which only Windows draws; and formats that Pillow only recognises.
+# Of the formats that Pillow opens, not these: PostScript, for which Pillow starts another program;
+# Windows metafiles, which only Windows draws; and formats that Pillow only recognises.
 _NOT_OPENED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _COMMON = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")  # tried first
 _TRANSPOSED = 0x0112  # the EXIF tag of the orientation
 _BITS, _WHITE_IS_ZERO = 258, 262  # TIFF tags
-# How many times as long as the crop a picture may be before it is cut to its middle part.
+# A picture that is more times as long as the crop is cut to its middle part first.
 _LONGEST = 16
-# Errors of reading a file that are due to the path or the file, and not to the machine.
+# Errors in reading a file that come from the path or the file, not from the machine.
 _OF_THE_FILE = {
     errno.ENOENT: "no such file",
     errno.ENOTDIR: "no such file",
@@ -43,7 +43,7 @@ _OF_THE_FILE = {
 
 
 class PictureError(ValueError):
-    """What is wrong with one picture: a short `kind` to count by, and one line that says why.
+    """Why a picture cannot be used: a short `kind` to count by, and a reason in one line.
 
     `kind` is "missing image" or "unreadable image"; `name` is the path, if it came from one.
     """
@@ -55,8 +55,8 @@ class PictureError(ValueError):
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Names of the formats that are opened, as Pillow has them; which these are is known by the
-    content of a file, not by its ending.
+    """Pillow's names of the formats that are opened. A file's format is known by its content, not
+    by its ending.
     """
     Image.init()
     others = sorted(Image.OPEN.keys() - set(_COMMON) - _NOT_OPENED)
@@ -73,7 +73,7 @@ def endings() -> frozenset[str]:
 
 
 def read_picture(file: str | os.PathLike[str]) -> bytes:
-    """The content of a picture file, which is not opened yet.
+    """The content of a picture file, not yet opened as a picture.
 
     Raises PictureError for a file that is missing, not readable or too large, and OSError for a
     failing machine (too many open files, a failing disk).
@@ -98,11 +98,11 @@ def read_picture(file: str | os.PathLike[str]) -> bytes:
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """A picture in RGB: upright as its EXIF data say, on white where it is transparent, and
-    decoded. Of an animated file, the first frame. A PIL image that is all this is returned itself.
+    """A picture in RGB, decoded: upright as its EXIF data say, on white where it is transparent, of
+    an animated file the first frame. A PIL image that needs no change is returned itself.
 
-    16-bit greys are scaled to 8 bits. 32-bit greys (modes I and F) are refused, as nothing says
-    which number is white; PPM files do say it. Colour profiles are not applied. Raises
+    16-bit greys are scaled to 8 bits. 32-bit greys (modes I and F) are refused, as only PPM files
+    say which number is white. Colour profiles are not applied. Raises
     PictureError for anything that is not a picture or too large, and OSError as `read_picture`
     does.
     """
@@ -126,8 +126,8 @@ def open_picture(picture: Picture) -> Image.Image:
 def fit_picture(picture: Picture, height: int, width: int) -> np.ndarray:
     """A picture as uint8 [height, width, 3]: resized to cover that, then cropped at the centre.
 
-    Shrinking averages areas, as Scenes pictures are shrunk; enlarging is bicubic. Memory is bounded
-    by the picture and what is kept of it, however long the picture is. Raises as `open_picture`.
+    Shrinking averages areas, as for Scenes; enlarging is bicubic. Memory is bounded by the sizes of
+    the picture and of the result, however long the picture is. Raises as `open_picture`.
     """
     opened = open_picture(picture)
     fit = _fit(opened.size, height, width)
@@ -145,8 +145,8 @@ def fit_picture(picture: Picture, height: int, width: int) -> np.ndarray:
 def centre_crop_box(
     size: tuple[int, int], height: int, width: int
 ) -> tuple[float, float, float, float]:
-    """Which part of a picture of `size` (width, height) `fit_picture` keeps: left, top, right and
-    bottom in pixels of the picture.
+    """The part of a picture of `size` (width, height) that `fit_picture` keeps: left, top, right
+    and bottom in pixels of the picture.
     """
     part, resized, corner = _fit(size, height, width)
     scales = [(part[axis + 2] - part[axis]) / resized[axis] for axis in (0, 1)]
@@ -155,9 +155,8 @@ def centre_crop_box(
 
 
 class _Fit(NamedTuple):
-    """The `part` of a picture that is resized to `size`; what is kept of that begins at `corner`.
-
-    Widths come before heights.
+    """`part` of the picture is resized to `size`, then cropped from `corner` on. Widths come before
+    heights.
     """
 
     part: tuple[int, int, int, int]
@@ -169,7 +168,7 @@ def _fit(size: tuple[int, int], height: int, width: int) -> _Fit:
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be at least 1: got {height} and {width}")
     scale = max(height / size[1], width / size[0])
-    # Resizing all of a picture that is a line would take any amount of memory.
+    # Resizing the whole of a very long picture would take unlimited memory.
     longest = (max(round(_LONGEST * kept / scale), 1) for kept in (width, height))
     columns, rows = (min(full, most) for full, most in zip(size, longest, strict=True))
     left, top = (size[0] - columns) // 2, (size[1] - rows) // 2
@@ -263,14 +262,14 @@ def _with_key_colour(picture: Image.Image, sample: str) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """A grey picture of more bits as L, or as LA when one of its greys is transparent."""
+    """A grey picture of more than 8 bits as L, or as LA if one of its greys is transparent."""
     white = 65_535
     tags = getattr(picture, "tag_v2", {})
     if picture.mode in ("I", "F") and (picture.mode, picture.format) != ("I", "PPM"):
         raise PictureError(
             "unreadable image",
-            f"mode {picture.mode} has 32-bit greys, of which none is known to be white:"
-            " save the picture with 8 or 16 bits",
+            f"mode {picture.mode} has 32-bit greys, with no known white: save the picture with 8 or"
+            " 16 bits",
         )
     if tags.get(_BITS) == (12,):
         white = 4095

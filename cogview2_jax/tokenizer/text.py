@@ -1,9 +1,9 @@
 """Text ↔ ids through a SentencePiece model: a text id is the piece id + the number of image tokens.
 
-Pure functions of a `SentencePieceProcessor` and the `Vocabulary`, which says how the model reads
-text. The published `ice_text.model` (icetk 0.0.7, 130,000 pieces) gets text unchanged: words it
-cannot spell become `<unk>`, and a typed `<start_of_image>` is one id. Text for other models is
-cleaned first (`cleaning.clean`), and words that they cannot spell are refused.
+Pure functions of a `SentencePieceProcessor` and the `Vocabulary`, which says how text is read. The
+published `ice_text.model` (icetk 0.0.7, 130,000 pieces) gets text unchanged: words that it cannot
+spell become `<unk>`, and a typed `<start_of_image>` is one id. Text for other models is cleaned
+first (`cleaning.clean`), and words that they cannot spell are refused.
 """
 
 import functools
@@ -55,9 +55,9 @@ def vocabulary_for(
 ) -> Vocabulary:
     """The id space of `num_image` image tokens, this model's pieces, and the three start tokens.
 
-    `as_published` says how text is read; None: as published if the model is the published one.
-    Chinese begins at the published id for that model, and at the first piece with a Chinese
-    character for others. Raises ValueError when the model has no `<pad>` piece.
+    `as_published` says how text is read; None means as published for the published model only. In
+    that model Chinese begins at the published id, in others at the first piece with a Chinese
+    character. Raises ValueError if the model has no `<pad>` piece.
     """
     pad = model.piece_to_id(PAD)
     if pad == model.unk_id():
@@ -110,12 +110,13 @@ def encode(
     allow_unknown: bool | None = None,
     allow_empty: bool = False,
 ) -> list[int]:
-    """The ids of `text`, each at least `vocabulary.num_image`. The model's own rules also apply.
+    """The ids of `text`, each at least `vocabulary.num_image`. The model's own normalisation
+    applies.
 
-    With `vocabulary.as_published`, these are the released tokenizer's ids, number by number. Else
-    the text is cleaned first. `allow_unknown` says whether words that the model cannot spell become
-    `<unk>`; None: as published they do, else they are refused. A line break is the piece `<n>` when
-    asked to be kept, else a space.
+    With `vocabulary.as_published`, these are exactly the released tokenizer's ids. Otherwise the
+    text is cleaned first. `allow_unknown` says whether words that the model cannot spell become
+    `<unk>` or are refused; None follows `as_published`. A line break is the piece `<n>` with
+    `keep_line_breaks`, else a space.
 
     Raises TextError (a ValueError), in one line, for unknown words that are refused, for more than
     `max_tokens` ids or `MOST_CHARACTERS`, for a text without a word unless `allow_empty`, and for
@@ -151,8 +152,8 @@ def encode_prompt(
 ) -> list[int]:
     """The ids of a prompt before `<start_of_image>`. Raises TextError as `encode` does.
 
-    The released scripts append the text `<start_of_image>` before they encode. With that behind
-    it, a space at the end of a prompt keeps an id of its own.
+    The released scripts append the text `<start_of_image>` before they encode, so that a space at
+    the end of a prompt keeps its own id.
     """
     ids = encode(model, prompt, vocabulary, max_tokens=max_tokens)
     if vocabulary.as_published:
@@ -174,8 +175,8 @@ def _as_read(text: str, vocabulary: Vocabulary, keep_line_breaks: bool) -> str:
 def _with_start_tokens(model: spm.SentencePieceProcessor) -> spm.SentencePieceProcessor:
     """The model with the three start tokens as pieces of score 0, as the released tokenizer has it.
 
-    A piece is field 1 of a model file, with its name in field 1 and its score in field 2. Protocol
-    buffers that are joined are read as one message, so appending needs no protobuf library.
+    A piece is field 1 of a model file, with its name in field 1 and its score in field 2.
+    Concatenated protocol buffers are one message, so appending needs no protobuf library.
     """
     content = model.serialized_model_proto()
     for token in START_TOKENS:
@@ -205,7 +206,7 @@ def unknown_words(model: spm.SentencePieceProcessor, text: str) -> list[str]:
             unknown = re.finditer("x+", flags[begin:end])
             found += [normalised[begin:end][part.start() : part.end()] for part in unknown]
         elif "x" in flags[begin:end]:
-            # Punctuation that the model knows is not part of the word next to it.
+            # Punctuation that the model knows is not part of the word.
             spelt = zip(word.group(), flags[begin:end], strict=True)
             marks = {mark for mark, flag in spelt if flag == "." and not mark.isalnum()}
             found.append(word.group().strip("".join(marks)))
@@ -213,8 +214,8 @@ def unknown_words(model: spm.SentencePieceProcessor, text: str) -> list[str]:
 
 
 def decode(model: spm.SentencePieceProcessor, ids: Sequence[int], num_image: int) -> str:
-    """The text of `ids`, without pads, each `<n>` a line break. Raises ValueError for an id that is
-    not a text id.
+    """The text of `ids`, without pads and with a line break for each `<n>`. Raises ValueError for
+    an id that is not a text id.
     """
     last = num_image + model.vocab_size() - 1
     wrong = [number for number in ids if not num_image <= number <= last]
@@ -232,10 +233,9 @@ def language_ids(
     `vocabulary.num_image` on.
 
     English: all pieces before Chinese begins. Chinese: all later ones, but none with letters of
-    another script, and the earlier ones without letters (spaces, punctuation, digits). The pad and
-    the end piece are in both, since a caption must be able to end. Unknown, control and single-byte
-    pieces are in neither. The array is read-only, and kept for the next call. Raises ValueError for
-    another language.
+    another script, and the earlier ones without letters (spaces, punctuation, digits). Both have
+    the pad and the end piece, since a caption must be able to end; neither has unknown, control and
+    single-byte pieces. The array is read-only and cached. Raises ValueError for another language.
     """
     return _of_language(model, vocabulary, language)[0]
 
@@ -243,7 +243,7 @@ def language_ids(
 def word_ids(
     model: spm.SentencePieceProcessor, vocabulary: Vocabulary, language: str
 ) -> np.ndarray:
-    """Those of `language_ids` that say something in `language`: bool [num_text].
+    """Those of `language_ids` that are words or parts of words: bool [num_text].
 
     English pieces with a letter or a digit, and Chinese pieces with a Chinese character. A caption
     that may end only after one of them is never empty.
@@ -282,7 +282,7 @@ def _of_language(
 def discourage(
     model: spm.SentencePieceProcessor, pieces: Iterable[str]
 ) -> spm.SentencePieceProcessor:
-    """A copy of the model that avoids `pieces` where others spell the text: their score becomes
+    """A copy of the model that avoids `pieces` if others can spell the text: their score becomes
     −100, as published.
 
     Needs protobuf. Raises ValueError for a piece that the model does not have.
@@ -309,9 +309,9 @@ def train_text_model(
     the rest into single characters. Punctuation stands alone. A word that is not in the sentences
     is unknown, so that it can be refused; the usual training would keep every letter and spell it.
     The scores are log frequencies: each sentence splits in one way only, so this is the
-    maximum-likelihood unigram model without any EM, and no piece joins two Chinese words that often
-    meet. A Chinese word does not take the space mark at the start of a sentence, so it has one id
-    everywhere; the mark alone is a piece, as in the published model.
+    maximum-likelihood unigram model without any EM, and no piece joins two adjacent Chinese words.
+    The space mark at the start of a sentence is not joined to a Chinese word, so the word has one
+    id everywhere; the mark alone is a piece, as in the published model.
 
     Ids: the published first four (`<unk>`, `<s>`, `</s>`, `<pad>`), then punctuation, English and
     Chinese, each by falling frequency. There is no `<n>`. Sentences are cleaned, as texts are
@@ -418,8 +418,8 @@ def _group(piece: str) -> int:
 def _normalizer(ignored: str) -> spm.SentencePieceNormalizer:
     """Rules kept in a model: lower case, full-width ASCII as ASCII, no characters of `ignored`.
 
-    Its rules for spaces and invisible marks are those of the first models: `clean` has more, and
-    changing these would change every model's bytes.
+    Its rules for spaces and invisible marks are fewer than those of `clean`: adding to them would
+    change every model's bytes.
     """
     rules = {chr(code): chr(code).lower() for code in range(ord("A"), ord("Z") + 1)}
     # U+FF01 to U+FF5E are the full-width "!" to "~".

@@ -1,1 +1,1 @@
-"""Training: options, one builder for each network, one loop."""
+"""Training of all networks: the options, a builder for each network, one loop."""

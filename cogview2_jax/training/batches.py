@@ -1,4 +1,4 @@
-"""Rows of records → what each network is trained on: the random choices of a batch, on the host.
+"""Rows of records → training batches of each network, with their random choices, on the host.
 
 Every process draws the whole batch's random numbers and keeps its rows. So a batch does not depend
 on how many processes make it.
@@ -31,9 +31,9 @@ class Rows(NamedTuple):
 
 
 class FineSample(NamedTuple):
-    """What super-resolution is trained on. `seen` are the tokens that a network starts from: for
-    direct SR the coarse ones, and `masked` is all True; for iterative SR the fine ones, of which it
-    sees those that are not masked.
+    """A batch of super-resolution. `seen` holds the input tokens: for direct SR the coarse ones,
+    with `masked` all True; for iterative SR the fine ones, where the network sees the unmasked
+    cells.
     """
 
     text: np.ndarray  # int32 [b, slots], left-padded
@@ -55,8 +55,8 @@ def require_layout(layout: RecordLayout, config: CogLMConfig, fine_cells: int = 
         )
     if layout.stride != TOKEN_STRIDE:
         raise ValueError(
-            f"the records have a token for {layout.stride} pixels and the model draws one as"
-            f" {TOKEN_STRIDE}: prepare them with --stride {TOKEN_STRIDE}"
+            f"the records have {layout.stride} pixels per token and the model has {TOKEN_STRIDE}:"
+            f" prepare them with --stride {TOKEN_STRIDE}"
         )
     found = layout.cells(layout.sizes[0])
     if found != config.num_image_tokens:
@@ -82,7 +82,7 @@ def coglm(
     first_chinese: int,
     tasks: CogLMOptions,
 ) -> TrainingSample:
-    """A batch of the three tasks. Pure text is made of captions of `records`, one after another: of
+    """A batch of the three tasks. Samples of text alone are concatenated captions of `records`, of
     those with the numbers `prose_from`.
     """
     layout = records.manifest.layout
@@ -139,9 +139,9 @@ def iterative_sr(
     *,
     kept_weight: float = 2.0,
 ) -> FineSample:
-    """Fine tokens, hidden as one round of the schedule hides them, a round drawn for each picture.
+    """Fine tokens, masked as in one round of the schedule; a round is drawn for each picture.
 
-    Of what a round predicts, only the cells of its own order stay as they come out: they count
+    Of a round's predictions, only those at the cells of its own order are final: they have weight
     `kept_weight`, the others 1.
     """
     text, is_text = _texts(rng, rows, layout, coglm_config, config.text_slots)
@@ -157,7 +157,7 @@ def iterative_sr(
 def _texts(
     rng: np.random.Generator, rows: Rows, layout: RecordLayout, config: CogLMConfig, slots: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One text of each record, left-padded; of a longer one, the first `slots` tokens."""
+    """One text of each record, cut to `slots` tokens and left-padded."""
     second = rows.of(rng.random(rows.batch_size) < 0.5)
     part = rows.records[:, : layout.text_slots + 1 + config.num_image_tokens]
     spans = text_spans(part, config)
@@ -182,7 +182,7 @@ def _prose(
     length: int,
     config: CogLMConfig,
 ) -> np.ndarray:
-    """Captions drawn from the records, one after another, `length` tokens in all."""
+    """Captions drawn from the records and concatenated, `length` tokens in all."""
     stream: list[int] = []
     while len(stream) < length:
         number = int(numbers[int(rng.integers(len(numbers)))])

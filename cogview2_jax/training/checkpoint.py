@@ -2,9 +2,9 @@
 
     <folder>/<step>/params, rest, run       parameters; optimiser and averages; the run's settings
 
-A checkpoint appears whole or not at all: what a kill or a full disk leaves half written has a
-temporary name and is passed over. Arrays are read straight to where they are wanted, on this mesh
-or another. Nothing in a checkpoint is code.
+A checkpoint appears whole or not at all: one that a kill or a full disk left half written has a
+temporary name and is ignored. Arrays are read directly into their sharding, on this mesh or
+another. Nothing in a checkpoint is code.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from cogview2_jax.errors import first_difference, first_line
 Settings = dict[str, Any]
 _BEST = "validation_loss"
 _MISSING = "missing"
-# What tensorstore says of bytes that it has read and found wrong.
+# In tensorstore's messages about bytes that it has read and found wrong.
 _DAMAGED = re.compile(
     "DATA_LOSS|checksum|[Cc]orrupt|Error decoding|Invalid JSON|is not valid for value of size"
 )
@@ -86,7 +86,7 @@ def open_folder(folder: Path, keep: int = 2, *, best: bool = False) -> Iterator[
         try:
             yield checkpoints
         except BaseException:
-            with contextlib.suppress(Exception):  # what happened first is what is told
+            with contextlib.suppress(Exception):  # the first error is the one to report
                 manager.close()
             raise
         finish(checkpoints)
@@ -100,7 +100,7 @@ def save(
     settings: Settings,
     validation_loss: float = math.inf,
 ) -> None:
-    """Begin to write `state` (a NamedTuple with `params`). It may be donated afterwards.
+    """Start writing `state` (a NamedTuple with `params`). It may be donated afterwards.
 
     A validation loss that is not finite counts as the highest. Raises OSError, in one line, if
     this or the last write failed, as on a full disk; earlier checkpoints are then as they were.
@@ -121,14 +121,14 @@ def save(
 
 
 def finish(checkpoints: Checkpoints) -> None:
-    """Wait for what is being written. Raises OSError, in one line, if it failed."""
+    """Wait for the write in progress. Raises OSError, in one line, if it failed."""
     with _one_line(f"the last checkpoint in {checkpoints.folder}"):
         checkpoints._manager.wait_until_finished()
 
 
 def restore(checkpoints: Checkpoints, like: Any, settings: Settings) -> tuple[Any, int]:
     """The newest state, on the devices of `like`, and its step; `like` itself and 0 if there is
-    none. Fields of `like.extra` that an older version did not save keep the value that they have.
+    none. Fields of `like.extra` that an older version did not save keep their values.
 
     Raises ValueError, in one line, for a run begun with other settings, a checkpoint of another
     network and a damaged one; OSError for one that cannot be read.
@@ -174,7 +174,7 @@ def restore(checkpoints: Checkpoints, like: Any, settings: Settings) -> tuple[An
 
 
 def restore_params(checkpoints: Checkpoints, step: int, like: Any) -> Any:
-    """The parameters of a step alone, where `like` (arrays or their shapes) has them."""
+    """Only the parameters of a step, on the devices of `like` (arrays or their shapes)."""
     wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     args = ocp.args.Composite(params=ocp.args.StandardRestore(wanted))
     with _reading(checkpoints, step):
@@ -220,8 +220,8 @@ def read_settings(folder: Path, step: int) -> Settings:
 def describe(config: Any) -> Settings:
     """A dataclass as JSON values, for settings.
 
-    Of a vocabulary only the id space, as in runs of version 0.1: how captions were read is in the
-    settings of the records.
+    Of a vocabulary only the id space is kept, as in runs of version 0.1: how captions were read is
+    in the settings of the records.
     """
     content: Settings = json.loads(
         json.dumps(dataclasses.asdict(config), default=str), object_hook=_without_text_facts
@@ -236,8 +236,8 @@ def _without_text_facts(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _meet(*, key: str, timeout_ms: int) -> None:
-    """Wait for the other processes, unless a write has failed in this one: it says so and ends,
-    instead of waiting 20 minutes for those that wait for the write.
+    """Wait for the other processes, unless a write has failed in this one: then it reports that and
+    ends, instead of waiting 20 minutes for processes that wait for the write.
     """
     if sys.exc_info()[0] is None:
         multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
@@ -254,7 +254,7 @@ def _where(folder: Path, step: int) -> str:
 
 
 def _move(step: int) -> str:
-    return f"move folder {step} away to go on from the checkpoint before it"
+    return f"move folder {step} away to resume from the checkpoint before it"
 
 
 def _check_shapes(where: str, kind: str, stored: Any, like: Any) -> None:
@@ -299,8 +299,8 @@ def _said(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _reading(checkpoints: Checkpoints, step: int) -> Iterator[None]:
-    """Errors in one line. A checkpoint is said to be damaged only where its bytes were read and
-    found to be wrong.
+    """Errors in one line. A checkpoint is called damaged only if its bytes were read and found to
+    be wrong.
     """
     try:
         yield
@@ -332,7 +332,7 @@ def _not_json(place: Path) -> str:
             except ValueError:
                 return str(file.relative_to(place))
             except OSError:
-                continue  # the error that was met says more
+                continue  # the original error says more
     return ""
 
 

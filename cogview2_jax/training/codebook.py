@@ -1,4 +1,4 @@
-"""The codebook while it is trained: placed by k-means++, moved by its average, idle codes moved.
+"""Training of the codebook: placing it by k-means++, moving averages, reviving dead codes.
 
 Published: EMA with decay 0.99 and eps 1e-5 (VQ-VAE-2's update), commitment cost 1.
 """
@@ -21,17 +21,17 @@ Array = jax.Array
 Params = Any
 
 
-# In uses of a code of average use: a code unused for so long is out of use, and for twice as long
-# is moved. A code of a tenth of the average use is moved by chance once in 60 such spans.
+# Idle time is counted in uses of a code of average use. After this time without use a code is out
+# of use, and after twice this time it is dead and is moved. A code with a tenth of the average use
+# is moved by chance once in 60 such spans.
 _HORIZON = 20.0
-# And in steps, at least: so many steps' batches are seen before a code is out of use.
+# At least this many steps pass before a code is out of use.
 _FEWEST_STEPS = 10
 
 
 class CodebookStatistics(NamedTuple):
-    """Moving averages behind the codebook: how often each code is used, and the sum of the vectors
-    it stands for. And how long each has been idle: the number of times that a code of average use
-    was used since.
+    """Moving averages of each code's uses and of the sum of the vectors assigned to it; and how
+    long each code has been idle, in uses of a code of average use.
     """
 
     cluster_size: Array  # float32 [v]
@@ -40,7 +40,7 @@ class CodebookStatistics(NamedTuple):
 
 
 def init_statistics(codebook: Array) -> CodebookStatistics:
-    """Statistics of a codebook of which no code is in use yet."""
+    """Statistics of a codebook with no code in use yet."""
     size = codebook.shape[0]
     # A copy: a donated state must not hold one buffer twice.
     return CodebookStatistics(jnp.ones(size), jnp.array(codebook), jnp.full(size, _HORIZON))
@@ -70,14 +70,14 @@ def update_codebook(
 def revive_dead_codes(
     key: Array, codebook: Array, statistics: CodebookStatistics, vectors: Array
 ) -> tuple[Array, CodebookStatistics]:
-    """Move codes that have long been idle onto vectors of the batch, each onto another one.
+    """Move dead codes onto vectors of the batch, no two onto the same.
 
-    Vectors far from their code are likelier to be taken: they are the ones the codebook serves
-    worst. A code that is moved counts as used a tenth of the average, so its first vectors move it.
+    Vectors far from their nearest code are more likely to be taken, as the codebook represents them
+    worst. A moved code counts as used a tenth of the average, so its first vectors move it.
     """
     errors = jnp.sum((vectors - codebook[nearest_code(vectors, codebook)]) ** 2, axis=-1)
     dead = statistics.idle >= 2 * _HORIZON
-    # The order of a draw without replacement, in proportion to the errors (Gumbel's trick).
+    # A draw without replacement, in proportion to the errors (Gumbel top-k).
     order = jnp.argsort(-(jnp.log(errors + 1e-12) + jax.random.gumbel(key, errors.shape)))
     rank = jnp.cumsum(dead) - 1  # of a dead code among the dead
     moved = dead & (rank < len(vectors))
@@ -93,11 +93,11 @@ def revive_dead_codes(
 def codebook_revision(
     *, decay: float = 0.99, begin: int = 0, revive_every: int = 0
 ) -> Callable[[Params, Any, Any, Array, Array], tuple[Params, CodebookStatistics]]:
-    """What `make_step` does with the codebook after each gradient step, from step `begin`.
+    """`revise` of `make_step`: updates the codebook after each gradient step, from step `begin`.
 
-    It moves by its average, and every `revive_every` steps (0: never) dead codes are moved onto
-    vectors, up to the end: no vector had such a code, so no picture changes for the worse.
-    `hvqvae_loss`'s `Assigned` is what it sees of the batch.
+    Codes follow their moving averages. Every `revive_every` steps (0: never), until the end, dead
+    codes are moved onto vectors: no vector was assigned to them, so no picture becomes worse.
+    `aux` is the `Assigned` of `hvqvae_loss`.
     """
 
     def revise(
@@ -122,8 +122,8 @@ def codebook_revision(
 
 
 def usage(statistics: CodebookStatistics) -> dict[str, float]:
-    """ "codes_used", the share of codes that are in use, and "perplexity", the number of codes that
-    would be as evenly used if all were used equally often; {} before any code was used.
+    """ "codes_used", the share of codes that are in use, and "perplexity", exp of the entropy of
+    their use: n if n codes are used equally often. {} before any code was used.
     """
     idle, cluster_size = map(np.asarray, (statistics.idle, statistics.cluster_size))
     used = idle < _HORIZON
@@ -136,8 +136,8 @@ def usage(statistics: CodebookStatistics) -> dict[str, float]:
 
 
 def watch_usage(low: float = 0.2, logs: int = 5) -> Callable[[TrainState, bool], Watched]:
-    """What `fit` takes as `watch`: `usage`, and a warning where fewer than the share `low` of the
-    codes are in use at the end, or at `logs` logs in a row (then once).
+    """`watch` of `fit`: `usage`, and a warning if fewer than the share `low` of the codes are in
+    use at the end, or (once) at `logs` logs in a row.
     """
     in_a_row = 0
 
@@ -160,8 +160,8 @@ def watch_usage(low: float = 0.2, logs: int = 5) -> Callable[[TrainState, bool],
 
 
 def kmeans_plus_plus(rng: np.random.Generator, vectors: np.ndarray, num_codes: int) -> np.ndarray:
-    """Start codes: each next one is drawn in proportion to its squared distance from those before.
-    [n, d] → [k, d].
+    """Initial codes, each drawn with a probability proportional to the squared distance from those
+    before: [n, d] → [k, d].
     """
     codes = [vectors[rng.integers(len(vectors))]]
     nearest = np.full(len(vectors), np.inf)
@@ -181,8 +181,8 @@ def place_codebook(
     seed: int,
     per_code: int = 20,
 ) -> TrainState:
-    """Codes placed on the vectors of fresh crops at `strides`: by k-means++ up to 4,096 codes, for
-    which it is quick, else at random.
+    """The state with its codes on vectors of fresh crops at `strides`: by k-means++ up to 4,096
+    codes, for which it is quick, else at random.
     """
 
     @jax.jit
@@ -206,7 +206,7 @@ def place_codebook(
         chosen = vectors[rng.choice(len(vectors), config.codebook_size, replace=many)]
 
     def in_place_of(old: Array, new: Array) -> Array:
-        # One that is committed to its device where the others are not would compile the step again.
+        # A committed array among uncommitted ones would compile the step again.
         return jax.device_put(new, old.sharding) if old.committed else new
 
     codebook = in_place_of(state.params["codebook"], jnp.asarray(chosen, jnp.float32))

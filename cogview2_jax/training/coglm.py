@@ -1,4 +1,4 @@
-"""CogLM's training: generation, captioning with masked patches, and spans of pure text."""
+"""Training of CogLM: generation, captioning with masked patches, and masked spans of text."""
 
 import dataclasses
 import functools
@@ -65,7 +65,9 @@ def coglm_task(
     def put(bundle: Bundle, params: Params) -> Bundle:
         return bundle._replace(coglm=params)
 
-    sample(np.random.default_rng(0), data.rows(0))  # a mix that cannot be is refused here
+    sample(
+        np.random.default_rng(0), data.rows(0)
+    )  # refuses impossible options before anything is compiled
     return transformer_task(
         "CogLM",
         config,

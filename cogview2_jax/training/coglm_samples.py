@@ -1,8 +1,8 @@
-"""CogLM's training samples: generation, captioning with masked patches, and spans of pure text.
+"""CogLM's training samples: generation, captioning with masked patches, masked spans of text.
 
-A record is what a data set holds of a picture: its texts and its image tokens in one row. A sample
-is what the network is fed of a record, with labels. NumPy on the host, vectorised over the batch;
-all that is random is an argument. Masks are as in `sequence`.
+A record has the texts and the image tokens of a picture in one row. A sample is the network's input
+made from a record, with labels. NumPy on the host, vectorised over the batch; all random choices
+are arguments. Masks are as in `networks.inputs`.
 Facts: the released `pretrain_coglm.py`; numbers to match: `tests/golden/coglm_masks.npz`.
 """
 
@@ -20,7 +20,7 @@ from cogview2_jax.networks.inputs import text_then_causal
 
 
 class LossKind(IntEnum):
-    """What a position of a training sample is asked for."""
+    """What a position of a training sample predicts."""
 
     NONE = 0
     IMAGE = 1  # the next image token, given the text
@@ -63,7 +63,7 @@ def generation_samples(
     tokens[:, width - 1] = config.vocabulary.start_of_image
     image = slot - width + config.image_position
     positions = np.where(is_text, slot - begin, np.where(slot >= width - 1, image, 0))
-    # The published labels are the record's own tokens, so `<start_of_image>` is nobody's label.
+    # The published labels are the record's own tokens, so `<start_of_image>` is never a label.
     labels = np.append(records[:, 1:], records[:, -1:], 1)
     predicts = np.broadcast_to((slot >= width - 1) & (slot < len(slot) - 1), tokens.shape)
     kind = predicts * np.int8(LossKind.IMAGE)
@@ -79,7 +79,7 @@ def captioning_samples(
     patch_size: int = 4,
     predict_end: bool = False,
 ) -> TrainingSample:
-    """Text from image, joined with masked patches: `english` bool [b, 2], a flag for each text;
+    """Text from image, and masked patches: `english` bool [b, 2], a flag for each text;
     `corners` int [b, patches, 2], the (row, column) of each patch's first cell.
 
     The texts move right by one, so that each begins with its start token; each is causal, sees no
@@ -160,14 +160,14 @@ def text_span_samples(
     ends = starts + lengths
     if (lengths < 0).any() or (gaps < 0).any() or (ends > records.shape[1]).any():
         raise ValueError(
-            f"lengths and gaps must lie within {records.shape[1]} tokens:"
+            f"lengths and gaps must stay within {records.shape[1]} tokens:"
             f" got ends up to {ends.max(initial=0)}"
         )
     slot = np.arange(records.shape[1])
     present = (lengths > 0)[..., None]
     in_span = (present & (slot >= starts[..., None]) & (slot < ends[..., None])).any(1)
-    # What lies before a span opens it up to the previous span's end and one more token, which
-    # stays causal.
+    # The text before a span is visible to all rows, except for the first token after the previous
+    # span, which stays causal.
     before = np.append(np.zeros((len(records), 1), int), ends[:, :-1] + 1, 1)
     shown = (present & (slot >= before[..., None]) & (slot < starts[..., None])).any(1)
     mask = shown[:, None, :] | (~shown[:, :, None] & (slot <= slot[:, None]))
@@ -180,7 +180,7 @@ def text_span_samples(
 
 
 class Choices(NamedTuple):
-    """All that is random in a batch of pre-training samples."""
+    """The random choices of a batch of pre-training samples."""
 
     captioning: np.ndarray  # [b] bool: captioning and patches instead of generation
     second: np.ndarray  # [b] bool: which text is shown to generation
@@ -220,8 +220,8 @@ def draw_patches(
     area together (20 in 20×20).
 
     Published corners stop one short of the last place (0…15 in 20), so the last row and column are
-    never masked; `to_border` includes it. Raises ValueError when there are fewer corners than
-    patches.
+    never masked; `to_border` includes it. Raises ValueError for more patches than there are
+    corners.
     """
     rows, columns = (side - patch_size + to_border for side in config.grid)
     if num_patches is None:
@@ -289,9 +289,7 @@ def mixed_samples(
 def _patches(
     corners: np.ndarray, config: CogLMConfig, patch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The cells that lie in a patch, and those in all but a patch's last column: bool [b, cells]
-    each.
-    """
+    """Cells in a patch, and those in a patch but not in its last column: bool [b, cells] each."""
     offset = np.arange(patch_size)
     cells = (corners[..., 0, None] + offset)[..., None] * config.grid[1]
     cells = cells + (corners[..., 1, None] + offset)[..., None, :]  # [b, patches, size, size]

@@ -1,11 +1,11 @@
 """One run at a time in a folder: a lock that ends with the process that holds it.
 
 `<folder>/lock` is locked with `flock` while a run holds it, so the system releases it however the
-run ends, kill -9 included; what a kill leaves of the file holds nobody up. It names the run.
+run ends, kill -9 included. The file names the run; one that a kill left behind blocks nobody.
 
-Of several processes, process 0 takes the lock for all. On a network file system the lock is as
-good as the server's: NFS 4 and NFS 3 with lockd lock between hosts. Where a file system has no
-locks, a warning says so and the run goes on.
+Of several processes, process 0 takes the lock for all. On a network file system the server decides
+how well this works: NFS 4, and NFS 3 with lockd, lock between hosts. On a file system without
+locks, a warning says so and the run continues.
 """
 
 import contextlib
@@ -132,7 +132,7 @@ def _holder(path: Path) -> str:
         holder = json.loads(path.read_bytes())
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "which has not said its name"
+        return "which has not written its name yet"
 
 
 def _first_says(message: str) -> str:

@@ -1,9 +1,9 @@
-"""The training loop: read, step, log, save, and go on after whatever stopped it.
+"""The training loop: read, step, log, save, and resume after an interruption.
 
     <folder>/checkpoints/, metrics.jsonl, tensorboard/, samples/, lock
 
-SIGTERM (of any process) saves and exits with 0, at the same step in all processes. In a run of one
-process Ctrl-C and SIGHUP save too; Ctrl-C then raises KeyboardInterrupt, and a second one does so
+SIGTERM to any process saves and exits with 0, at the same step in all processes. In a run of one
+process, SIGHUP and Ctrl-C save too; Ctrl-C then raises KeyboardInterrupt, and a second one does so
 at once. No checkpoint is written after a step that was not finite, unless such steps are skipped.
 """
 
@@ -35,14 +35,14 @@ Batches = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a task adds to the loop. All processes call each of them, except `sample`.
+    """Functions that a task adds to the loop. All processes call each of them, except `sample`.
 
     validate: figures, "loss" among them, at the start and at every save. The checkpoint of the
     lowest loss is kept in addition to the newest.
     sample: a picture, uint8 [y, x, 3].
     before_step: (steps done, state) → state, for rare changes outside the step.
     watch: (state, whether this is the last log) → further figures to log, and a warning or "".
-    ids_of: step → what names its batch, for the message when a step is not finite.
+    ids_of: step → the numbers of its records, for the message when a step is not finite.
     """
 
     validate: Callable[[TrainState], dict[str, float]] | None = None
@@ -68,16 +68,17 @@ def fit(
     on_stop: str = "",
     sharding: Sharding | None = None,
 ) -> TrainState:
-    """Train to `num_steps` steps, going on from the newest checkpoint in `folder` if there is one.
+    """Train until `num_steps` steps are done, resuming from the newest checkpoint in `folder`.
 
     Args:
         step_fn: as `make_step` gives it.
         batches: step → the rows of this process, as NumPy arrays [b, …]. Called in a thread, one
         step ahead.
-        settings: JSON values that every start of this run must agree on, saved with each step.
+        settings: JSON values that must not change when the run is resumed; saved with each
+        checkpoint.
         schedule: the learning rate, to be logged.
-        on_stop: how to get a model from a run that was stopped, added to what is said then;
-        "{step}" in it is the step that was saved.
+        on_stop: how to get a model from a run that was stopped early, appended to the message then;
+        "{step}" stands for the saved step.
         sharding: where batches are put; `batches` then gives this process's rows.
 
     Raises FloatingPointError for a step that is not finite, OSError for a folder that another run
@@ -96,7 +97,7 @@ def fit(
             return state
         progress = stack.enter_context(Progress(name, start, num_steps, shown=first))
         if start:
-            progress.say(f"goes on from step {start}")
+            progress.say(f"resumes at step {start}")
         log = stack.enter_context(Log(folder, start)) if first else None
         report = _Report(log, progress, Speed(costs), schedule, hooks.watch)
         finite = _Finite(name, loop.skip_non_finite, hooks.ids_of, checkpoints)
@@ -110,7 +111,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Run:
-    """What the steps of a run need."""
+    """A run: all that its steps need."""
 
     num_steps: int
     loop: LoopOptions
@@ -171,7 +172,7 @@ class _Run:
         self.report.progress.close()
         how = self.on_stop.replace("{step}", str(step))
         self.report.progress.say(
-            f"stopped and saved at step {step} of {self.num_steps}: started again, it goes on from"
+            f"stopped and saved at step {step} of {self.num_steps}: the same command resumes"
             f" there{how}"
         )
 
@@ -203,7 +204,7 @@ class _Reader:
 
 @dataclass
 class _Finite:
-    """Whether steps were finite. A step's metrics are read while the next one runs, so that the
+    """Checks that steps were finite. A step's metrics are read while the next one runs, so that the
     devices do not wait; `now` reads them at once, as before a save.
     """
 
@@ -233,13 +234,13 @@ class _Finite:
         kept = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
         return FloatingPointError(
             f"{self.name}: not finite at step {step}{batch}: {figures}; {kept} in"
-            f" {self.checkpoints.folder}: a lower learning rate, or skipping such steps, may help"
+            f" {self.checkpoints.folder}: try a lower learning rate, or --skip-non-finite"
         )
 
 
 @dataclass
 class _Report:
-    """What is logged and shown."""
+    """Writes metrics to the log and to stderr."""
 
     log: Log | None
     progress: Progress
@@ -252,7 +253,7 @@ class _Report:
         if not first:
             self.speed.step()
             return
-        jax.block_until_ready(values)  # its time is the compiler's, and counts for no speed
+        jax.block_until_ready(values)  # mostly compilation: not counted in the speed
         self.progress.compiled()
         self.speed.restart()
 
@@ -301,11 +302,10 @@ def shard_batch(batch: Any, sharding: Sharding) -> Any:
 
 
 def process_rows(sharding: Sharding | None, batch_size: int) -> tuple[int, int]:
-    """Which part of every global batch this process reads: its number, and how many parts there
-    are.
+    """Which part of every global batch this process reads: its number, and the number of parts.
 
     Processes that share samples along "tensor" read the same part. Raises ValueError for a batch
-    that the mesh cannot share.
+    that the mesh cannot split evenly.
     """
     if sharding is None:
         return 0, 1
@@ -322,8 +322,8 @@ def process_rows(sharding: Sharding | None, batch_size: int) -> tuple[int, int]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: a step's buffers, handed back and faulted in again at every
-    step, cost a CPU a third of its time. For the whole process.
+    """Make glibc keep freed memory, in the whole process. To return a step's buffers to the system
+    and to fault them in again takes a CPU a third of the step's time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -334,8 +334,8 @@ def keep_freed_memory() -> None:
 
 
 def _rounded(figures: dict[str, float]) -> dict[str, float]:
-    """To six digits. Without those that are not finite, such as the mean of a kind of which a batch
-    had none: they are no JSON.
+    """Rounded to six digits, without those that are not finite (such as the mean loss of a kind
+    that a batch lacks), which JSON cannot hold.
     """
     return {key: float(f"{v:.6g}") for key, v in figures.items() if math.isfinite(v)}
 
@@ -359,11 +359,11 @@ class _Stopping:
 
 @contextlib.contextmanager
 def _stop_signals(name: str, checkpoints: Checkpoints) -> Iterator[_Stopping]:
-    """SIGTERM, SIGHUP and Ctrl-C end the run after the step that is being done; a second Ctrl-C
-    ends it at once.
+    """SIGTERM, SIGHUP and Ctrl-C end the run after the current step; a second Ctrl-C ends it at
+    once.
 
-    Signals that the caller ignores (as under nohup) stay ignored, and in a thread that is not the
-    main one all are the caller's.
+    Signals that the caller ignores (as under nohup) stay ignored. Outside the main thread no
+    handler is installed.
     """
     stopping = _Stopping(checkpoints)
 

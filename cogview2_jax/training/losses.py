@@ -1,8 +1,7 @@
 """Losses of the networks, as pure functions of parameters and batch.
 
-Every loss and metric is a `Mean`: a sum and the weight that it is to be divided by. Sums and
-weights add up over parts of a batch, so a batch in parts has exactly the loss of the
-whole.
+Every loss and metric is a `Mean`: a sum and the weight to divide it by. Sums and weights add up
+over parts of a batch, so a batch in parts has exactly the loss of the whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +42,7 @@ class Mean(NamedTuple):
 
 
 def weighted(values: Array, weights: Array) -> Mean:
-    """Of `values`, each counted by `weights` of the same shape (bool or float32)."""
+    """The mean of `values`, weighted by `weights` of the same shape (bool or float32)."""
     counted = jnp.where(weights != 0, values, 0.0) * weights
     return Mean(jnp.sum(counted), jnp.sum(weights.astype(jnp.float32)))
 
@@ -55,7 +54,7 @@ Metrics = dict[str, Mean]
 
 
 class Assigned(NamedTuple):
-    """What a batch's pictures became, for the codebook's update."""
+    """A batch's vectors and their codes, for the codebook's update."""
 
     vectors: Array  # float32 [n, d]
     ids: Array  # int32 [n], their nearest codes
@@ -77,14 +76,14 @@ def hvqvae_loss(
     """Reconstruction and commitment loss, a mean over pixels and `strides`. The pictures are
     encoded once.
 
-    Every picture counts by the sum of its pixels' `weights`, in all parts of the loss, so that the
+    In all parts of the loss, a picture's weight is the sum of its pixels' `weights`, so that the
     losses of a batch's parts add up to the loss of the whole. With weights of 1 all are the plain
     means of the published loss.
 
     Args:
         images: float32 [b, y, x, 3] in [0, 1].
-        weights: float32 [b, y, x], how much each pixel counts.
-        quantize: False lets the vectors pass unquantised, as while the encoder settles; it may be
+        weights: float32 [b, y, x], the weight of each pixel.
+        quantize: False passes the vectors on unquantised, as at the start of training; it may be
         traced.
         perceptual: (reconstruction, images) → scalar, added with `perceptual_weight`. Called for
         each picture, as [1, y, x, 3].

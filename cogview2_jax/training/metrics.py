@@ -29,13 +29,13 @@ class Log:
     """`metrics.jsonl`, a line for each call, and TensorBoard event files in `folder`; pictures
     also as PNG in `folder/samples`.
 
-    After a restart the lines of steps past `start` are dropped: those steps are taken again. What
-    cannot be written, as on a full disk, is an OSError in one line.
+    After a restart the lines of steps past `start` are dropped, as those steps are repeated. Raises
+    OSError, in one line, when something cannot be written, as on a full disk.
     """
 
     def __init__(self, folder: Path, start: int = 0) -> None:
-        # The library's own writer has a thread. On a full disk that dies, and the next figures
-        # wait for it for ever.
+        # The library's own writer has a thread. On a full disk the thread dies, and the next call
+        # waits for it forever.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
@@ -90,7 +90,7 @@ class Log:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Whatever was written has been flushed; what could not be has been said.
+        # What was written has been flushed, and errors have been reported.
         for file in (self._file, self._board):
             with contextlib.suppress(OSError):
                 file.close()
@@ -129,7 +129,7 @@ def matrix_rate(dtype: Any = jnp.float32) -> float:
 
 
 class MatrixRate:
-    """The highest FLOP/s seen so far on all devices: what utilisation is a share of.
+    """The highest FLOP/s seen so far on all devices: the denominator of utilisation.
 
     A large matrix product is timed when this is made and again when a figure is asked for, at most
     once in `again_after` seconds, since another program may have used the machine the first time.
@@ -156,7 +156,7 @@ class MatrixRate:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one step on all devices: tokens, and FLOPs to be compared with `matrix_rate`. 0 and None
+    """Costs of one step on all devices: tokens, and FLOPs to compare with `matrix_rate`. 0 and None
     where they are not known.
     """
 
@@ -166,7 +166,7 @@ class Costs:
 
 
 class Speed:
-    """Times steps: those that were finished since `restart`."""
+    """Times the steps that were finished since `restart`."""
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs

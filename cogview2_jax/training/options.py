@@ -1,7 +1,8 @@
-"""Every option of training: its default, its range and its help. The command line is made of these.
+"""Every option of training: its default, its range and its help. The command line is built from
+these.
 
-Each class is one concern. Vary one with `dataclasses.replace`. Made with a wrong value, each raises
-ValueError, in one line.
+Each class is one concern. Vary one with `dataclasses.replace`. A wrong value raises ValueError, in
+one line.
 """
 
 from __future__ import annotations
@@ -19,32 +20,42 @@ _START = "Parameters to start from. Default: the first of these that the model h
 
 @dataclass(frozen=True)
 class Options:
-    """How to train, whatever is trained."""
+    """How to train: the options that all networks share."""
 
-    num_steps: int = setting(1000, "Steps in all.", least=1, flag="steps", metavar="N")
-    batch_size: int = setting(16, "Samples of a step, on all devices.", least=1, metavar="N")
-    learning_rate: float = setting(4e-4, "The highest.", above=0, metavar="X")
-    warmup: float = setting(0.1, "Share of the steps.", least=0, below=1, metavar="X")
+    num_steps: int = setting(1000, "Total number of steps.", least=1, flag="steps", metavar="N")
+    batch_size: int = setting(16, "Samples per step, over all devices.", least=1, metavar="N")
+    learning_rate: float = setting(4e-4, "Peak learning rate.", above=0, metavar="X")
+    warmup: float = setting(
+        0.1,
+        "Share of the steps in which the learning rate rises from 0.",
+        least=0,
+        below=1,
+        metavar="X",
+    )
     final_rate: float = setting(
-        0.1, "Share of the learning rate that is left at the end.", least=0, below=1, metavar="X"
+        0.1, "Final learning rate, as a share of the peak.", least=0, below=1, metavar="X"
     )
     optimizer: str = setting(
         "adamw",
-        "muon is for matrices, with AdamW at a tenth of the rate for the rest.",
+        "muon: Muon for matrices, AdamW at a tenth of the learning rate for the rest.",
         choices=("adamw", "muon"),
     )
-    weight_decay: float = setting(0.01, "Of matrices and tables.", least=0, metavar="X")
-    clip: float = setting(1.0, "Largest norm of the gradient.", above=0, metavar="X")
+    weight_decay: float = setting(
+        0.01, "Weight decay of matrices and embedding tables.", least=0, metavar="X"
+    )
+    clip: float = setting(
+        1.0, "Largest gradient norm; larger gradients are scaled down to it.", above=0, metavar="X"
+    )
     accumulate: int = setting(
         1,
-        "Parts of a batch that are computed one after the other, to save memory.",
+        "Parts that a batch is cut into; computed one after the other, to save memory.",
         least=1,
         metavar="N",
     )
     average: float = setting(
         0.0,
-        "Keep a moving average of the parameters, with this decay: it is what is validated and"
-        " saved. 0 for none.",
+        "Decay of a moving average of the parameters. The average is validated and becomes the"
+        " model. 0 for none.",
         least=0,
         below=1,
         metavar="X",
@@ -52,18 +63,18 @@ class Options:
     z_loss: float = setting(
         0.0, "Weight of the squared log normaliser in the loss.", least=0, metavar="X"
     )
-    seed: int = setting(0, "Of all that is random.", least=0, most=2**31 - 1, metavar="N")
+    seed: int = setting(0, "Seed of all random numbers.", least=0, most=2**31 - 1, metavar="N")
     validation: float = setting(
         0.0,
-        "Share of the records kept to validate with, at every save.",
+        "Share of the records kept for validation, which takes place at every save.",
         least=0,
         below=1,
         metavar="X",
     )
     schedule_steps: int | None = setting(
         None,
-        "Steps that the learning rate, and the codebook of a tokenizer, are planned for. Default:"
-        " --steps, or what the run began with. Past them the learning rate stays at its last.",
+        "Steps that the schedules span (learning rate, start of quantisation). Default: --steps, or"
+        " those that the run began with. After them the learning rate stays at its final value.",
         least=1,
         metavar="N",
     )
@@ -77,7 +88,7 @@ class Options:
 
     @property
     def planned_steps(self) -> int:
-        """The steps that every schedule spans."""
+        """The steps that the schedules span."""
         return self.schedule_steps or self.num_steps
 
 
@@ -86,13 +97,15 @@ class LoopOptions:
     """What a run writes, and when. It changes no parameter."""
 
     save_every: int = setting(200, "Steps between checkpoints.", least=1, metavar="N")
-    keep: int = setting(2, "Checkpoints kept, beside the best one.", least=1, metavar="N")
+    keep: int = setting(
+        2, "Newest checkpoints to keep, in addition to the best one.", least=1, metavar="N"
+    )
     log_every: int = setting(20, "Steps between lines of metrics.", least=1, metavar="N")
     sample_every: int = setting(
         0, "Steps between pictures in DIR/samples; 0 for none.", least=0, metavar="N"
     )
     skip_non_finite: bool = setting(
-        False, "Pass over a step with a loss that is not finite, instead of stopping."
+        False, "Skip a step with a loss that is not finite, instead of stopping."
     )
 
     def __post_init__(self) -> None:
@@ -104,25 +117,24 @@ class ComputeOptions(Training):
     """How and where a step is computed."""
 
     dtype: str = setting(
-        "float32", "What is computed in; parameters stay float32.", choices=("float32", "bfloat16")
+        "float32",
+        "Dtype of the computation; parameters stay float32.",
+        choices=("float32", "bfloat16"),
     )
     data: int | None = setting(
         None,
-        "Groups of devices that see other samples. Default: what --fsdp and --tensor leave.",
+        "Groups of devices that split the batch, each with a copy of the weights. Default: as many"
+        " as --fsdp and --tensor leave.",
         least=1,
         metavar="N",
     )
-    fsdp: int = setting(
-        1, "Devices that also share the weights between them.", least=1, metavar="N"
-    )
+    fsdp: int = setting(1, "Devices that split the batch and the weights.", least=1, metavar="N")
     tensor: int = setting(
-        1, "Devices that share each sample's heads and MLP.", least=1, metavar="N"
+        1, "Devices that split each sample's attention heads and MLP.", least=1, metavar="N"
     )
 
     def execution(self) -> Execution:
         """On all devices that there are. Raises ValueError for a mesh that does not fit them."""
-        # Imported here: the command line reads these classes to print its help.
-
         # Imported here: the command line reads these classes to print its help.
         import jax
 
@@ -143,14 +155,19 @@ class ProcessOptions:
 
     distributed: bool = setting(
         False,
-        "One of several processes, found from the environment (Slurm, Kubernetes, Open MPI).",
+        "This is one of several processes, which the environment names (Slurm, Kubernetes, Open"
+        " MPI).",
     )
-    coordinator: str | None = setting(None, "Or by hand: of process 0.", metavar="HOST:PORT")
-    processes: int | None = setting(None, "How many there are.", least=1, metavar="N")
-    process: int | None = setting(None, "Which one this is.", least=0, metavar="I")
+    coordinator: str | None = setting(
+        None, "Instead of --distributed: address of process 0.", metavar="HOST:PORT"
+    )
+    processes: int | None = setting(None, "Number of processes.", least=1, metavar="N")
+    process: int | None = setting(
+        None, "Number of this process, counted from 0.", least=0, metavar="I"
+    )
     peer_timeout: int = setting(
         100,
-        "After which the death of another process ends this one.",
+        "Time after which the death of another process ends this one.",
         least=1,
         metavar="SECONDS",
     )
@@ -167,37 +184,50 @@ class ProcessOptions:
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """Of the image tokenizer.
+    """Options of the image tokenizer.
 
-    From nothing, the networks settle unquantised for the share `settle` of the steps; then the
-    codebook is placed on what they make of fresh crops, and follows by its moving average.
+    From nothing, it trains without quantisation for the share `settle` of the steps. Then the
+    codebook is placed on encoded crops, and from there on it is updated by a moving average.
     """
 
     start: str | None = setting(None, _START, choices=("model", "nothing"))
     side: int | None = setting(
-        None, "Of the crops. Default: 8 tokens of the largest stride.", least=1, metavar="PIXELS"
+        None,
+        "Side of the crops. Default: 8 tokens of the largest trained stride.",
+        least=1,
+        metavar="PIXELS",
     )
     mirror: bool = setting(
         False, "Mirror half of the crops. Wrong for pictures with text or flags."
     )
     strides: tuple[int, ...] = setting(
         (),
-        "Train this stride alone; may be repeated. Default: all at once.",
+        "Train only this stride; may be repeated. Default: all of them.",
         least=1,
         flag="stride",
         metavar="PIXELS",
     )
     keep_others: bool = setting(
         False,
-        "Leave all that the other strides use as it is, so that their tokens stay the same.",
+        "Freeze everything that the other strides use, so that their tokens stay the same.",
     )
     clusters: int | None = setting(
-        None, "Of the codebook, for sampling. Default: as before.", least=1, metavar="N"
+        None,
+        "Clusters of the codebook, for cluster sampling. Default: as many as the model has, or one"
+        " for 16 codes, at most 500.",
+        least=1,
+        metavar="N",
     )
     settle: float = setting(
-        0.1, "Share of the steps before the codebook is placed.", least=0, below=1, metavar="X"
+        0.1,
+        "Share of the steps without quantisation, at the start of a training from nothing.",
+        least=0,
+        below=1,
+        metavar="X",
     )
-    decay: float = setting(0.99, "Of the codebook's moving average.", least=0, below=1, metavar="X")
+    decay: float = setting(
+        0.99, "Decay of the codebook's moving average.", least=0, below=1, metavar="X"
+    )
     commitment: float = setting(1.0, "Weight of the commitment loss.", least=0, metavar="X")
 
     def __post_init__(self) -> None:
@@ -206,28 +236,31 @@ class TokenizerOptions:
 
 @dataclass(frozen=True)
 class CogLMOptions:
-    """Of the base model: its three tasks. Published: captioning 0.3; `to_border` and `predict_end`
-    are ours.
+    """Options of the base model: its three tasks. Captioning at 0.3 is published; `to_border` and
+    `predict_end` are ours.
     """
 
     start: str | None = setting(None, _START, choices=("model", "nothing"))
     caption_ratio: float = setting(
         0.3,
-        "Share of pictures that are captioned, with masked patches, instead of drawn.",
+        "Share of pictures that train captioning and masked patches, instead of generation.",
         least=0,
         most=1,
         metavar="X",
     )
     text_ratio: float = setting(
         0.05,
-        "Share of samples that are masked spans of text alone.",
+        "Share of samples of text alone, with masked spans.",
         least=0,
         most=1,
         metavar="X",
     )
-    patch_size: int = setting(4, "Cells of a masked patch's side.", least=1, metavar="N")
+    patch_size: int = setting(4, "Side of a masked patch, in cells.", least=1, metavar="N")
     num_patches: int | None = setting(
-        None, "Masked patches. Default: as many as cover 0.8 of the grid.", least=1, metavar="N"
+        None,
+        "Number of masked patches. Default: as many as cover 0.8 of the grid.",
+        least=1,
+        metavar="N",
     )
     to_border: bool = setting(
         True, "Let patches reach the last row and column; the published code does not."
@@ -240,10 +273,12 @@ class CogLMOptions:
 
 @dataclass(frozen=True)
 class DirectSROptions:
-    """Of direct super-resolution."""
+    """Options of direct super-resolution."""
 
     start: str | None = setting(None, _START, choices=("model", "coglm", "nothing"))
-    freeze_base: bool = setting(False, "Train only what the base model has not.")
+    freeze_base: bool = setting(
+        False, "Train only the parameters that the base model does not have."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -251,7 +286,7 @@ class DirectSROptions:
 
 @dataclass(frozen=True)
 class IterativeSROptions:
-    """Of iterative super-resolution."""
+    """Options of iterative super-resolution."""
 
     start: str | None = setting(None, _START, choices=("model", "coglm", "nothing"))
 

@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, and how their arrays come together."""
+"""The processes of a run: how they connect, and how their arrays are gathered."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a run says on stderr: a bar in a terminal, plain lines everywhere else."""
+"""Progress of a run on stderr: a bar in a terminal, plain lines everywhere else."""
 
 import sys
 import time
@@ -37,7 +37,7 @@ class Progress:
             self._bar.refresh()
 
     def compiling(self) -> None:
-        """The first step begins: most of its time is the compiler's."""
+        """The first step begins: most of its time is compilation."""
         self._begun = time.monotonic()
         if self._bar is not None:
             self._bar.set_description(f"{self._name}, compiling")
@@ -47,7 +47,7 @@ class Progress:
     def compiled(self) -> None:
         if self._bar is not None:
             self._bar.set_description(self._name)
-            self._bar.unpause()  # its speed is of the steps that follow
+            self._bar.unpause()  # its speed counts from here
         else:
             self.say(f"compiled, first step done in {_duration(time.monotonic() - self._begun)}")
         self._begun = time.monotonic()
@@ -58,7 +58,7 @@ class Progress:
             self._bar.update()
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
-        """Of a step that was logged."""
+        """Show the metrics of a logged step."""
         if self._bar is not None:
             known = {name: form for name, form in _SHOWN.items() if name in figures}
             self._bar.set_postfix(
@@ -95,7 +95,7 @@ class Progress:
 
 
 def _duration(seconds: float) -> str:
-    """In seconds, minutes or hours, whichever is below a hundred of them."""
+    """In the smallest of seconds, minutes and hours that needs two digits at most."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     if seconds < 99.5 * 60:

@@ -1,4 +1,4 @@
-"""Run a task: make its state, its step and its validation, and give them to the loop."""
+"""Run a task: make its state, its step and its validation, and pass them to the loop."""
 
 import dataclasses
 from collections.abc import Callable
@@ -40,11 +40,11 @@ def run(
     *,
     sample: Callable[[Params], np.ndarray] | None = None,
 ) -> Params:
-    """Train `task` in `folder`, or go on with it; returns the parameters (their moving average,
-    where the options ask for one).
+    """Train `task` in `folder`, or resume it; returns the parameters (their moving average, if the
+    options ask for one).
 
-    `sample` makes a picture, uint8 [y, x, 3], of parameters, every `loop.sample_every` steps. What
-    is raised is as in `loop.fit`.
+    `sample` draws a picture, uint8 [y, x, 3], from parameters, every `loop.sample_every` steps.
+    Raises as `loop.fit` does.
     """
     sharding, precision = task.execution.sharding, task.execution.precision
     optimizer, schedule = make_optimizer(options, task.trained)
@@ -89,7 +89,7 @@ def run(
             metrics.MatrixRate(precision.compute) if flops else None,
         ),
         schedule=schedule,
-        on_stop="; with --steps {step} it writes the model as it is",
+        on_stop="; with --steps {step} it writes the model as it is now",
         sharding=sharding,
     )
     return kept(state)
@@ -115,7 +115,7 @@ def make_optimizer(
 def initial_state(
     task: Task, options: Options, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """The state at step 0, each array made where it stays."""
+    """The state at step 0, each array created in its sharding."""
     sharding = task.execution.sharding
     if task.params is None:
         params = init_params(task.init, jax.random.key(options.seed), task.axes, sharding)
@@ -154,7 +154,7 @@ def make_validation(task: Task) -> Callable[[Params], dict[str, float]]:
 
 
 def settings_of(task: Task, options: Options) -> checkpoint.Settings:
-    """What every start of a run must agree on. It may go on for longer: its schedules are kept."""
+    """Settings that must not change when a run is resumed. `num_steps` may: the schedules stay."""
     described = checkpoint.describe(options) | {"schedule_steps": options.planned_steps}
     del described["num_steps"]
     precision = task.execution.precision
@@ -169,8 +169,8 @@ def settings_of(task: Task, options: Options) -> checkpoint.Settings:
 
 
 def going_on(options: Options, folder: Path) -> Options:
-    """The options with the schedules that the run in `folder` began with, if there is one and they
-    do not say themselves.
+    """The options with the `schedule_steps` of the run in `folder`, if there is one and the options
+    leave them open.
     """
     begun = checkpoint.begun_settings(folder)
     if begun is None or options.schedule_steps is not None:

@@ -1,4 +1,4 @@
-"""Pictures of what a network draws while it is trained."""
+"""Pictures that a network draws during its training."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,7 +31,7 @@ def of_prompts(
     a network which the stage needs.
     """
     if not prompts:
-        raise ValueError("sample_every needs a prompt: got none")
+        raise ValueError("sample_every needs a prompt to draw: give --prompt")
     needed = {"base": (), "direct": ("coglm",), "full": ("coglm", "direct")}[stage]
     for network in ("tokenizer", *needed):
         bundle.params(network)
@@ -49,8 +49,8 @@ def of_prompts(
 def reconstructions(
     crops: np.ndarray, strides: Sequence[int], config: HVQVAEConfig
 ) -> Callable[[Params], np.ndarray]:
-    """Parameters → a picture with the crops, and below them what the tokenizer makes of them at
-    each of the trained `strides`, labelled.
+    """Parameters → a picture with the crops, and below them their labelled reconstructions at each
+    of the trained `strides`.
     """
 
     @jax.jit

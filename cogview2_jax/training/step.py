@@ -1,7 +1,7 @@
 """A training step: its state, the optimisers, and one jitted function that donates the state.
 
 The loop around it is `loop.fit`. All random numbers of a step come from the seed and the number of
-the step, and batches are a function of that number too, so a run that goes on after a kill gives
+the step, and batches are a function of that number too, so a run that is resumed after a kill gives
 the same parameters as one that was never killed.
 """
 
@@ -27,7 +27,7 @@ LossFunction = Callable[[Params, Any, Array], tuple[Mean, Metrics, Any]]
 
 
 class TrainState(NamedTuple):
-    """What a step takes and returns.
+    """The state that a step takes and returns.
 
     `extra` holds further state of an objective (statistics of a codebook, …), `average` the moving
     average of the parameters; each may be ().
@@ -84,8 +84,8 @@ def shardings_of(state: TrainState) -> TrainState:
 
 
 def state_shardings(state: TrainState, params: Params, sharding: Sharding) -> TrainState:
-    """A leaf with a path that ends in that of a parameter of its shape gets the parameter's
-    sharding; all others are replicated.
+    """The sharding of each leaf of `state`: the parameter's, if the leaf's path ends in a
+    parameter's path and their shapes are equal; else replicated.
     """
 
     def names(path: Any) -> tuple[str, ...]:
@@ -177,8 +177,8 @@ def muon_with_adamw(
 def freeze(
     optimizer: optax.GradientTransformation, trained: Params
 ) -> optax.GradientTransformation:
-    """`optimizer` for the parameters where the tree `trained` is True; the others stay, and have
-    no moments.
+    """`optimizer` for the parameters where the tree `trained` is True; the others do not change,
+    and have no moments.
     """
     labels = jax.tree.map(lambda one: "trained" if one else "frozen", trained)
     return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
@@ -215,8 +215,8 @@ def make_step(
         shardings: `shardings_of(state)`, where there is a `sharding`.
 
     The metrics are float32 scalars: "loss", what `loss_fn` gives, "gradient_norm",
-    "parameter_norm" after the step, and "finite", 1 or 0: a step of which one of these three is not
-    finite changes nothing but the number of the step.
+    "parameter_norm" after the step, and "finite", 1 or 0: if one of these three is not finite, the
+    step changes nothing but its number.
     """
 
     gradient = _gradient(loss_fn, precision, accumulate, trained, sharding)
@@ -237,7 +237,7 @@ def make_step(
             number = state.step.astype(jnp.float32)
             decay = jnp.minimum(average, (1 + number) / (10 + number))
             following = optax.incremental_update(params, state.average, 1 - decay)
-        # A finite gradient can still make a parameter too large, and a save would keep it so.
+        # A finite gradient can still make a parameter overflow, which a save would keep.
         metrics["parameter_norm"] = optax.tree.norm(params)
         norms = ("loss", "gradient_norm", "parameter_norm")
         finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in norms])))
@@ -259,7 +259,7 @@ def _gradient(
     sharding: Sharding | None,
 ) -> Callable[[Params, Any, Array], Any]:
     """(parameters, batch, key) → the gradient of the loss's total, `Mean`s summed over the parts,
-    and what `revise` needs of each part, stacked.
+    and each part's `aux` for `revise`, stacked.
     """
 
     def part(params: Params, batch: Any, key: Array) -> Any:
@@ -303,7 +303,7 @@ def cast(params: Params, dtype: Any) -> Params:
 
 
 def _in_parts(leaf: Array, parts: int, sharding: Sharding | None) -> Array:
-    """[b, …] → [parts, b / parts, …], every part with rows of all devices."""
+    """[b, …] → [parts, b / parts, …]; each part has rows of all devices."""
     if leaf.shape[0] % parts:
         raise ValueError(f"accumulate must divide the batch of {leaf.shape[0]}: got {parts}")
     cut = jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0)

@@ -33,7 +33,7 @@ def direct_sr_task(
 ) -> Task:
     """Direct super-resolution, from the bundle's own parameters, from its CogLM or from nothing.
 
-    `own.freeze_base` trains only what CogLM has not: the second attention and the fine positions.
+    `own.freeze_base` trains only what CogLM lacks: the second attention and the fine positions.
     Raises ValueError, in one line, for records that do not fit the bundle.
     """
     base = bundle.direct_config.coglm
@@ -90,7 +90,7 @@ def iterative_sr_task(
     own: IterativeSROptions = IterativeSROptions(),
     execution: Execution = Execution(),
 ) -> Task:
-    """Iterative super-resolution, its masks those of the LoPAR rounds; from the bundle's own
+    """Iterative super-resolution with the masks of the LoPAR rounds, from the bundle's own
     parameters, from its CogLM or from nothing.
 
     Raises ValueError, in one line, for records that do not fit the bundle.

@@ -1,4 +1,4 @@
-"""What differs between the networks in training: a `Task`, made by one builder each.
+"""What differs between the networks in training: a `Task`, which each network's builder makes.
 
 task = coglm_task(bundle, Path("records"), options)
 params = run(task, options, Path("run"))
@@ -44,12 +44,12 @@ class Task(NamedTuple):
         params: trained parameters to start from, or None for `init(key)`.
         trained: a tree of bool, which parameters are trained, or None when all are.
         loss: (params, batch, dropout key or None) → loss, metrics, what `revise` needs.
-        read, read_validation: step → this process's rows of a batch; of the latter there are
-        `validation_batches`.
-        ids_of: step → the numbers of its records.
-        settings: JSON values that every start of a run must agree on.
+        read, read_validation: step → this process's rows of a batch. There are `validation_batches`
+        validation batches.
+        ids_of: step → the numbers of the records in its batch.
+        settings: JSON values that must not change when a run is resumed.
         put: (bundle, trained parameters) → the bundle with them.
-        sampler: prompts → a function from parameters to a picture of what they draw.
+        sampler: prompts → a function that draws them with given parameters, as one picture.
         extra, revise: as in `step.make_step`.
         before_step, watch: as in `loop.Hooks`.
     """
@@ -127,7 +127,7 @@ def validation_part(made: Callable[[], Any], options: Options, most: int = 16) -
 
 
 def record_numbers(records: reading.Records, options: Options, step: int) -> list[int]:
-    """Which records a step's batch is made of."""
+    """The numbers of the records in a step's batch."""
     numbers = reading.record_numbers(
         records, options.batch_size, step, seed=options.seed, validation_share=options.validation
     )
@@ -175,11 +175,11 @@ def starting_params(
     known: dict[str, Params],
     from_coglm: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[str, Params | None]:
-    """Where training starts, and those parameters; None for fresh ones.
+    """Where training starts, and the parameters there; None for fresh ones.
 
-    `known` are the bundle's, empty where it has none. Without a `start` it is the first of them
-    that the bundle has, else "nothing". CogLM's become this network's by `from_coglm`. Raises
-    ValueError for a start that the bundle does not have.
+    `known` holds the bundle's parameters, empty for a network that it lacks. Without a `start`, the
+    first that the bundle has is taken, else "nothing". `from_coglm` turns CogLM's parameters into
+    this network's. Raises ValueError for a start that the bundle lacks.
     """
     start = start or next((name for name, params in known.items() if params), "nothing")
     if start == "nothing":
@@ -188,11 +188,16 @@ def starting_params(
         names = ", ".join([*known, "nothing"])
         raise ValueError(f"start must be one of {names} for this network: got {start!r}")
     if not known[start]:
-        raise ValueError(f"start {start!r} needs parameters that the model does not hold")
+        raise ValueError(
+            f"start {start!r} needs parameters that the model lacks: train them first, or give"
+            " another start"
+        )
     return start, from_coglm(known[start]) if start == "coglm" else known[start]
 
 
 def unrolled(sizes: TransformerConfig) -> TransformerConfig:
-    """On a CPU the scan over layers costs a third of a step: unrolled, where that compiles soon."""
+    """`sizes` with the scan over layers unrolled, for few layers on a CPU: there the scan costs a
+    third of a step, and few layers still compile quickly.
+    """
     few = sizes.num_layers <= 8 and jax.default_backend() == "cpu"
     return dataclasses.replace(sizes, unroll=sizes.num_layers) if few else sizes

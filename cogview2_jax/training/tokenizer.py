@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cogview2_jax.bundle import Bundle
-from cogview2_jax.config import HVQVAEConfig
+from cogview2_jax.config import HVQVAEConfig, Training
 from cogview2_jax.data import reading
 from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import image as image_tokenizer
@@ -50,20 +50,28 @@ def tokenizer_task(
 ) -> Task:
     """The image tokenizer, from the bundle's own parameters or from nothing.
 
-    What only untrained strides use stays as it is. With `own.keep_others`, all that they use does:
-    their tokens and pictures stay the same, and so does the codebook.
+    Parameters that only untrained strides use do not change. With `own.keep_others`, no parameter
+    that they use changes: their tokens and pictures stay the same, and so does the codebook.
 
-    `pixel_weights` says of crops [b, y, x, 3] in [0, 1] how much each pixel counts, [b, y, x].
-    `perceptual` is a distance of pictures that is added, with its weight. Raises ValueError, in
-    one line, for a folder without pictures.
+    `pixel_weights` maps crops [b, y, x, 3] in [0, 1] to the weight of each pixel, [b, y, x].
+    `perceptual` is a distance between pictures that is added to the loss, with its weight. Raises
+    ValueError, in one line, for a folder without pictures and for options that only transformers
+    have.
     """
     config = bundle.tokenizer_config
+    if execution.training != Training() or options.z_loss:
+        raise ValueError(
+            "dropout, remat and z_loss are for transformers: train the tokenizer without"
+        )
     strides = _strides(own, config)
     side = _side(own, strides, config)
     start, params = starting_params(own.start, {"model": bundle.tokenizer})
     if own.keep_others and params is None:
-        raise ValueError("keep_others needs a tokenizer that the model does not hold")
-    # From nothing, the step before which the codebook is placed.
+        raise ValueError(
+            "keep_others needs a trained tokenizer, which the model lacks: give the model of a run"
+            " that trained one"
+        )
+    # From nothing, the step at which the codebook is placed.
     begin = 0 if params is not None else int(own.settle * options.planned_steps)
     init = functools.partial(image_tokenizer.init_params, config=config)
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -71,7 +79,7 @@ def tokenizer_task(
     data = _crop_data(pictures, side, options, own, execution)
 
     def marked(pixels: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        # Whether to quantise goes with the batch: it changes no shape, and compiles nothing anew.
+        # The flag is part of the batch: it changes no shape, so the step is compiled only once.
         return pixels, np.full(len(pixels), step >= begin)
 
     def loss(params: Params, batch: Any, key: Array | None) -> Any:
@@ -123,8 +131,8 @@ def tokenizer_task(
 
 
 class _CropData(NamedTuple):
-    """Crops uint8 [b, side, side, 3] by step: this process's rows, and `fresh` ones, the same in
-    all processes, that the codebook is placed on.
+    """Crops uint8 [b, side, side, 3] by step: this process's rows, and `fresh` ones to place the
+    codebook on, the same in all processes.
     """
 
     records: reading.Records
@@ -142,9 +150,9 @@ def _crop_data(
         reading.pictures, records, options.batch_size, side, validation_share=options.validation
     )
     rows = functools.partial(crops_of, seed=options.seed, process_index=part, process_count=parts)
-    unseen = validation_part(lambda: rows(validation=True, epochs=1, flip=False), options, most=4)
-    fresh = crops_of(seed=options.seed + 1, flip=own.mirror)
-    return _CropData(records, rows(flip=own.mirror), unseen, fresh)
+    unseen = validation_part(lambda: rows(validation=True, epochs=1, mirror=False), options, most=4)
+    fresh = crops_of(seed=options.seed + 1, mirror=own.mirror)
+    return _CropData(records, rows(mirror=own.mirror), unseen, fresh)
 
 
 def _settings(
@@ -175,7 +183,7 @@ def _side(own: TokenizerOptions, strides: tuple[int, ...], config: HVQVAEConfig)
 def _trained(
     shapes: Params, strides: tuple[int, ...], keep_others: bool, config: HVQVAEConfig
 ) -> Params:
-    """A tree of bool: what `strides` use, without what the others use if that is to be kept."""
+    """A tree of bool: what `strides` use; with `keep_others`, only what no other stride uses."""
     used: Params = image_tokenizer.used_by(shapes, strides, config)
     if keep_others:
         others = tuple(stride for stride in config.strides if stride not in strides)
@@ -185,7 +193,9 @@ def _trained(
 
 
 def _put(bundle: Bundle, params: Params, clusters: int | None) -> Bundle:
-    """The bundle with this tokenizer, its codebook in `clusters` (default: as many as before)."""
+    """The bundle with this tokenizer and `clusters` clusters of its codebook (default: as many as
+    before).
+    """
     codebook = np.asarray(params["codebook"])
     distinct = len(np.unique(codebook, axis=0))
     number = clusters or bundle.num_clusters or max(1, min(500, len(codebook) // 16))

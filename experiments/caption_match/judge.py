@@ -2,8 +2,8 @@
 
 It sees 192x192 pixels and nothing else: no prompt, no token, no part of any generator. On a 7x7
 grid of positions 24 pixels apart it says whether an object is centred near by, where exactly, and
-its shape, colour, size and fill. An attribute of which it is not sure is reported as "unclear",
-which no claim of a caption matches.
+its shape, colour, size and fill. An attribute that it is unsure of is reported as "unclear", which
+no claim of a caption matches.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def decode(reading: Reading) -> list[SceneObject]:
             break
         dx, dy = np.clip(reading.offset[row, column], -1, 1) * CELL
         x, y = round(float(GRID[column] + dx)), round(float(GRID[row] + dy))
-        # Grid positions around a centre may all claim it: the surest one speaks.
+        # Several grid positions around a centre may detect it: the most certain one counts.
         if any(np.hypot(x - item.x, y - item.y) < _APART for item in objects):
             continue
         words = {n: _word(n, np.asarray(reading.words[n][row, column])) for n in WORDS}

@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     """A picture and what the judge should say of it.
 
     `image`: uint8 [192, 192, 3]. `present`: float32 [7, 7], 1 at the grid position of an object.
-    `weight`: float32 [7, 7], 0 where `present` is a matter of taste. `offset`: float32 [7, 7, 2] in
+    `weight`: float32 [7, 7], 0 where `present` may be either. `offset`: float32 [7, 7, 2] in
     cells. `words`: per attribute float32 [7, 7, words], probabilities where an object is.
     """
 
@@ -109,7 +109,7 @@ def _half_plane(item: SceneObject, rng: np.random.Generator) -> Image.Image:
 
 
 def damage(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The picture as a decoder might give it: a random few of the usual injuries, often none."""
+    """The picture as a decoder might return it: with a few random artefacts, often none."""
     if rng.random() < 0.25:
         return image
     if rng.random() < 0.4:
@@ -139,7 +139,7 @@ def warp(image: Image.Image, rng: np.random.Generator, pixels: float) -> Image.I
     """Bent smoothly: the corners of 24-pixel cells move by up to so many pixels."""
     cells = CANVAS // CELL
     y, x = np.mgrid[: cells + 1, : cells + 1] * float(CELL)
-    # Nothing lies beyond the edge to be moved in.
+    # There are no pixels beyond the edge to move in.
     x = np.clip(x + rng.uniform(-pixels, pixels, x.shape), 0, CANVAS)
     y = np.clip(y + rng.uniform(-pixels, pixels, y.shape), 0, CANVAS)
     mesh = []

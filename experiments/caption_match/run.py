@@ -3,8 +3,8 @@
     python -m experiments.caption_match.run --num-prompts 200 --num-images 4 --json results.json
 
 Prompts are sentences of Scenes, half of them Chinese. Pictures come from the bundle that ships, or
-from --bundle; the judge (judge.py) reads them alone, and what it sees is held against what the
-prompt names.
+from --bundle. The judge (judge.py) sees only the pictures, and its reading is compared with what
+the prompt names.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def sheet(
 ) -> Image.Image:
     """The first picture of each of the first prompts, a row a prompt and a column a stage.
 
-    Beside them the words of the prompt and of the last stage's reading, to check both by eye.
+    Next to them are the prompt's claims and the last stage's reading, to check both by eye.
     """
     side, text_width = 192, 460
     number = min(limit, len(prompts))
@@ -146,7 +146,7 @@ def sheet(
     "--prompts",
     "prompts_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A prompt a line, instead of made ones.",
+    help="One prompt per line, instead of random ones.",
 )
 @click.option("--num-prompts", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the prompts and the pictures.")
@@ -163,7 +163,7 @@ def sheet(
 @click.option(
     "--candidates",
     type=click.IntRange(1),
-    help="Base pictures of which the best captioned goes on.  [default: the bundle's]",
+    help="Base pictures to choose the best from, by caption score.  [default: the bundle's]",
 )
 @click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(

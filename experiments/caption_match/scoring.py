@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cogview2_jax.data import scenes
-from cogview2_jax.data.scenes import ATTRIBUTES, HELD_OUT_PAIRS, Claims, SceneObject
+from cogview2_jax.data.scenes import ATTRIBUTES, UNSEEN_PAIRS, Claims, SceneObject
 
 GROUPS = ("one_object", "two_objects", "english", "chinese", "unseen_pairs")
 COLUMNS = ("all_named", *ATTRIBUTES)
@@ -24,16 +24,16 @@ class Prompt:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Where it counts: unseen pairs by themselves, all others by objects and by language."""
+        """The groups it counts in: unseen pairs separately, all others by objects and language."""
         pairs = {(item.shape, item.colour) for item in self.claims.objects}
-        if pairs & HELD_OUT_PAIRS:
+        if pairs & UNSEEN_PAIRS:
             return ("unseen_pairs",)
         number = "one_object" if len(self.claims.objects) == 1 else "two_objects"
         return (number, "english" if self.text.isascii() else "chinese")
 
 
 def read_prompts(lines: Sequence[str]) -> list[Prompt]:
-    """One prompt a line; empty lines are passed over.
+    """One prompt per line; empty lines are skipped.
 
     Raises ValueError, with the line's number, on a sentence that is not one of Scenes.
     """

@@ -1,4 +1,4 @@
-"""Trains the judge on its own pictures and writes `judge.safetensors` and `judge.json` beside it.
+"""Trains the judge on its own pictures; writes `judge.safetensors` and `judge.json` to its folder.
 
     python -m experiments.caption_match.train_judge
 
@@ -67,7 +67,7 @@ def batches(seed: int, size: int) -> Generator[Sample, None, None]:
 
 
 def make_optimizer(steps: int, learning_rate: float) -> optax.GradientTransformation:
-    """Muon (AdamW for what is no matrix), warmed up and annealed to zero over `steps`.
+    """Muon for kernels, AdamW for the rest, warmed up and annealed to zero over `steps`.
 
     Muon takes a kernel as a matrix from its window to its features. After 120 batches of 32 its
     loss was a third of AdamW's.
@@ -165,7 +165,7 @@ def main(
     params = train(steps, batch_size, learning_rate, seed)
     seconds = time.monotonic() - start
     judge.save(params, out)
-    # What is measured is what was written: float16 weights.
+    # Measures the float16 weights that were written.
     right = measure(judge.load(out), test_pictures)
     for name, fraction in right.items():
         click.echo(f"{name:26s} {fraction:.4f}")

@@ -1,13 +1,12 @@
-"""Can somebody teach the model 200 pictures of their own, with the three commands of the README?
+"""Can a user teach the model 200 pictures of their own, with three commands?
 
 \b
     python -m experiments.fine_tune.run --json experiments/fine_tune/results.json \\
         --grid experiments/fine_tune/grid.png
 
 The pictures are close-ups: one object, twice as large as any that the training saw. A tenth of them
-is kept to validate with. Counted is how much of its picture an object fills, before and after, for
-prompts that say nothing of its size. Everything is under --work, where the commands leave it; run
-again, they go on.
+is kept for validation. Measured is the share of a picture that its object fills, before and after,
+for prompts that do not name a size. Everything is under --work; run again, the commands resume.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ SHOWN = ("red circle", "green star", "purple heart", "yellow square")
 SHAPES = ("circle", "square", "star", "heart")
 PREPARE = "data prepare photos/captions.jsonl --allow-unknown --out records"
 TRAIN = "train coglm records --steps {steps} --validation 0.1 --out run"
-GENERATE = 'generate --bundle run/model "a red circle"'
+GENERATE = 'generate --bundle run/model --out fine_tuned "a red circle"'
 
 
 def make_photos(folder: Path, number: int) -> None:
@@ -54,7 +53,7 @@ def make_photos(folder: Path, number: int) -> None:
 
 
 def cogview2(command: str, folder: Path) -> None:
-    """Run a command of the README in `folder`. Raises ClickException when it fails."""
+    """Run a command of the training README in `folder`. Raises ClickException if it fails."""
     click.echo(f"$ cogview2 {command}")
     words = [sys.executable, "-m", "cogview2_jax.cli", *shlex.split(command)]
     # From a checkout too, where the package is not installed.

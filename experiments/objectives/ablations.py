@@ -1,5 +1,5 @@
-"""Each choice of the training against doing without it: the same data, steps and seeds, judged on
-the same validation records.
+"""Training with and without each choice: the same data, steps and seeds, measured on the same
+validation records.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Ablation(NamedTuple):
 
 
 class _Setup(NamedTuple):
-    """What every ablation is made of. `bundle` holds its tokenizer and its CogLM."""
+    """What all ablations share. `bundle` holds its tokenizer and its CogLM."""
 
     bundle: Bundle
     small: Bundle
@@ -93,7 +93,7 @@ def ablations(bundle: Bundle, size: Size, work: Path) -> dict[str, Ablation]:
             functools.partial(_direct, setup),
         ),
         "mix": Ablation(
-            "Does the three-task mix teach captions, besides pictures?",
+            "Does the three-task mix teach captions, in addition to pictures?",
             "three tasks",
             "generation alone",
             "caption",
@@ -125,7 +125,7 @@ def _mix(setup: _Setup, seed: int) -> tuple[Task, Task, Options]:
     def task(**tasks: Any) -> Task:
         return coglm_task(setup.small, records, chosen, CogLMOptions("nothing", **tasks))
 
-    # Both are judged on as many samples of captioning as of generation.
+    # Both are measured on as many samples of captioning as of generation.
     judged = task(caption_ratio=0.5, text_ratio=0.0).read_validation
     full, without = task(), task(caption_ratio=0.0, text_ratio=0.0)
     return (
@@ -172,8 +172,8 @@ def _tokenizer(setup: _Setup, seed: int) -> tuple[Task, Task, Options]:
 
 
 def scattered(read: Callable[[int], Any], seed: int) -> Callable[[int], Any]:
-    """The same batches with as many cells hidden in each picture, and as many of each weight, but
-    anywhere.
+    """The same batches with the masked cells of each picture, and their weights, moved to random
+    places.
     """
 
     def moved(step: int) -> Any:
@@ -195,7 +195,7 @@ def run(name: str, ablation: Ablation, seeds: int, work: Path) -> dict[str, Any]
         full, without, options = ablation.tasks(seed)
         for side, task in ((ablation.full, full), (ablation.without, without)):
             folder = work / f"{name}_{figures.slug(side)}_{seed}"
-            # One save, at the end: validation figures are of then.
+            # One save, at the end: validation takes place then.
             loop = LoopOptions(save_every=options.num_steps, keep=1, log_every=10)
             run_task(task, options, folder, loop)
             found[side].append(_summed(figures.validation(folder)))
@@ -203,7 +203,7 @@ def run(name: str, ablation: Ablation, seeds: int, work: Path) -> dict[str, Any]
 
 
 def _summed(figures: dict[str, float]) -> dict[str, float]:
-    """With the means over the two languages and over the strides, where there are any."""
+    """The figures, with the means over the two languages and over the strides, if there are any."""
     both = [figures[name] for name in ("english", "chinese") if name in figures]
     strides = [value for name, value in figures.items() if name.startswith("reconstruction_")]
     for name, values in (("caption", both), ("reconstruction", strides)):
@@ -213,6 +213,6 @@ def _summed(figures: dict[str, float]) -> dict[str, float]:
 
 
 def means(found: list[dict[str, float]], figure: str) -> tuple[float, float, float]:
-    """Mean, least and most of a figure over the seeds."""
+    """Mean, minimum and maximum of a figure over the seeds."""
     values = [one[figure] for one in found]
     return float(np.mean(values)), min(values), max(values)

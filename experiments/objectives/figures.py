@@ -1,4 +1,4 @@
-"""What a run leaves in its metrics.jsonl, and the plot of it."""
+"""Reading and plotting of a run's metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def slug(name: str) -> str:
 
 
 def train(task: Task, options: Options, folder: Path) -> Curve:
-    """Train as `cogview2 train` does, or go on, or only read what was done."""
+    """Train as `cogview2 train` does, or resume, or only read the metrics of a finished run."""
     run(task, options, folder, LoopOptions(save_every=100, keep=1, log_every=1))
     lines = [line for line in read(folder) if "loss" in line]
     return Curve([line["step"] for line in lines], [line["loss"] for line in lines])

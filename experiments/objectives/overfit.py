@@ -1,4 +1,4 @@
-"""Each objective on one batch that never changes: a network that learns it has the loss near zero.
+"""Each objective on one fixed batch: the loss of a network that learns it comes near zero.
 
 The step, the loss and the batch are those of `cogview2 train`; only the networks are small.
 """
@@ -34,7 +34,7 @@ from experiments.scenes import prepared
 
 @dataclass(frozen=True)
 class Size:
-    """Of the networks and the runs: `layers`, `width` and `steps` are the transformers'."""
+    """Sizes of the networks and the runs: `layers`, `width`, `steps` are the transformers'."""
 
     samples: int
     layers: int
@@ -47,10 +47,10 @@ class Size:
 
 FULL = Size(32, 3, 128, steps=300, channels=32, codes=1024, tokenizer_steps=600)
 QUICK = Size(8, 2, 64, steps=60, channels=16, codes=256, tokenizer_steps=60)
-# Matrices; the rest, at a tenth of the rate, by AdamW.
+# On matrices; AdamW at a tenth of the rate on the rest.
 MUON = Options(optimizer="muon", learning_rate=0.02, weight_decay=0.0)
 SIDE = 32  # of the tokenizer's crops, in pixels
-# Of CogLM, each task alone and all three; enough text that a batch of 32 has some of it.
+# CogLM's tasks, each alone and all three together; with enough text for a batch of 32 to have some.
 MIXES = {
     "CogLM, generation": CogLMOptions("nothing", caption_ratio=0.0, text_ratio=0.0),
     "CogLM, captioning and patches": CogLMOptions("nothing", caption_ratio=1.0, text_ratio=0.0),
@@ -74,7 +74,7 @@ def small(bundle: Bundle, layers: int, width: int) -> Bundle:
 
 
 def with_small_grid(bundle: Bundle) -> Bundle:
-    """Of 4×4 cells, 12×12 after super-resolution: pictures of 32 and 96 pixels."""
+    """The bundle with 4×4 cells, 12×12 after super-resolution: pictures of 32 and 96 pixels."""
     base: CogLMConfig = dataclasses.replace(bundle.coglm_config, grid=(4, 4))
     direct: DirectSRConfig = dataclasses.replace(bundle.direct_config, coglm=base)
     iterative: IterativeSRConfig = dataclasses.replace(bundle.iterative_config, grid=direct.grid)
@@ -89,7 +89,7 @@ def small_tokenizer(config: HVQVAEConfig, channels: int, codes: int) -> HVQVAECo
 
 
 def fixed(task: Task) -> Task:
-    """The same task on its first batch for ever. What goes with a tokenizer's batch, whether to
+    """The same task with its first batch at every step. The flag in a tokenizer's batch, whether to
     quantise, still follows the step.
     """
     first = task.read(0)
@@ -99,8 +99,8 @@ def fixed(task: Task) -> Task:
 
 
 def runs(bundle: Bundle, size: Size, work: Path) -> dict[str, Callable[[], figures.Curve]]:
-    """Every objective, as a function that trains it under `work`, or goes on with it, and gives its
-    loss by step.
+    """Every objective, as a function that trains it under `work`, or resumes, and returns its loss
+    by step.
     """
     coarse = small(bundle, size.layers, size.width)
     fine = with_small_grid(coarse)

@@ -2,9 +2,9 @@
 
     python -m experiments.objectives.run [--part overfit|ablations] [--quick] [--out DIR]
 
-Prints tables; --out also writes results.json and plot.png there. Stopped, the same command goes on.
-Exits with 1 where an objective does not reach its share of the first loss, or the full training is
-not the better one. See README.md for what to expect.
+Prints tables; --out also writes results.json and plot.png there. After an interruption, the same
+command resumes. Exits with 1 if an objective does not reach its share of the first loss, or the
+full training is not the better one. See README.md for what to expect.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from cogview2_jax.training.loop import keep_freed_memory
 from experiments.local_attention.report import device_name
 from experiments.objectives import ablations, figures, overfit
 
-# Of the first loss, what may be left. Quick runs are too short for the same.
+# The largest share of the first loss that the last may be. Quick runs are too short for 5 %.
 LIMIT, QUICK_LIMIT = 0.05, 0.5
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write results.json and plot.png here")
     arguments = parser.parse_args(argv)
 
-    common.use_compilation_cache()  # both as the command does
+    common.use_compilation_cache()  # these two as `cogview2 train` does
     keep_freed_memory()
     bundle = bundles.load(None, ("tokenizer", "coglm"))
     work = arguments.work / ("quick" if arguments.quick else "full")
@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
         record["ablations"] = found
         for name, sides in found.items():
             ablation = planned[name]
-            print(f"\n{ablation.question} Held-out {ablation.figure} loss, mean and range of seeds")
+            print(
+                f"\n{ablation.question} Validation {ablation.figure} loss, mean and range of seeds"
+            )
             for side, each in sides.items():
                 mean, least, most = ablations.means(each, ablation.figure)
                 print(f"  {side:<24}{mean:>9.4f}  {least:.4f} to {most:.4f}")

@@ -116,7 +116,7 @@ def iterative_sr(golden: Golden, tensors: Tensors) -> IterativeSRConfig:
 
 
 def pretraining(golden: Golden) -> CogLMConfig:
-    """The geometry of the pre-training samples, whose ids are the published vocabulary's."""
+    """The geometry of the pre-training samples; their ids are from the published vocabulary."""
     published = CogLMConfig()
     records = [golden[name] for name in golden if name.startswith("sample/")]
     cells = len(records[0]) - published.text_slots - 1

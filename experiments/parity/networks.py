@@ -117,7 +117,7 @@ def _logits_by_cache(
             return coglm.logits(params, hidden[:, -1], config=config, ids=ids), cache
 
         def step(carry: Any, tokens: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
-            # `decode` returns tokens alone, so all logits so far are carried beside the cache.
+            # `decode` returns only tokens, so the logits are carried along with the cache.
             cache, seen = carry
             visible = jax.lax.dynamic_slice_in_dim(layout.mask, start + i, 1, axis=1)
             logits, cache = extend(cache, start + i, tokens[:, None], visible)
@@ -295,7 +295,7 @@ def check_hvqvae(golden: Golden) -> Iterator[Outcome]:
     config = names.hvqvae_config(tensors)
     sizes = [config.channels, config.z_channels, config.codebook_size, config.codebook_dim]
     yield equal("config", sizes, golden["config"])
-    # The published file has these beside the weights; the converter is to pass over them.
+    # The published file also has these; the converter must ignore them.
     buffers = json.loads(str(golden["buffers"])) if "buffers" in golden else {}
     tensors |= {name: np.zeros(shape, np.float32) for name, shape in buffers.items()}
     params = jax.device_put(names.hvqvae(tensors, config))

@@ -100,7 +100,7 @@ def as_json(file: str, outcome: Outcome, seconds: float) -> dict[str, Any]:
 @click.option(
     "--text-ids",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Recorded texts and their ids; default: text_ids.json beside the text model.",
+    help="Recorded texts and their ids. Default: text_ids.json in the text model's folder.",
 )
 @click.option(
     "--json",

@@ -17,7 +17,7 @@ HOST_DEVICES = 8
 
 @dataclass(frozen=True)
 class Machine:
-    """What is assumed of the hardware. Rates are per device and in one direction."""
+    """Assumptions about the hardware. Rates are per device and in one direction."""
 
     peak: float = 989e12  # FLOP/s in bfloat16, dense: data sheet of H100 and H200 (SXM)
     achieved: float = 0.55  # share of `peak` while computing, the element-wise work included
@@ -33,8 +33,9 @@ class Machine:
 def state_bytes(shapes: Any, axes: Any, sharding: Sharding) -> tuple[int, int]:
     """Bytes a device holds of float32 parameters, and of AdamW's state and the step's number.
 
-    Two moments lie as their parameters do; three int32 scalars (Adam's count, the schedule's, the
-    step) are on every device. Only sizes and names of axes are looked at, no array and no layout.
+    The two moments are sharded like their parameters; three int32 scalars (Adam's count, the
+    schedule's, the step) are on every device. Computed from sizes and names of axes, without
+    arrays.
     """
     parameters = 0
     for leaf, names in zip(
@@ -48,7 +49,7 @@ def state_bytes(shapes: Any, axes: Any, sharding: Sharding) -> tuple[int, int]:
 
 
 def batch_bytes(batch: Any, sharding: Sharding) -> int:
-    """Bytes a device holds of a batch, whose arrays are all cut along their first axis."""
+    """Bytes a device holds of a batch; all arrays are sharded along their first axis."""
     total = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(batch))
     return total // sharding.parts("batch")
 
@@ -74,10 +75,10 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
 
 
 def collectives(program: str, num_devices: int) -> list[Collective]:
-    """Those of a compiled program (its HLO text), what is in a loop as often as the loop runs.
+    """The collectives of a compiled program (HLO text); one in a loop counts for every iteration.
 
-    A device receives, with n devices in a group, (n − 1)/n of what an all-gather or an all-to-all
-    makes, as much of what a reduce-scatter takes, and twice that of an all-reduce.
+    With n devices in a group, a device receives (n − 1)/n of the result of an all-gather or an
+    all-to-all, as much of the operand of a reduce-scatter, and twice that of an all-reduce.
     """
     lines: dict[str, list[str]] = defaultdict(list)
     entry = name = ""
@@ -102,8 +103,8 @@ def collectives(program: str, num_devices: int) -> list[Collective]:
 
 def _collective(line: str, kind: str, types: str, times: float, num_devices: int) -> Collective:
     size, crosses = _group(line, num_devices)
-    # An asynchronous one has its operands and its results in its type; a result is the larger part
-    # of a gather, and the smaller of a scatter.
+    # The type of an asynchronous one has operands and results; of a gather the results are larger,
+    # of a scatter smaller.
     sizes = [_bytes(*found) for found in _ARRAY.findall(types)]
     paired = "-start(" in line and kind in ("all-gather", "reduce-scatter") and len(sizes) > 1
     halves = sum(sizes[: len(sizes) // 2]), sum(sizes[len(sizes) // 2 :])
@@ -150,7 +151,7 @@ def _group(line: str, num_devices: int) -> tuple[int, bool]:
 
 
 class Seconds(NamedTuple):
-    """Of one step: computing, and waiting for what other devices send."""
+    """Seconds of one step: computing, and communication within and between hosts."""
 
     compute: float
     inside: float
@@ -158,7 +159,7 @@ class Seconds(NamedTuple):
 
     @property
     def overlapped(self) -> float:
-        """If all that is sent is sent behind the computing."""
+        """With all communication hidden behind the computation."""
         return max(self)
 
     @property
@@ -167,7 +168,7 @@ class Seconds(NamedTuple):
 
 
 def step_seconds(flops: float, moved: list[Collective], machine: Machine) -> Seconds:
-    """`flops` of one device, those computed again included."""
+    """`flops` are one device's, including recomputation."""
     between = sum(one.received for one in moved if one.between_hosts)
     inside = sum(one.received for one in moved if not one.between_hosts)
     return Seconds(

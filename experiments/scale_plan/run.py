@@ -5,9 +5,9 @@
     python -m experiments.scale_plan.run --real        # on a GPU: a real step of 1 B parameters
 
 The train steps of CogLM (5.9 B parameters) and direct super-resolution (7.7 B) are compiled for
-meshes of H200, by XLA's CUDA compiler where it is installed (pip install '.[compile-gate]'), else
-by that for CPUs, which is right about arguments, up to twice too high in temporaries and no guide
-to collectives. See README.md for all that is assumed.
+meshes of H200, by XLA's CUDA compiler if it is installed (pip install '.[compile-gate]'), else by
+the CPU compiler: that one is right about arguments, up to twice too high in temporaries, and says
+nothing about collectives. README.md lists all assumptions.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ MESHES = (
 )
 PRECISION = Precision(compute=jnp.bfloat16)
 TRAINING = Training(remat="all")
-RECOMPUTED = 4 / 3  # a forward pass more than forward and backward
+RECOMPUTED = 4 / 3  # one more forward pass than forward and backward
 
 
 class Network(NamedTuple):
@@ -137,19 +137,19 @@ def loss_of(network: Network, sharding: Sharding | None) -> Any:
 
 
 def plan(network: Network, sharding: Sharding) -> Planned:
-    """Compile the train step for a mesh whose devices need not be there."""
+    """Compile the train step for a mesh; its devices need not exist."""
     module, config = network.module, network.config
     init = functools.partial(module.init_params, config=config)
     shapes, axes = jax.eval_shape(init, jax.random.key(0)), module.parameter_axes(config)
     optimizer = adamw(warmup_cosine(4e-4, 100_000, 10_000))
 
-    def lying(shape: Any, place: Any) -> Any:
+    def placed(shape: Any, place: Any) -> Any:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
 
     def state_of(params: Any) -> TrainState:
         return TrainState(params, optimizer.init(params), (), (), jnp.zeros((), jnp.int32))
 
-    params = jax.tree.map(lying, shapes, sharding.of_tree(shapes, axes))
+    params = jax.tree.map(placed, shapes, sharding.of_tree(shapes, axes))
     state = jax.eval_shape(state_of, params)
     shardings = state_shardings(state, params, sharding)
     size = network.samples * sharding.parts("batch")
@@ -165,8 +165,8 @@ def plan(network: Network, sharding: Sharding) -> Planned:
     # Local attention asks the default device which kernels to take.
     with jax.default_device(sharding.mesh.devices.flat[0]):
         lowered = step.lower(
-            jax.tree.map(lying, state, shardings),
-            jax.tree.map(lambda leaf: lying(leaf, rows), batch),
+            jax.tree.map(placed, state, shardings),
+            jax.tree.map(lambda leaf: placed(leaf, rows), batch),
         )
     return Planned(
         lowered.compile(),
@@ -290,7 +290,7 @@ def real(layers: int, hidden: int, batch_size: int, steps: int) -> dict[str, Any
     }
 
 
-# --- What is shown --------------------------------------------------------------------------------
+# --- Output ---------------------------------------------------------------------------------------
 
 
 def line(row: dict[str, Any]) -> str:
@@ -374,7 +374,7 @@ def main(
             where = f"{each['network']} on {each['mesh']}"
             click.echo(f"{where}: arguments of {ours:,} bytes, {theirs:,} compiled", err=True)
         if wrong:
-            raise click.ClickException("the arithmetic is not the compiler's")
+            raise click.ClickException("the arithmetic differs from the compiler's")
     if json_file:
         json_file.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""Scenes as the training wants them: cuts for the tokenizer, captions in order, other colours."""
+"""Scenes adapted for training: cuts for the tokenizer, objects named in order, other colours."""
 
 import dataclasses
 from typing import Any
@@ -38,14 +38,14 @@ class Cuts:
             return picture.reduce(FINE_PIXELS // COARSE_PIXELS)
         item = scene.objects[rng.integers(len(scene.objects))]
         corner = np.array([item.x, item.y]) + rng.integers(-COARSE_PIXELS, 1, 2)
-        # At multiples of the stride, so that a part has the cells that the whole picture has.
+        # At multiples of the stride, so that a part's cells coincide with the whole picture's.
         x, y = corner.clip(0, FINE_PIXELS - COARSE_PIXELS) // FINE_STRIDE * FINE_STRIDE
         return picture.crop((x, y, x + COARSE_PIXELS, y + COARSE_PIXELS))
 
 
 class InOrder:
-    """Scenes whose captions name the object further up or left first: none has "below" or "right
-    of".
+    """Scenes with captions that name the object further up or left first: none has "below" or
+    "right of".
     """
 
     def __init__(self, length: int) -> None:

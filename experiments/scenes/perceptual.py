@@ -1,7 +1,7 @@
-"""A small network that names the object round each cell, trained for its features: the tokenizer's
+"""A small network that classifies the object at each cell. Its features make the tokenizer's
 perceptual loss.
 
-It is fully convolutional (any picture size) and lives in training only. It is not the judge of
+It is fully convolutional (any picture size) and used only in training. It is not the judge of
 `experiments/caption_match`: another architecture, other pictures, another seed.
 """
 
@@ -47,9 +47,7 @@ class Perceptor(nn.Module):
 
 
 def _targets(scene: scenes.Scene) -> dict[str, np.ndarray]:
-    """Class maps [7, 7] over the inner lattice points of the 8×8 grid (a point lies between four
-    cells).
-    """
+    """Class maps [7, 7] over the inner lattice points of the 8×8 grid (corners of four cells)."""
     maps = {name: np.full((7, 7), len(of), np.int32) for name, of in _HEADS.items()}
     for item in scene.objects:
         row, column = item.y // scenes.CELL - 1, item.x // scenes.CELL - 1

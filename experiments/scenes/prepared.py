@@ -14,8 +14,8 @@ from experiments.scenes.presets import COARSE_STRIDE
 def tokens(
     folder: Path, bundle: Bundle, source: Source, *, fine: bool = True, workers: int = 1
 ) -> Path:
-    """Records of the base model's grid and, if `fine`, that of super-resolution (64 and 192 pixels
-    with the Scenes sizes), of both languages apart: those of scene n are 2n and 2n + 1.
+    """Records with the base model's grid and, if `fine`, that of super-resolution (64 and 192
+    pixels with the Scenes sizes), one for each language: those of scene n are 2n and 2n + 1.
     """
     more = (bundle.direct_config.grid[0] * COARSE_STRIDE,) if fine else ()
     with tqdm(total=len(source), desc=folder.name) as bar:

@@ -3,10 +3,10 @@
 \b
     python -m experiments.scenes.train
 
-Text model, image tokenizer, CogLM, direct and iterative super-resolution, each by the recipe behind
-`cogview2 train`, on records as `cogview2 data prepare` makes them. Everything lies under --work;
-run the command again after an interruption and it goes on from the last checkpoint. The finished
-bundle is written to --out.
+Text model, image tokenizer, CogLM, direct and iterative super-resolution, each by the task that
+`cogview2 train` runs, on records as `cogview2 data prepare` makes them. Everything is under --work;
+after an interruption the same command resumes from the last checkpoint. The finished bundle is
+written to --out.
 """
 
 import dataclasses
@@ -62,12 +62,12 @@ NUM_CUTS, NUM_SCENES, NUM_FINE = 30_000, 60_000, 4_000
 MAIN_STRIDE = presets.COARSE_STRIDE
 OBJECT_PIXELS = 5.0  # how much more a pixel of an object counts, for the tokenizer
 OBJECT_CELLS = 3.0  # and a cell with a part of one, for super-resolution
-# Share of pictures whose coarse tokens show other colours and fills than text and fine tokens: the
-# base stage makes such mistakes, and direct SR is to believe the text.
+# Share of pictures with coarse tokens of other colours and fills than text and fine tokens have:
+# the base stage makes such mistakes, and direct SR must learn to follow the text.
 REPAINTED_SHARE = 0.25
-# Share of pictures, in training iterative SR, whose anchors are direct SR's instead of the true
-# ones. Trained on true anchors alone, it takes mistakes of direct SR for the truth and spreads them
-# over the cells between.
+# Share of pictures, in training iterative SR, with anchors from direct SR instead of the true ones.
+# Trained on true anchors alone, it trusts mistakes of direct SR and spreads them over the cells
+# between.
 DRAFTED_SHARE = 0.75
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -124,9 +124,9 @@ def train(work: Path, share: float = 1.0) -> Bundle:
     labels = cluster_codebook(np.asarray(params["codebook"]), presets.NUM_CLUSTERS)
     bundle = bundle._replace(tokenizer=params, cluster_labels=labels)
 
-    # What "above" and "left of" mean. With both orders of naming two objects equally likely,
-    # neither the order nor the word tells anything by itself, and 3,000 steps taught nothing of the
-    # two together. So at first the object further up or left is always named first.
+    # Relations. With both orders of naming two objects equally likely, neither the order nor the
+    # word "above" alone is informative, and 3,000 steps did not learn the two together. So at first
+    # the object further up or left is always named first.
     tasks = CogLMOptions(patch_size=4, num_patches=3)
     coglm = functools.partial(run, coglm_task)
     in_order = records(scene_inputs.InOrder(part(NUM_SCENES)), bundle, "records_in_order")
@@ -221,8 +221,8 @@ def _cell_weights(file: Path, number: int) -> np.ndarray:
 
 
 def _of_scenes(task: Task, weights: np.ndarray, other: np.ndarray, share: float) -> Task:
-    """The task with cells weighted, and with `other`, int32 [records, cells], for a share of the
-    pictures in the place of what the network starts from.
+    """The task with weighted cells, and with `other`, int32 [records, cells], as the network's
+    input tokens for the share `share` of the pictures.
     """
 
     def read(step: int) -> FineSample:
@@ -241,8 +241,8 @@ def _of_scenes(task: Task, weights: np.ndarray, other: np.ndarray, share: float)
 def _drafts(
     file: Path, bundle: Bundle, fine: Path, repainted: np.ndarray, batch_size: int = 16
 ) -> np.ndarray:
-    """What iterative SR may start from, int32 [records, fine cells]: what direct SR draws, from
-    coarse tokens of which some are repainted; off the anchors, the true tokens.
+    """Input tokens for iterative SR, int32 [records, fine cells]: at the anchors those that direct
+    SR draws, for a share of the records from repainted coarse tokens; elsewhere the true ones.
     """
     if not file.exists():
         config = bundle.direct_config

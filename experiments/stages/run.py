@@ -1,13 +1,13 @@
-"""Does each stage earn its place? Pictures after each, held against a clean drawing of what they
+"""What does each stage add? Pictures after each stage, compared with a clean drawing of what they
 show.
 
 \b
     python -m experiments.stages.run --json experiments/stages/results.json \\
         --grid experiments/stages/grid.png
 
-The judge of experiments/caption_match reads each picture, and what it reads is drawn anew on the
-picture's own background. Four figures for a stage; the last two are over the same pictures for all
-stages, those whose reading is clear after each:
+The judge of experiments/caption_match reads each picture, and its reading is drawn on the picture's
+own background. Each stage has four figures; the last two are over the pictures that have a clear
+reading after every stage:
 
 \b
     right      share of pictures that show all their prompt names

@@ -1,4 +1,4 @@
-"""Is the train step as fast as a bare one, compiled once, and soon at work?
+"""Is the train step as fast as a bare one, compiled only once, and how soon does it start?
 
     python -m experiments.step_time.run [--part step|cold] [--out DIR]
 
@@ -48,7 +48,7 @@ SCENES = 32  # two records each: enough for the largest batch
 BATCHES = (16, 64)
 LARGEST_RATIO = 1.3
 LONGEST_START = 60.0  # seconds
-# Gives up on a command that does not come to its first step.
+# Seconds after which a command without a first step is given up.
 COLD_LIMIT = 300.0
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -143,7 +143,7 @@ class Compilations:
 
 
 def compare(bundle: bundles.Bundle, records: Path, batch_size: int, repeats: int) -> dict[str, Any]:
-    """The recipe's CogLM step and the bare one, on the same batches, in turn."""
+    """The task's CogLM step and the bare one, on the same batches, alternating."""
     options = Options(num_steps=1000, batch_size=batch_size)
     task = coglm_task(bundle, records, options, CogLMOptions("nothing"))
     schedule = warmup_cosine(options.learning_rate, options.num_steps, 100)
@@ -203,7 +203,7 @@ def compare(bundle: bundles.Bundle, records: Path, batch_size: int, repeats: int
 
 
 def compiled_in_the_loop(task: Task, options: Options, steps: int = 6) -> int:
-    """What `training.run.run` compiles from its second step to its last one, logging each."""
+    """Programs that `training.run.run` compiles from its second step to its last, logging each."""
     compilations = Compilations()
     numbers: list[int] = []
 
@@ -216,7 +216,7 @@ def compiled_in_the_loop(task: Task, options: Options, steps: int = 6) -> int:
         run_task(
             task._replace(before_step=before_step), few, Path(folder), LoopOptions(log_every=1)
         )
-    # Before step 3, step 1 has been logged; what logging compiles is no training step's.
+    # Before step 3, step 1 has been logged; programs compiled for logging do not count.
     return numbers[-1] - numbers[2]
 
 
@@ -264,7 +264,7 @@ def step_verdicts(batch: int, found: dict[str, Any]) -> list[Verdict]:
 
 
 def cold_commands(pictures: Path, records: Path) -> dict[str, Path]:
-    """Each training command, and what it is given, in the order of training."""
+    """Each training command and its data, in the order of training."""
     return {
         "tokenizer": pictures,
         "coglm": records,

@@ -8,7 +8,7 @@ from cogview2_jax.cli import common
 
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch):
-    """Compiled programs of a test are nobody's business."""
+    """Tests keep compiled programs in a cache of their own."""
     monkeypatch.setattr(common, "use_compilation_cache", lambda: None)
 
 

@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
 
 def test_importing_is_quick():
-    """The command line imports nothing heavy before it is needed."""
+    """The command line imports heavy modules only when they are needed."""
     heavy = {"jax", "flax", "scipy", "PIL", "sentencepiece", "safetensors"}
     code = f"import sys, cogview2_jax.cli; sys.exit(bool({heavy} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", code], check=True)

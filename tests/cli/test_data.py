@@ -1,4 +1,4 @@
-"""data prepare: what it writes and says."""
+"""data prepare: files and messages."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_a_batch_beyond_the_memory_is_refused_before_anything_is_begun(
     assert code == 2 and not out.exists()
     last = err.splitlines()[-1]
     assert last.startswith(f"cogview2: a batch of {number} pictures of 32 pixels needs ")
-    assert last.endswith("make batches smaller")
+    assert last.endswith("give a smaller --batch-size")
 
 
 @pytest.mark.parametrize(

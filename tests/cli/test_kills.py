@@ -1,5 +1,5 @@
-"""train, stopped, killed and out of disk at any moment: no step that was saved is lost, and going
-on gives bit for bit the run that nothing happened to.
+"""train, stopped, killed and out of disk at any moment: no saved step is lost, and a resumed run
+equals an undisturbed one bit for bit.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ PEER_TIMEOUT = 10
 
 @pytest.fixture(scope="module")
 def start(tiny_folder, records, tmp_path_factory):
-    """Starts `cogview2 train coglm` to go on in a folder: a list of its processes."""
+    """Starts or resumes `cogview2 train coglm` in a folder; returns its processes."""
     place = tmp_path_factory.mktemp("kills")
     numbers = itertools.count()
 
@@ -52,7 +52,7 @@ def start(tiny_folder, records, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
-    """Number of processes → the folder of a run that nothing happened to."""
+    """Number of processes → the folder of an undisturbed run."""
     made = {}
 
     def whole(processes=1):
@@ -66,7 +66,7 @@ def whole(start, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def begun(start, tmp_path_factory):
-    """(folder, number of processes) → that folder as of a run that was killed after it saved."""
+    """(folder, number of processes) → a folder of a run that was killed after a save."""
     made = {}
 
     def begun(out, processes):
@@ -82,7 +82,7 @@ def begun(start, tmp_path_factory):
 
 
 def train_on(start, out, step, **options):
-    """To the end, from where it should go on."""
+    """Run to the end; check the step at which it resumes."""
     with ending(start(out, "--save-every", STEPS, **options)) as running:
         for process in running:
             assert process.finish() == 0, process.err()
@@ -90,13 +90,13 @@ def train_on(start, out, step, **options):
 
 
 def went_on_from(process):
-    """The step that a process said it goes on from."""
-    said = re.search(r"CogLM: goes on from step (\d+)", process.err())
+    """The step at which a process said it resumes."""
+    said = re.search(r"CogLM: resumes at step (\d+)", process.err())
     return int(said[1]) if said else 0
 
 
 def last_line(process):
-    """Of one that was refused, or that gave up."""
+    """The message of a process that was refused or gave up."""
     assert process.finish() == 2, process.err()
     assert "Traceback" not in process.err()
     return process.err().splitlines()[-1]
@@ -107,7 +107,7 @@ def stepped(process):
 
 
 def committed(out):
-    """The newest checkpoint that is whole; 0 if there is none."""
+    """The newest complete checkpoint; 0 if there is none."""
     names = [path.name for path in out.glob("checkpoints/*")]
     return max((int(name) for name in names if name.isdigit()), default=0)
 
@@ -136,8 +136,8 @@ def assert_equal(out, other):
 
 
 def test_twenty_kills_lose_nothing(start, whole, tmp_path):
-    """Killed while it starts, in steps and in saves, at random moments, and once started twice; in
-    a folder with a name of which every other character means something to a program.
+    """Killed while it starts, in steps and in saves, at random moments, and once started twice, in
+    a folder with many special characters in its name.
     """
     rng = random.Random(7)
     out = tmp_path / "run [v2] *?#100%"
@@ -201,7 +201,7 @@ def test_sigkill_of_one_process_ends_the_other(start, whole, tmp_path):
 
 
 def test_an_error_of_one_process_ends_the_other(start, tmp_path):
-    """Only the first process writes figures, and here cannot."""
+    """Only the first process writes metrics, and here it cannot."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "tensorboard").write_text("a file in the place of a folder")
@@ -214,8 +214,8 @@ def test_an_error_of_one_process_ends_the_other(start, tmp_path):
 
 @pytest.mark.parametrize(("processes", "limited"), [(1, [0]), (2, [0, 1]), (2, [0]), (2, [1])])
 def test_a_checkpoint_that_cannot_be_written(processes, limited, start, begun, whole, tmp_path):
-    """Its files may be at most 30,000 bytes, and sooner or later one is larger: the checkpoint
-    before it stays. Processes that could write theirs do not wait for those that could not.
+    """Its files may have at most 30,000 bytes, and sooner or later one is larger: the checkpoint
+    before it stays. Processes that could write their part do not wait for those that could not.
     """
     out = tmp_path / "run"
     begun(out, processes)
@@ -234,7 +234,7 @@ def test_a_checkpoint_that_cannot_be_written(processes, limited, start, begun, w
 
 
 def test_a_model_that_cannot_be_written(start, tmp_path):
-    """Training is over and saved; there is just no room for the model."""
+    """Training is done and saved, but there is no room for the model."""
     out = tmp_path / "run"
     with ending(start(out, "--save-every", STEPS, largest_file=300_000)) as (process,):
         expected = f"cogview2: bundle {out / 'model'} could not be written: "
@@ -246,7 +246,7 @@ def test_a_model_that_cannot_be_written(start, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 900 kB, and what gives it more. Only root can have one."""
+    """A file system of 900 kB, and a function that enlarges it. Only root can mount one."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", place]

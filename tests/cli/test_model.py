@@ -1,4 +1,4 @@
-"""init and info: a model before it is trained, and what a model is made of."""
+"""init and info: a model without weights, and the description of a model."""
 
 import json
 import math
@@ -18,7 +18,7 @@ CHANGES = {
 
 @pytest.fixture
 def shipped(tiny_folder, monkeypatch):
-    """The tiny model in the place of the one that ships."""
+    """The tiny model instead of the one that ships."""
     monkeypatch.setattr(bundles, "SHIPPED", tiny_folder)
 
 

@@ -47,7 +47,7 @@ def test_generate_writes_pictures_grid_and_report(written):
             assert size_of(written / name) == (96, 96)
     width, height = size_of(written / report["grid"])
     assert width == 2 * 96 + 4 and height > 2 * 96
-    # Two prompts of two pictures, the grid and the report: nothing else lies there.
+    # Two prompts of two pictures, the grid and the report: there is nothing else.
     assert len(list(written.iterdir())) == 6
 
 
@@ -75,7 +75,7 @@ def test_a_bundle_in_the_making_does_what_it_can(run, tiny, tmp_path):
     options = ("--bundle", folder, "--num-images", 2, "--out", out)
     lacks = (
         "the model lacks direct, iterative: `cogview2 train direct-sr` trains direct;"
-        " without, it draws as far as stage base (--stage base)\n"
+        " until then it draws as far as stage base (--stage base)\n"
     )
     for asked in ("full", "direct"):
         code, _, err = run("generate", OTHER, *options, "--stage", asked)
@@ -103,7 +103,7 @@ def wide(tmp_path_factory) -> Path:
 
 
 def test_captions_of_many_pictures(run, tiny_folder, wide, tmp_path):
-    """One after the other; what cannot be used is named, and the others are captioned."""
+    """Pictures that cannot be used are named, and the others are captioned."""
     cut, gone = tmp_path / "cut.png", tmp_path / "gone.png"
     cut.write_bytes(wide.read_bytes()[:2000])
     options = ("--bundle", tiny_folder, "--language", "zh")
@@ -120,7 +120,7 @@ def test_captions_of_many_pictures(run, tiny_folder, wide, tmp_path):
 
 
 def test_pictures_are_opened_one_at_a_time(run, tiny_folder, wide, tmp_path, monkeypatch):
-    """The second picture comes into being when the first is captioned."""
+    """The second picture does not exist until the first is captioned."""
     late = tmp_path / "late.png"
     caption = CogView.caption
 
@@ -134,7 +134,7 @@ def test_pictures_are_opened_one_at_a_time(run, tiny_folder, wide, tmp_path, mon
 
 
 def test_infilling_on_the_command_line_and_in_python(run, tiny_folder, wide, tmp_path):
-    """A box of the whole picture, as it is seen; the result has its size."""
+    """A box of the whole upright picture; the result has the picture's size."""
     options = ("--bundle", tiny_folder, "--out", tmp_path, "--num-images", 2, "--seed", 4)
     box = (0, 0.75, 1, 1)
     code, out, _ = run("infill", OTHER, wide, "--box", *box, *options)

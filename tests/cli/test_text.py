@@ -1,4 +1,4 @@
-"""Text that users give to commands: what a new model does with it, and what is refused."""
+"""Text that users give to commands: how new models read it, and what is refused."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ WRONG = "text is not valid Unicode: half of a surrogate pair at character 13"
 
 @pytest.fixture
 def shipped(tiny_folder, monkeypatch):
-    """The tiny model in the place of the one that ships."""
+    """The tiny model instead of the one that ships."""
     monkeypatch.setattr(bundles, "SHIPPED", tiny_folder)
 
 

@@ -1,4 +1,4 @@
-"""train: what it writes and says, and what it refuses before anything starts."""
+"""train: files, messages, and refusals before anything starts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Small data sets to prepare, whole and damaged."""
+"""Small data sets to prepare, intact and damaged."""
 
 import io
 import json
@@ -12,7 +12,7 @@ SENTENCE, CHINESE = "a small green star on the left", "左边的绿色星形"
 
 
 def picture(number: int, width: int = 40, height: int = 32) -> bytes:
-    """A JPEG of coloured squares, another for each number."""
+    """A JPEG of coloured squares, different for each number."""
     coarse = np.random.default_rng(number).integers(0, 256, (4, 5, 3), np.uint8)
     content = io.BytesIO()
     enlarged = Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST)
@@ -83,5 +83,5 @@ def damaged() -> dict[int, str]:
 
 @pytest.fixture(scope="session")
 def captions_file(tmp_path_factory, damaged) -> Path:
-    """70 inputs, one for each damage among them."""
+    """70 inputs, with one for each kind of damage."""
     return write_inputs(tmp_path_factory.mktemp("inputs") / "photos", 70, damaged)

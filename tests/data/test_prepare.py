@@ -1,4 +1,4 @@
-"""Preparing: what is kept, what is refused, and that nothing else decides what the records are."""
+"""Preparing: which inputs are kept or refused, and that records depend on nothing else."""
 
 import dataclasses
 import errno
@@ -138,7 +138,7 @@ def test_each_of_a_list_of_captions_is_refused_alone(make, tmp_path):
 
 
 def test_a_folder_of_version_0_1_goes_on(make, tiny, captions_file, tmp_path):
-    """Its settings say where Chinese begins; its vocabulary has the four fields of then."""
+    """The settings say where Chinese begins; the vocabulary has the four fields of that version."""
     make(sources.CaptionsFile(captions_file), tmp_path)
     content = (tmp_path / manifests.MANIFEST).read_text()
     vocabulary = tiny.coglm_config.vocabulary
@@ -207,7 +207,7 @@ def test_workers_do_not_matter(made, make, captions_file, tmp_path):
 
 
 def test_it_goes_on_where_it_stopped(made, make, captions_file, tmp_path):
-    """A failing machine is no refusal: it stops the run, and the next one loses nothing."""
+    """A failing machine refuses no input: it stops the run, and the next run loses nothing."""
 
     class Failing(sources.CaptionsFile):
         def __getitem__(self, index):
@@ -229,7 +229,7 @@ def test_it_goes_on_where_it_stopped(made, make, captions_file, tmp_path):
 
 
 def test_several_runs_share_the_shards(made, make, captions_file, tmp_path):
-    """Threads stand for processes: a lock is held by an open file, whoever opened it."""
+    """Threads in place of processes: a lock belongs to an open file, not to a process."""
     folder, reports = tmp_path / "records", []
 
     def run():
@@ -256,7 +256,7 @@ def test_other_settings_are_refused(made, make, captions_file, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_nothing_half_written(captions_file, tmp_path):
-    """A limit on the size of files stands for the disk's."""
+    """A limit on the size of files, in place of a full disk."""
     code = """if True:
         import resource, signal, sys
         from cogview2_jax.cli import main
@@ -315,7 +315,7 @@ def test_what_a_kill_may_leave_behind_is_cleared(made, make, captions_file, tmp_
 
 
 def run_and_kill(command, out, at, cache):
-    """Run `command` and kill it as soon as `out` has `at` shards. Whether it was still running."""
+    """Run `command`, kill it as soon as `out` has `at` shards; returns whether it was running."""
     run = subprocess.Popen(command, env=cache, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while run.poll() is None and len(list(out.glob("*.array_record"))) < at:
         time.sleep(0.001)
@@ -342,7 +342,7 @@ def test_kill_9_loses_nothing(made, captions_file, tiny_folder, tmp_path, cache)
 
 @pytest.mark.slow
 def test_ten_thousand_inputs_of_which_3_percent_are_damaged(tiny_folder, tmp_path, cache):
-    """Nothing is lost but the damaged, each listed; one worker, two, and five kills: all the same.
+    """Only damaged inputs are lost, and all are listed; one worker, two, or five kills: all equal.
 
     About 52 s of processor time, eight starts of the command included.
     """
@@ -372,7 +372,7 @@ def test_ten_thousand_inputs_of_which_3_percent_are_damaged(tiny_folder, tmp_pat
 
 
 def assert_same(folder, other):
-    """The same files with the same content, and nothing left over."""
+    """The same files with the same content, and no others."""
     assert sorted(os.listdir(folder)) == sorted(os.listdir(other))
     for file in folder.iterdir():
         assert (other / file.name).read_bytes() == file.read_bytes(), file.name

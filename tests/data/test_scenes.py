@@ -86,17 +86,17 @@ def test_splits_are_disjoint_streams(drawn):
 def test_held_out_pairs_are_not_drawn_for_training(drawn, split):
     seen = set().union(*(pairs_of(e.scene) for e in drawn[split]))
     everything = set(itertools.product(scenes.SHAPES, scenes.COLOURS))
-    assert seen == everything - scenes.HELD_OUT_PAIRS
+    assert seen == everything - scenes.UNSEEN_PAIRS
 
 
 def test_every_composition_scene_has_one_held_out_pair(drawn):
-    found = [pairs_of(e.scene) & scenes.HELD_OUT_PAIRS for e in drawn["composition"]]
+    found = [pairs_of(e.scene) & scenes.UNSEEN_PAIRS for e in drawn["composition"]]
     assert all(len(pairs) == 1 for pairs in found)
-    assert set().union(*found) == scenes.HELD_OUT_PAIRS
+    assert set().union(*found) == scenes.UNSEEN_PAIRS
 
 
 def test_held_out_pairs_spare_each_shape_and_colour_once():
-    shapes, colours = zip(*scenes.HELD_OUT_PAIRS, strict=True)
+    shapes, colours = zip(*scenes.UNSEEN_PAIRS, strict=True)
     assert sorted(shapes) == sorted(scenes.SHAPES)
     assert sorted(colours) == sorted(scenes.COLOURS)
 

@@ -1,4 +1,4 @@
-"""Sources: what they read, and in what words they refuse."""
+"""Sources: what they read, and the messages of refusals."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_names_that_lack_a_field_are_refused_as_data_and_said(tmp_path):
 
 
 def names_of(folder):
-    """Names of the inputs, and what else there is with the reasons."""
+    """Names of the inputs, and the other files with the reasons."""
     source = PictureFolder(folder)
     named = []
     for i in range(len(source)):

@@ -19,7 +19,7 @@ def params() -> judge.Params:
 
 
 def scene_of(claims: Claims, rng: np.random.Generator) -> Scene:
-    """A scene as claimed, with whatever is left open drawn at random."""
+    """A scene that fits the claims; the rest is drawn at random."""
     while True:
         drawn = scenes.sample_scene(rng, len(claims.objects))
         objects = []

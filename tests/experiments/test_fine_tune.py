@@ -1,4 +1,4 @@
-"""The three commands of the README, on a folder of captioned pictures."""
+"""The three commands of the training README, on a folder of captioned pictures."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Objectives that stop learning are seen; so is an ablation that changes more than it says."""
+"""An objective that stops learning is noticed, and so is an ablation that changes too much."""
 
 import numpy as np
 import pytest

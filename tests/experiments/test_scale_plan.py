@@ -1,4 +1,4 @@
-"""The plan for full size: its arithmetic, and what it reads in a compiled program."""
+"""The plan for the published sizes: its arithmetic, and its parsing of a compiled program."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The Scenes training: what it is fed, and all of it on a handful of scenes and tiny networks."""
+"""The Scenes training: its inputs, and all of it on a few scenes with tiny networks."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The figures of experiments/stages on pictures whose answer is known."""
+"""The figures of experiments/stages, on pictures with known answers."""
 
 import numpy as np
 from PIL import ImageFilter

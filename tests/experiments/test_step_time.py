@@ -1,4 +1,4 @@
-"""The bare transformer that the train step is timed against, and the verdicts on it."""
+"""The bare transformer that the train step is compared with, and the verdicts."""
 
 import jax
 import numpy as np

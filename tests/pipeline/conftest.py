@@ -17,5 +17,5 @@ def cv(tiny: Bundle) -> CogView:
 
 @pytest.fixture(scope="session")
 def stages(cv: CogView) -> dict[str, np.ndarray]:
-    """Two pictures of PROMPT after each stage, of key 0."""
+    """Two pictures of PROMPT after each stage, with key 0."""
     return cv.generate_stages([PROMPT], jax.random.key(0), 2)

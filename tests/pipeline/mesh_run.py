@@ -18,7 +18,7 @@ PROMPTS = ("a small green star on the left", "左边的绿色星形")
 
 
 def drawn(cv: CogView) -> dict[str, Any]:
-    """Everything that the pipeline makes, of batches that the mesh does not cut evenly."""
+    """All results of the pipeline, for batches that the mesh does not split evenly."""
     tokens: list[np.ndarray] = []
     to_pixels = cogview.image_tokenizer.to_pixels
 

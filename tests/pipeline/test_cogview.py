@@ -1,4 +1,4 @@
-"""Strings and pictures in and out: what is drawn depends on what it should and nothing else."""
+"""Strings and pictures in and out: results depend on the documented arguments alone."""
 
 import dataclasses
 import io
@@ -82,8 +82,8 @@ def test_progress_names_the_parts(cv):
 
 
 def test_the_best_candidate_is_kept(cv, tiny, monkeypatch):
-    """Of three draws, each image keeps the one that scores best; the bundle says how many there
-    are, and an argument says otherwise.
+    """Of three draws, each image keeps the one with the best score. The bundle sets the number of
+    draws, and an argument overrides it.
     """
     drawn, scored = [], []
 
@@ -143,7 +143,7 @@ def test_a_key_draws_captions_and_temperature_0_does_not(cv):
 
 
 def test_a_caption_has_a_word_whatever_the_network_prefers(tiny):
-    """With a network that would end at once, in every way to end."""
+    """With a network that would end at once, by each kind of end."""
     vocabulary = tiny.coglm_config.vocabulary
     blank = [
         vocabulary.pad,
@@ -168,7 +168,7 @@ def test_a_caption_has_a_word_whatever_the_network_prefers(tiny):
 
 
 def test_a_picture_is_the_same_from_a_file_and_from_memory(cv, tmp_path):
-    """Turned by EXIF, transparent, 16 bits: scores see the pixels that a viewer shows."""
+    """Turned by EXIF, transparent, 16 bits: scores are of the pixels that a viewer shows."""
     upright = Image.fromarray(noise(96, 96))
     exif = Image.Exif()
     exif[0x112] = 6
@@ -193,7 +193,8 @@ def test_a_picture_is_the_same_from_a_file_and_from_memory(cv, tmp_path):
 
 
 def test_infilling_a_picture_of_the_models_own_size(cv, tiny, stages, monkeypatch):
-    """All of it passes once through the tokenizer; cells outside the box keep their tokens."""
+    """The whole picture passes through the tokenizer once; cells outside the box keep their tokens.
+    """
     picture, box = stages["full"][0, 0], (0.5, 0, 1, 1)
     tokens = []
 
@@ -235,7 +236,7 @@ def test_infilling_keeps_what_is_outside(name, cv):
     changed = (made != picture).any((0, -1))
     rows, columns = np.arange(height)[:, None] + 0.5, np.arange(width) + 0.5
     top, left, bottom, right = box
-    # Half a cell of the 4×4 grid: one whose centre the box holds is drawn whole.
+    # Half a cell of the 4×4 grid: a cell with its centre in the box is drawn as a whole.
     side = max(min(height, width), (bottom - top) * height, (right - left) * width)
     near_rows = (rows > top * height - side / 8 - 1) & (rows < bottom * height + side / 8 + 1)
     near = near_rows & (
@@ -274,7 +275,7 @@ def test_a_base_model_does_what_it_can(tiny, stages, tmp_path):
     key = jax.random.key(0)
     said = (
         "the model lacks direct, iterative: `cogview2 train direct-sr` trains direct;"
-        " without, it draws as far as stage base (--stage base)"
+        " until then it draws as far as stage base (--stage base)"
     )
     with pytest.warns(UserWarning) as caught:
         made = cv.generate(PROMPT, 2, key=key)

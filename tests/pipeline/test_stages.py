@@ -1,4 +1,4 @@
-"""The stages: what is drawn token by token is what full passes draw, from the same keys."""
+"""The stages: token by token and with full passes, the same keys give the same tokens."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ PROMPT, OTHER = "a red circle above a striped blue square", "左边的绿色星�
 
 @pytest.fixture(scope="module")
 def settings(tiny):
-    """What the stages that draw clusters are given, as CogView gives it."""
+    """The arguments of the stages with cluster sampling, as CogView passes them."""
     return {
         "config": tiny.coglm_config,
         "sampling": tiny.sampling,
@@ -119,7 +119,7 @@ def test_infilling_agrees_with_a_full_pass(tiny, settings, full_pass, draws):
 
 
 def test_captions_agree_with_a_full_pass(tiny):
-    """The most probable of the ids that are allowed, slot by slot."""
+    """The most probable allowed ids, slot by slot."""
     config, vocabulary = tiny.coglm_config, tiny.coglm_config.vocabulary
     for seed, language in enumerate(("en", "zh")):
         image = np.random.default_rng(seed).integers(0, 64, (1, 16))

@@ -1,4 +1,4 @@
-"""Clusters of the codebook: what is near is together, and every label is used."""
+"""Clusters of the codebook: near codes share a cluster, and every label is used."""
 
 import numpy as np
 import pytest

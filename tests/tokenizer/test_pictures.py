@@ -1,4 +1,4 @@
-"""Pictures: every way in, every mode, and what is refused in which words."""
+"""Pictures: every kind of input, every mode, and the messages of refusals."""
 
 import io
 import struct
@@ -35,7 +35,8 @@ def written(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def png(samples: np.ndarray, depth: int, colour: int, key: bytes = b"") -> bytes:
-    """A PNG file of rows of big-endian or packed samples, for what Pillow does not write."""
+    """A PNG file from rows of big-endian or packed samples, for formats that Pillow cannot write.
+    """
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return (
@@ -325,7 +326,7 @@ def test_formats_that_pillow_writes_are_read():
 
 
 def resized_then_cropped(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """What `fit_picture` is to compute, without regard to memory."""
+    """What `fit_picture` must compute, without its limit on memory."""
     scale = max(height / image.height, width / image.width)
     size = max(round(image.width * scale), width), max(round(image.height * scale), height)
     if size != image.size:
@@ -364,13 +365,14 @@ def test_extreme_pictures_show_their_middle(size):
 def test_memory_is_bounded_by_what_is_kept(tmp_path):
     """Two million pixels in a line: resized to cover the crop, they would take 600 GB."""
     code = """if True:
-        import resource
+        from pathlib import Path
         from PIL import Image
         from cogview2_jax.tokenizer.pictures import fit_picture, open_picture
         for size in ((2_000_000, 1), (1, 2_000_000), (2_000_000, 20)):
             opened = open_picture(Image.new("RGB", size, "red"))
             assert (fit_picture(opened, 480, 480) == (255, 0, 0)).all()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        # Not getrusage: its peak includes that of the process that started this one.
+        print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 1_000_000  # kB; the pictures themselves take 160 MB
@@ -384,7 +386,7 @@ def test_the_crop_in_source_pixels(size):
     pixel = max(1, (right - left) / 48)
     assert abs((left + right) / 2 - size[0] / 2) <= pixel
     assert abs((top + bottom) / 2 - size[1] / 2) <= pixel
-    # What is outside of it does not show.
+    # Pixels outside the box do not show.
     image = Image.new("RGB", size, "red")
     image.paste("blue", (round(left), round(top), round(right), round(bottom)))
     if min(size) > 48:

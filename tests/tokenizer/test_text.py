@@ -398,7 +398,7 @@ def test_typed_start_tokens_are_single_ids_as_published(model, vocabulary):
 
 @pytest.fixture(scope="module")
 def published():
-    """The published text model, and what its tokenizer gives for odd texts."""
+    """The published text model, and its tokenizer's ids of odd texts."""
     folder = os.environ.get("COGVIEW2_PUBLISHED")
     if not folder:
         pytest.skip("COGVIEW2_PUBLISHED names no folder with ice_text.model and text_ids.json")

@@ -1,4 +1,4 @@
-"""Checkpoints: damage and strangers are one line, and never a wrong start."""
+"""Checkpoints: damaged and foreign ones are refused in one line."""
 
 import os
 import shutil
@@ -107,7 +107,7 @@ def test_what_a_kill_left_half_written_is_passed_over(folder):
 
 
 def files_of_arrays(folder: Path) -> list[Path]:
-    """Those of step 2 that are read: orbax keeps a second copy of them for each process."""
+    """The files of step 2 that are read: orbax keeps a second copy of them for each process."""
     every = [*folder.glob("2/*/d/*"), *folder.glob("2/*/manifest.ocdbt")]
     assert len(every) == 4
     return every
@@ -127,7 +127,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_offered(damage, fo
         changed = whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1 :]
         file.write_bytes(whole[:half] if damage == "half" else changed)
         said = refused(folder, ValueError, f"checkpoint {folder / '2'} is damaged")
-        assert said.endswith("move folder 2 away to go on from the checkpoint before it")
+        assert said.endswith("move folder 2 away to resume from the checkpoint before it")
         file.write_bytes(whole)
     (folder / "2").rename(folder.parent / "2")
     assert restore(folder)[1] == 1
@@ -135,7 +135,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_offered(damage, fo
 
 @in_flight
 def test_what_cannot_be_read_is_not_said_to_be_damaged(tmp_path):
-    """Its name has words of the errors that damage is known by."""
+    """Its name contains the words by which damage is recognised."""
     folder = tmp_path / "corrupt checksum DATA_LOSS" / "checkpoints"
     save(folder, 1, 2)
     for file in [*files_of_arrays(folder), folder / "2" / "run" / "metadata"]:
@@ -218,7 +218,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
 
 
 def test_the_best_stays_when_a_run_goes_on(tmp_path):
-    """Losses that are not finite are no better than any."""
+    """Losses that are not finite are never the best."""
     losses = {1: 3.0, 2: 2.0, 3: np.nan, 4: 5.0, 5: -np.inf, 6: 4.0}
     for steps in ((1, 2), (3,), (4, 5, 6)):
         with checkpoint.open_folder(tmp_path, keep=1, best=True) as checkpoints:

@@ -1,4 +1,5 @@
-"""The codebook: where it is placed, how it moves, and that its codes come into use and stay so."""
+"""The codebook: where it is placed, how it moves, and that its codes come into use and stay in use.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ CODES, VECTORS, STEPS, BEGIN = 64, 256, 200, 20
 
 
 def vectors_at(step):
-    """What an encoder makes of a batch while it is trained: a cloud that moves, ever slower."""
+    """Vectors like those of an encoder in training: a cloud that moves, ever more slowly."""
     rng = np.random.default_rng((5, step))
     moved = 0.1 * (step - step**2 / (2 * STEPS))
     return jnp.asarray(rng.standard_normal((VECTORS, 4)) + moved, jnp.float32)

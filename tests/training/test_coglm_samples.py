@@ -1,4 +1,4 @@
-"""CogLM's training samples against the recorded ones, and what those do not show."""
+"""CogLM's training samples against the recorded ones, and cases without a recording."""
 
 import jax
 import numpy as np
@@ -215,7 +215,7 @@ def test_predict_end_adds_a_pad_label_after_each_text_and_nothing_else():
         (lambda: patches(4), "num_patches must be 1 to 0 for patches of 4 in grid .4, 6.: got 1"),
         (lambda: patches(2, 9), "num_patches must be 1 to 8 for patches of 2"),
         (lambda: corners([[[3, 0]]]), r"corners must be \[b, patches, 2\] within \(2, 4\)"),
-        (lambda: spans([[4]], [[31]]), "lengths and gaps must lie within 34 tokens: got ends up"),
+        (lambda: spans([[4]], [[31]]), "lengths and gaps must stay within 34 tokens: got ends up"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_named_in_one_line(call, message):

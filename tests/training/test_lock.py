@@ -1,4 +1,4 @@
-"""One run in a folder: the second is refused and told of the first, however the first ends."""
+"""One run in a folder: a second is refused and names the first, however the first ends."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ with lock.hold(Path(sys.argv[1])):
 
 
 def in_a_thread(function):
-    """What it raises, or None."""
+    """The error that it raises, or None."""
     raised: list[BaseException | None] = []
 
     def call():
@@ -74,7 +74,7 @@ def test_an_error_releases_it_and_leaves_no_empty_folder(tmp_path):
 
 
 def test_of_many_at_once_one_holds_it_at_a_time(tmp_path):
-    """The file is removed and made again by each of them."""
+    """Each of them removes the file and makes it again."""
     inside, most, times = [0], [0], [0]
 
     def works():

@@ -1,4 +1,4 @@
-"""The training loop: it goes on where it stopped, says what went wrong, keeps what it should."""
+"""The training loop: resuming, messages, checkpoints and logs."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def saved(folder):
 
 
 def sends(number, at, read=batches):
-    """A signal comes while the batch after `at` steps is read."""
+    """A signal arrives while the batch after `at` steps is read."""
 
     def reads(step):
         if step == at:
@@ -178,7 +178,7 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, capsys):
     (step,) = set(saved(tmp_path / "parts")) - {5}
     assert step in (7, 8)
     assert (
-        f"test: stopped and saved at step {step} of 20: started again, it goes on from there;"
+        f"test: stopped and saved at step {step} of 20: the same command resumes there;"
         f" with --steps {step} it writes the model\n"
     ) in capsys.readouterr().err
     assert lines(tmp_path / "parts")[-1]["step"] == step  # the last figures are not lost
@@ -240,7 +240,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_goes_on(tmp_path)
     assert run(tmp_path, 20).step == 20
 
 
-# --- What is kept and logged ----------------------------------------------------------------------
+# --- Checkpoints and logs -------------------------------------------------------------------------
 
 
 def test_the_best_is_kept_in_addition_to_the_last(tmp_path):
@@ -280,7 +280,7 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
         run(tmp_path, 10, settings={"batch": {"size": 8}})
 
 
-# --- What is said ---------------------------------------------------------------------------------
+# --- Messages -------------------------------------------------------------------------------------
 
 
 def test_without_a_terminal_it_says_plain_lines(tmp_path, capsys):

@@ -35,7 +35,7 @@ TEXTS = [[17, 18, 19], [20, 17]]
 
 
 def compiled(function, *arguments, config):
-    """Its value. As one program, hardly optimised: that is ready soonest."""
+    """Its value, computed by one program with little optimisation, which compiles fastest."""
     return jit(functools.partial(function, config=config))(*arguments)
 
 
@@ -177,7 +177,7 @@ def test_tokenizer_losses_of_parts_add_up_to_that_of_the_whole(tokenizer_params,
 
 @pytest.fixture(scope="module")
 def reconstructed(tokenizer_params):
-    """Stride → how far pictures and vectors are from what becomes of them, each value."""
+    """Stride → the errors of pictures and of vectors, value by value."""
 
     @jit
     def found(params):

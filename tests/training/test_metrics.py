@@ -1,5 +1,5 @@
-"""The figures of a run: what TensorBoard reads, what is said when nothing can be written, and the
-FLOPs that utilisation is made of, against what XLA counts.
+"""Metrics of a run: what TensorBoard reads, errors when nothing can be written, and the FLOPs of
+utilisation against those that XLA counts.
 """
 
 import functools
@@ -24,7 +24,7 @@ from tests.common import SMALL_TOKENIZER
 
 
 def events(folder):
-    """Of every file in the folder, as TensorBoard reads them."""
+    """The events of every file in the folder, as TensorBoard reads them."""
     found = []
     for file in sorted((folder / "tensorboard").iterdir()):
         content = file.read_bytes()
@@ -85,7 +85,7 @@ def test_a_full_disk_is_one_line(most, write, file, tmp_path):
 
 
 def test_lines_after_the_start_are_dropped_and_others_stay(tmp_path):
-    """And one that a kill has cut short."""
+    """Also one that a kill has truncated."""
     with Log(tmp_path) as log:
         for step in (5, 10, 10, 15):
             log.figures(step, {"loss": 0.5})
@@ -107,7 +107,7 @@ def test_lines_after_the_start_are_dropped_and_others_stay(tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is moved."""
+    """A clock that the test moves."""
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     return now
@@ -125,7 +125,7 @@ def test_speed_is_of_the_steps_since_the_restart(clock):
 
 
 def test_utilisation_is_a_share_of_the_highest_rate_seen(clock, monkeypatch):
-    """First measured on a busy machine, and never above 1."""
+    """The first measurement is on a busy machine; the result is never above 1."""
     rates = iter([100.0, 400.0, 50.0])
     monkeypatch.setattr(metrics, "matrix_rate", lambda dtype: next(rates))
     rate = MatrixRate(again_after=60)

@@ -1,4 +1,4 @@
-"""Options are checked when they are made, and the command line says what they say."""
+"""Options are checked when they are made, and the command line agrees with them."""
 
 import dataclasses
 
@@ -70,7 +70,7 @@ def test_processes_by_hand_go_together():
 
 @pytest.mark.parametrize("network", OWN)
 def test_every_command_has_every_option_with_its_default(network):
-    """What the command line gives without options is what Python gives."""
+    """The defaults of the command line are those of Python."""
     command = train_group.commands[network]
     made = {param.name: param for param in command.params}
     for kind in (OWN[network], *SHARED):

@@ -1,4 +1,4 @@
-"""Trainings of several processes, and on one mesh after another: all are the same training."""
+"""Training by several processes, and on one mesh after another: the results are equal."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(start):
-    """The same, to the end; gives each process's losses by step."""
+    """The same, until the end; returns each process's losses by step."""
 
     def train(*where, **options):
         with ending(start(*where, **options)) as running:
@@ -95,8 +95,8 @@ def half_of(folder, to):
 
 @pytest.mark.parametrize(("mesh", "resumed_on"), [(FSDP, None), (MIXED, FSDP)])
 def test_two_processes_follow_one_device(mesh, resumed_on, train, state_in, alone, tmp_path):
-    """2 processes × 4 devices, each with its own rows; then one process, of 1 device or 8, goes on
-    from the middle.
+    """2 processes × 4 devices, each with its own rows; then one process, of 1 device or 8,
+    resumes in the middle.
     """
     folder, expected = alone
     for losses in train(tmp_path / "two", mesh, processes=2):
@@ -109,7 +109,7 @@ def test_two_processes_follow_one_device(mesh, resumed_on, train, state_in, alon
 
 
 def test_two_processes_go_on_from_one(train, state_in, alone, tmp_path):
-    """And the devices along "tensor", of which two processes share each sample."""
+    """Also along "tensor", where two processes share each sample."""
     folder, expected = alone
     for losses in train(half_of(folder, tmp_path), (1, 1, 8), processes=2):
         assert_same(losses, {step: expected[step] for step in range(HALF + 1, STEPS + 1)})

@@ -1,4 +1,4 @@
-"""A training step: its gradient in parts, its average, what it freezes and refuses; optimisers."""
+"""A training step: accumulation, moving average, frozen parameters, errors; optimisers."""
 
 import functools
 
@@ -105,7 +105,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number():
 
 
 def test_a_parameter_that_becomes_too_large_is_not_kept():
-    """Its loss and gradient were finite, so the next step alone would tell."""
+    """Its loss and gradient were finite, so only the next step would show it."""
     optimizer, state = start(optax.sgd(1e38))
     step = make_step(loss, optimizer)
     x, y, weights = batch(0)

@@ -1,4 +1,4 @@
-"""Every network's training from prepared records: it learns, and its batches are what they say."""
+"""Training of every network from prepared records: it learns, and its batches are right."""
 
 import dataclasses
 
@@ -8,10 +8,11 @@ import optax
 import pytest
 
 from cogview2_jax import bundle as bundles
-from cogview2_jax.config import CogLMConfig
+from cogview2_jax.config import CogLMConfig, Training
 from cogview2_jax.data import prepare, reading, sources
 from cogview2_jax.data.records import RecordLayout
 from cogview2_jax.networks import direct_sr, inputs
+from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import image
 from cogview2_jax.training import batches
 from cogview2_jax.training.batches import Rows
@@ -101,7 +102,7 @@ def test_it_trains_from_nothing_and_goes_on(network, tiny, records, pictures, tm
 def test_super_resolution_starts_from_coglm(network, tiny, records):
     task = task_of(network, tiny, records, FEW, "coglm")
     np.testing.assert_array_equal(task.params["word_embeddings"], tiny.coglm["word_embeddings"])
-    with pytest.raises(ValueError, match="start 'coglm' needs parameters that the model does not"):
+    with pytest.raises(ValueError, match="start 'coglm' needs parameters that the model lacks"):
         task_of(network, tiny._replace(coglm={}), records, FEW, "coglm")
 
 
@@ -144,7 +145,7 @@ def test_other_strides_can_be_trained_with_nothing_changed_for_the_rest(tiny, pi
 
 
 def rows_of(records, parts, tiny):
-    """The rows of a batch of 8, of each of `parts` processes, with the generator they share."""
+    """The rows of a batch of 8 in each of `parts` processes, with the generator that they share."""
     made = []
     for part in range(parts):
         dataset = reading.tokens(records, 8, process_index=part, process_count=parts)
@@ -196,7 +197,7 @@ def test_unfit_records_are_refused_with_what_to_prepare(tiny, records, pictures)
     with pytest.raises(ValueError, match="no picture of 144 tokens: .* --size 32 --size 96"):
         batches.require_layout(coarse, tiny.coglm_config, 144)
     strided = RecordLayout.of(tiny.coglm_config, 16, 96)  # a grid of 4 × 4, of other tokens
-    with pytest.raises(ValueError, match="a token for 16 pixels .* draws one as 8: .* --stride 8"):
+    with pytest.raises(ValueError, match="16 pixels per token .* has 8: .* --stride 8"):
         batches.require_layout(strided, tiny.coglm_config)
     with pytest.raises(ValueError, match="holds pictures, not tokens"):
         coglm_task(tiny, pictures, FEW)
@@ -204,8 +205,13 @@ def test_unfit_records_are_refused_with_what_to_prepare(tiny, records, pictures)
         coglm_task(tiny, records, FEW)
     with pytest.raises(ValueError, match=r"strides must be of \(4, 8, 16\): got \(3, 8\)"):
         tokenizer_task(tiny, pictures, FEW, TokenizerOptions(strides=(8, 3)))
-    with pytest.raises(ValueError, match="keep_others needs a tokenizer that the model does not"):
+    with pytest.raises(
+        ValueError, match="keep_others needs a trained tokenizer, which the model lacks"
+    ):
         tokenizer_task(tiny, pictures, FEW, TokenizerOptions("nothing", keep_others=True))
+    remat = Execution(training=Training(remat="all"))
+    with pytest.raises(ValueError, match="dropout, remat and z_loss are for transformers"):
+        tokenizer_task(tiny, pictures, FEW, execution=remat)
 
 
 def test_validation_records_are_never_trained_on(records):
@@ -222,7 +228,7 @@ def test_validation_records_are_never_trained_on(records):
 
 
 def test_a_short_folder_trains_and_validates(tiny, tmp_path):
-    """Pictures enough for a batch, and 2 of 24 records to validate on."""
+    """Enough pictures for a batch, and 2 of 24 records for validation."""
     prepare.prepare_pictures(sources.Scenes(24), tmp_path)
     options = Options(num_steps=1, batch_size=16, validation=0.1)
     task = tokenizer_task(tiny, tmp_path, options, TokenizerOptions(side=32, strides=(8,)))

@@ -18,13 +18,13 @@ from cogview2_jax.data.scenes.scene import (
     CELL,
     COLOURS,
     FILLS,
-    HELD_OUT_PAIRS,
     LANGUAGES,
     LATTICE,
     PLACES,
     POSITIONS_BY_PLACE,
     SHAPES,
     SIZES,
+    UNSEEN_PAIRS,
     Scene,
     SceneObject,
     pick,
@@ -45,14 +45,14 @@ class Example(NamedTuple):
 
 
 _ALL_PAIRS = tuple(itertools.product(SHAPES, COLOURS))
-_SEEN = tuple(pair for pair in _ALL_PAIRS if pair not in HELD_OUT_PAIRS)
-_UNSEEN = tuple(pair for pair in _ALL_PAIRS if pair in HELD_OUT_PAIRS)
+_SEEN = tuple(pair for pair in _ALL_PAIRS if pair not in UNSEEN_PAIRS)
+_UNSEEN = tuple(pair for pair in _ALL_PAIRS if pair in UNSEEN_PAIRS)
 
 
 def sample_scene(
     rng: np.random.Generator, num_objects: int | None = None, pairs: Pairs = "seen"
 ) -> Scene:
-    """A random scene. `pairs` "unseen": exactly one object is of a held-out (shape, colour) pair.
+    """A random scene. `pairs` "unseen": exactly one object is of an unseen (shape, colour) pair.
 
     `num_objects` is 1 or 2, or None for the mix of the train split. Raises ValueError on anything
     else.
@@ -81,7 +81,7 @@ def sample_scene(
 
 
 def _one_centre(rng: np.random.Generator) -> tuple[int, int]:
-    # Drawn uniformly, most positions would have no name, and captions could seldom name a place.
+    # Of uniform positions most would have no name, and captions could seldom name a place.
     if rng.random() < 0.7:
         return pick(rng, POSITIONS_BY_PLACE[pick(rng, PLACES)])
     return pick(rng, LATTICE), pick(rng, LATTICE)

@@ -44,7 +44,7 @@ LANGUAGES = ("en", "zh")
 ATTRIBUTES = ("shape", "colour", "size", "fill", "place")
 """What a caption can name, in the order of reports. A relation counts as a place."""
 
-HELD_OUT_PAIRS = frozenset(
+UNSEEN_PAIRS = frozenset(
     {
         ("circle", "purple"),
         ("square", "cyan"),

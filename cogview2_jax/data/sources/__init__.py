@@ -1,10 +1,10 @@
 """Inputs of `prepare`, by number: a captions file with pictures, a folder of pictures, a prepared
 tfds data set, Scenes.
 
-A source has a length and gives input `i` as an `Input`, or raises `Refused` for what is wrong with
-that input, so that the work can be split by number and one bad input never stops the others.
-Sources are read by many threads at once. A failing machine (too many open files, a failing disk) is
-no reason to refuse an input: that error is raised as it is.
+A source has a length and gives input `i` as an `Input`, or raises `Refused` with the reason, so
+that the work can be split by number and one bad input never stops the others. Many threads read a
+source at once. Errors of the machine (too many open files, a failing disk) do not refuse an input:
+they are raised unchanged.
 """
 
 from cogview2_jax.data.sources.captions_file import CaptionsFile

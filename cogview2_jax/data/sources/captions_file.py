@@ -1,4 +1,4 @@
-"""A captions file: lines of a picture's path and its captions."""
+"""A captions file: each line has a picture's path and its captions."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class CaptionsFile:
     JSON lines: `{"image": "a.jpg", "caption": "a cat"}`, where `fields` name the captions; one may
     be a list, and each of its texts makes a record. Tab-separated: the first line may name the
     columns, if it names `image_field` and all of `fields`; otherwise it is data, and the columns
-    are the picture, then `fields` in order. A field that is missing, null or an empty column is no
-    caption of that picture; there must be one. With `pictures_only`, captions are ignored.
+    are the picture, then `fields` in order. A field that is missing, null or empty gives no
+    caption; at least one field must give one. With `pictures_only`, captions are ignored.
 
     Paths start at `images` (default: the file's folder). Blank lines do not count. Raises
     ValueError for another ending and for no lines, OSError when the file cannot be read.
@@ -60,7 +60,7 @@ class CaptionsFile:
             first: list[str] = []
             with contextlib.suppress(Refused):  # then it is no line of names
                 first = self._line(0).split("\t")
-            # A caption or a file may be called "image" too.
+            # A caption or a file could be named "image".
             if {image_field, *fields} <= set(first) or (pictures_only and first == [image_field]):
                 self._columns = tuple(first)
                 del self._starts[0], self._numbers[0]
@@ -101,7 +101,7 @@ class CaptionsFile:
         return self._captions_of(self._row(self._line(index)))
 
     def _hint(self, index: int) -> str:
-        """What to add to the reason of a first line that may be meant to name the columns."""
+        """A hint for a refused first line that may have been meant to name the columns."""
         if index or self._numbers[0] != 1 or self._file.suffix != ".tsv":
             return ""
         with contextlib.suppress(Refused):

@@ -1,4 +1,4 @@
-"""What every source gives: inputs by number, each with its captions, or the reason why not."""
+"""What all sources share: inputs with captions, and the reasons for refusing them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +9,7 @@ Captions = dict[str, str]  # field -> text
 
 
 class Input(NamedTuple):
-    """One input. Each of `captions` is one set, in one language or two, and makes a record."""
+    """One input. Each item of `captions` is a set, in one language or two, and makes a record."""
 
     name: str
     picture: Picture
@@ -17,7 +17,7 @@ class Input(NamedTuple):
 
 
 class Refused(Exception):
-    """What is wrong with one input: a short `kind` to count by, and one line that says why."""
+    """Why an input is refused: a short `kind` to count by, and a reason in one line."""
 
     def __init__(self, kind: str, reason: str, name: str = "") -> None:
         super().__init__(reason)
@@ -32,8 +32,8 @@ class LeftOut(NamedTuple):
 
 
 class Source(Protocol):
-    """`fingerprint`: JSON values that change whenever the inputs do. A source may have `left_out`,
-    the files that it does not read.
+    """Inputs by number. `fingerprint` has JSON values that change whenever the inputs do. A source
+    may have `left_out`, the files that it does not read.
     """
 
     @property
@@ -45,7 +45,7 @@ class Source(Protocol):
 
 
 def left_out(source: Source) -> Sequence[LeftOut]:
-    """What a source found and does not read."""
+    """The files that a source found and does not read."""
     found: Sequence[LeftOut] = getattr(source, "left_out", ())
     return found
 
@@ -53,8 +53,8 @@ def left_out(source: Source) -> Sequence[LeftOut]:
 def caption_sets(values: Mapping[str, Any]) -> tuple[Captions, ...]:
     """Captions by field, each None, a text or a list of texts, as sets with one text a field.
 
-    Lists go side by side; a single text goes with each of a list. No fields make no sets. Raises
-    Refused.
+    Lists are paired item by item; a single text is paired with each item of a list. Without fields
+    there are no sets. Raises Refused.
     """
     if not values:
         return ()

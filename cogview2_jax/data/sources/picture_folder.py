@@ -17,9 +17,9 @@ class PictureFolder:
     """All pictures in a folder and below it, by name, without captions.
 
     Pictures are the files with an ending of a format that Pillow opens, and those without any
-    ending. Links are followed; a folder that several links lead to is read once. Other files and
-    folders that cannot be listed are in `left_out`. Hidden files and folders (".…") and folders of
-    prepared records are passed over. Raises ValueError when there is no picture.
+    ending. Links are followed; a folder that several links lead to is read once. Other files, and
+    folders that cannot be listed, are in `left_out`. Hidden files and folders (".…") and folders of
+    prepared records are skipped. Raises ValueError if there is no picture.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,11 +46,11 @@ class PictureFolder:
 
 
 def _files_below(folder: Path) -> tuple[list[str], list[LeftOut]]:
-    """Pictures by their path from `folder`, and what else there is, both in order."""
+    """Pictures by their path from `folder`, and the other files, both in order."""
     pictures: list[str] = []
     others: list[LeftOut] = []
     seen: set[tuple[int, int]] = set()
-    # Linked folders come last, so that a folder has its own path where a link leads to it too.
+    # Linked folders come last, so that a folder that is also linked is listed by its own path.
     to_list, linked = deque([""]), deque[str]()
     while to_list or linked:
         place = to_list.popleft() if to_list else linked.popleft()
@@ -95,5 +95,5 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _holds(link: str) -> bool:
-    """Whether a linked folder is one of those that the link is in."""
+    """Whether a link leads to a folder that contains it."""
     return Path(os.path.realpath(Path(link).parent)).is_relative_to(os.path.realpath(link))

@@ -1,4 +1,4 @@
-"""Scenes as inputs."""
+"""Scenes as a source of inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cogview2_jax.data.sources.inputs import Input
 
 
 class Scenes:
-    """The first `length` examples of a split of Scenes, drawn when asked for."""
+    """The first `length` examples of a split of Scenes, drawn on demand."""
 
     def __init__(self, length: int, split: str = "train", fields: Sequence[str] = ()) -> None:
         from cogview2_jax.data import scenes

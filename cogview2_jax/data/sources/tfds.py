@@ -16,9 +16,9 @@ from cogview2_jax.errors import first_line
 class Tfds:
     """A split of a data set that tfds has prepared as array_record.
 
-    `fields` are paths to texts, such as `captions/text`; by default the only one there is. With
-    `download`, a set that is not there is downloaded and prepared first; some sets need TensorFlow
-    for that. Raises ValueError, in one line, for an unknown name, split or field.
+    `fields` are paths to texts, such as `captions/text`; the default is the only text. With
+    `download`, a missing set is downloaded and prepared first; some sets need TensorFlow for that.
+    Raises ValueError, in one line, for an unknown name, split or field.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ def _tfds_builder(name: str, data_dir: Path | None, download: bool) -> Any:
 
     place = None if data_dir is None else str(data_dir)
     try:
-        # Only from the files: the code that made them often needs TensorFlow.
+        # From the files alone: the builder's code often needs TensorFlow.
         return read_only_builder.builder_from_files(name, data_dir=place)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         if not download:
@@ -100,7 +100,7 @@ def _tfds_builder(name: str, data_dir: Path | None, download: bool) -> Any:
                 " --download to have tfds prepare it"
             ) from error
     try:
-        # Without TensorFlow, tfds prints much that the errors below say in one line.
+        # Without TensorFlow, tfds prints pages that the errors below say in one line.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             builder = tfds.builder(name, data_dir=place, file_format="array_record")
         builder.download_and_prepare()
