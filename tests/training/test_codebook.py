@@ -1,5 +1,4 @@
-"""The codebook: where it is placed, how it moves, and that its codes come into use and stay in use.
-"""
+"""The codebook: where it is placed, how it moves, and that its codes come into use and stay so."""
 
 import jax
 import jax.numpy as jnp
