@@ -33,8 +33,8 @@ def snippets():
 
 
 def needs_model(snippet: str) -> bool:
-    """It loads the bundle that ships, as `cogview2_jax.load()` or `bundle.load()`."""
-    return "load()" in snippet
+    """It loads the bundle that ships: `cogview2_jax.load(…)` or `bundles.load()`, with no path."""
+    return "cogview2_jax.load(" in snippet or "load()" in snippet
 
 
 @pytest.mark.parametrize(("readme", "snippet"), list(snippets()))

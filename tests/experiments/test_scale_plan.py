@@ -57,6 +57,7 @@ def test_a_step_waits_for_the_slowest_or_for_all():
     assert estimate.days(86.4, 1000, pairs=1e6) == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_a_real_step_says_what_was_predicted_and_measured(tmp_path):
     options = ["--layers", 2, "--hidden", 64, "--batch-size", 2, "--steps", 2]
     file = tmp_path / "real.json"

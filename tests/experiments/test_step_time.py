@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from cogview2_jax.data.records import make_record
 from cogview2_jax.networks import coglm
@@ -23,6 +24,7 @@ def test_the_bare_transformer_lacks_only_the_sandwich():
     assert run.count(params) == parameter_count(coglm.init_params, SMALL) - norms
 
 
+@pytest.mark.slow
 def test_the_bare_step_learns():
     params = bare.init_params(jax.random.key(0), SMALL)
     optimizer = adamw(lambda step: 1e-2)

@@ -193,7 +193,7 @@ def test_a_picture_is_the_same_from_a_file_and_from_memory(cv, tmp_path):
 
 
 def test_infilling_a_picture_of_the_models_own_size(cv, tiny, stages, monkeypatch):
-    """All of the picture passes through the tokenizer; cells outside the box keep their tokens."""
+    """All of the picture passes the tokenizer once; cells outside the box keep their tokens."""
     picture, box = stages["full"][0, 0], (0.5, 0, 1, 1)
     tokens = []
 

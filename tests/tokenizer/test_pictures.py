@@ -35,7 +35,7 @@ def written(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def png(samples: np.ndarray, depth: int, colour: int, key: bytes = b"") -> bytes:
-    """A PNG file from rows of big-endian or packed samples, which Pillow cannot write."""
+    """A PNG file from rows of big-endian or packed samples: Pillow cannot write all of them."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return (

@@ -1,4 +1,4 @@
-"""The codebook: its placement, its updates, and that its codes come and stay in use."""
+"""The codebook: where it is placed, how it moves, and that its codes come into use and stay so."""
 
 import jax
 import jax.numpy as jnp

@@ -187,7 +187,15 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, capsys):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path, capfd):
+@pytest.fixture
+def hears_ctrl_c():
+    """Programs in the background, and the workers of pytest-xdist, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path, capfd, hears_ctrl_c):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, 20, sends(signal.SIGINT, 7))
     assert max(saved(tmp_path)) in (7, 8)
