@@ -40,7 +40,7 @@ from cogview2_jax.description import ADVICE, CONFIGS, check_description
 from cogview2_jax.description import Description as Description
 from cogview2_jax.description import parse_description as parse_description
 from cogview2_jax.description import to_json as to_json
-from cogview2_jax.errors import one_line
+from cogview2_jax.errors import first_line, one_line
 from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import text
 
@@ -165,8 +165,10 @@ def load(
     bundle = bundle._replace(**trees)
     if CLUSTER_LABELS in shapes:
         (labels,) = _read_tensors(folder, [CLUSTER_LABELS]).values()
-        if labels.min(initial=0) < 0:
-            raise ValueError(f"{folder / WEIGHTS} is damaged (a negative cluster label): {ADVICE}")
+        size = description.tokenizer_config.codebook_size
+        if wrong := [label for label in (labels.min(), labels.max()) if not 0 <= label < size]:
+            what = f"a cluster label of {wrong[0]}, not from 0 to {size - 1}"
+            raise ValueError(f"{folder / WEIGHTS} is damaged ({what}): {ADVICE}")
         bundle = bundle._replace(cluster_labels=labels.astype(np.int32))
     return place(bundle, execution)
 
@@ -300,7 +302,10 @@ def expected_shapes(
     iterative_config: IterativeSRConfig,
     tokenizer_config: HVQVAEConfig,
 ) -> Mapping[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a bundle with this configuration."""
+    """Name and shape of every tensor of a bundle with this configuration.
+
+    Raises ValueError, in one line, for sizes that no network can have.
+    """
     # Imported here: the configuration and the text model are read without the networks.
     from cogview2_jax.networks import coglm, direct_sr, iterative_sr
     from cogview2_jax.tokenizer import image
@@ -313,7 +318,10 @@ def expected_shapes(
             "tokenizer": image.init_params(key, tokenizer_config),
         }
 
-    like = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    try:
+        like = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    except Exception as error:  # jax and flax raise what their layers happen to raise
+        raise ValueError(f"no networks of these sizes: {first_line(error)}") from error
     shapes = {name: tuple(leaf.shape) for name, leaf in _flat(like)}
     return shapes | {CLUSTER_LABELS: (tokenizer_config.codebook_size,)}
 
@@ -332,12 +340,10 @@ def _check_text_model(model: spm.SentencePieceProcessor, config: CogLMConfig, wh
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], bundle: Bundle, where: Path) -> None:
-    expected = expected_shapes(
-        bundle.coglm_config,
-        bundle.direct_config,
-        bundle.iterative_config,
-        bundle.tokenizer_config,
-    )
+    try:
+        expected = expected_shapes(*bundle[:4])
+    except ValueError as error:
+        raise ValueError(f"{where / CONFIG} is unfit ({error}): {ADVICE}") from error
     file = where / WEIGHTS
     parts = _networks_of(shapes)
     if "tokenizer" in parts:
@@ -371,6 +377,10 @@ def _read_tensors(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     with _damage_in(file), safetensors.safe_open(file, framework="numpy") as stored:
         for name in names:
             tensors[name] = stored.get_tensor(name)
+            kind = np.integer if name == CLUSTER_LABELS else np.floating
+            if not np.issubdtype(dtype := tensors[name].dtype, kind):
+                what = f"tensor {name!r} must be {kind.__name__}: got {dtype}"
+                raise ValueError(f"{file} is damaged ({what}): {ADVICE}")
             if not np.isfinite(tensors[name]).all():
                 raise ValueError(f"{file} is damaged (tensor {name!r} is not finite): {ADVICE}")
     return tensors

@@ -7,105 +7,22 @@ of the released code and weights (paper arXiv 2204.14217, sections 3 to 5; where
 code's).
 """
 
-import dataclasses
 import math
 import numbers
-import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from cogview2_jax.checks import as_float, require, require_counts, require_grid
+from cogview2_jax.checks import check_count as check_count
+from cogview2_jax.checks import check_settings as check_settings
+from cogview2_jax.checks import check_temperature as check_temperature
+from cogview2_jax.checks import setting as setting
 
 Grid = tuple[int, int]  # (rows, columns)
 
 # Pixels per token that all networks are trained and drawn with: the middle one of the tokenizer's
 # three strides, as published.
 TOKEN_STRIDE = 8
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    choices: Sequence[str] = (),
-    flag: str | None = None,
-    metavar: str | None = None,
-) -> Any:
-    """A dataclass field with its range and its help; the command line makes an option of it.
-
-    Numbers must be finite, at least `least`, above `above`, at most `most` and below `below`;
-    strings one of `choices`. None is allowed if it is the default. `flag` is the option's name if
-    it differs from the field's.
-    """
-    limits = {"least": least, "above": above, "most": most, "below": below}
-    given = {name: limit for name, limit in limits.items() if limit is not None}
-    about = {"help": help, "limits": given, "choices": tuple(choices)}
-    return field(default=default, metadata=about | {"flag": flag, "metavar": metavar})
-
-
-def check_settings(config: Any) -> None:
-    """Check the `setting` fields of a dataclass. Raises ValueError for the first wrong one."""
-    for each in dataclasses.fields(config):
-        value = getattr(config, each.name)
-        if "help" not in each.metadata or (value is None and each.default is None):
-            continue
-        for one in value if isinstance(value, tuple) else (value,):
-            if wanted := _wanted(one, each):
-                raise ValueError(f"{each.name} must be {wanted}: got {one!r}")
-
-
-_INSIDE = {
-    "least": operator.ge,
-    "above": operator.gt,
-    "most": operator.le,
-    "below": operator.lt,
-}
-
-
-def _wanted(value: Any, about: dataclasses.Field) -> str | None:
-    """A description of the values that a field may have, or None if its value is one of them."""
-    choices, limits = about.metadata["choices"], about.metadata["limits"]
-    if choices:
-        return None if value in choices else f"one of {', '.join(choices)}"
-    if isinstance(about.default, bool):
-        return None if isinstance(value, bool) else "True or False"
-    if not limits:
-        return None
-    whole = "int" in str(about.type)
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        return "a whole number" if whole else "a number"
-    inside = (_INSIDE[name](value, limit) for name, limit in limits.items())
-    if math.isfinite(value) and all(inside):
-        return None
-    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
-    if len(limits) == 2:
-        words |= {"least": "from", "most": "to", "below": "to below"}
-    return " ".join(f"{words[name]} {limit}" for name, limit in limits.items())
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """`value` as an int. Raises ValueError unless it is a whole number from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} must be a whole number: got {value!r}")
-    _require(int(value) >= least, f"{name} must be at least {least}: got {value}")
-    return int(value)
-
-
-def check_temperature(name: str, value: Any) -> float:
-    """`value` as a float. Raises ValueError unless it is finite and not negative; 0 is greedy."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{name} must be a number: got {value!r}")
-    number = float(value)
-    _require(0 <= number < math.inf, f"{name} must be finite and at least 0 (greedy): got {value}")
-    return number
 
 
 @dataclass(frozen=True)
@@ -162,12 +79,13 @@ class Vocabulary:
     as_published: bool = True
 
     def __post_init__(self) -> None:
-        _require(
+        require_counts(self, num_image=1, size=4, pad=0, unknown=0, first_chinese=0)
+        require(
             0 < self.num_image <= self.size - 3,
             f"num_image must leave room for three start tokens: got {self.num_image} of "
             f"{self.size}",
         )
-        _require(
+        require(
             self.first_chinese >= self.num_image,
             f"first_chinese must be a text id, from {self.num_image}: got {self.first_chinese}",
         )
@@ -210,7 +128,12 @@ class TransformerConfig:
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        _require(
+        require_counts(self, num_layers=1, hidden_size=1, num_heads=1, mlp_ratio=1, unroll=1)
+        require(
+            0 <= as_float(self.layernorm_epsilon) < math.inf,
+            f"layernorm_epsilon must be finite and at least 0: got {self.layernorm_epsilon}",
+        )
+        require(
             self.hidden_size % self.num_heads == 0,
             f"hidden_size must be a multiple of num_heads: got {self.hidden_size}"
             f" and {self.num_heads}",
@@ -237,12 +160,14 @@ class CogLMConfig:
     image_position: int = 513
 
     def __post_init__(self) -> None:
+        require_grid("grid", self.grid)
+        require_counts(self, max_text=1, num_positions=1, image_position=1)
         last = self.image_position + self.num_image_tokens
-        _require(
+        require(
             last <= self.num_positions,
             f"num_positions must hold the image cells: got {self.num_positions}, needed {last}",
         )
-        _require(
+        require(
             self.max_text < self.image_position,
             f"max_text must be below image_position: got {self.max_text} and {self.image_position}",
         )
@@ -266,6 +191,11 @@ class DirectSRConfig:
     text_slots: int = 96
     window: Grid = (9, 5)
     cross_window: Grid = (5, 5)
+
+    def __post_init__(self) -> None:
+        require_counts(self, ratio=1, text_slots=1)
+        require_grid("window", self.window, odd=True)
+        require_grid("cross_window", self.cross_window, odd=True)
 
     @property
     def grid(self) -> Grid:
@@ -307,7 +237,15 @@ class IterativeSRConfig:
     rounds: int = 6
 
     def __post_init__(self) -> None:
-        _require(
+        require_grid("grid", self.grid)
+        require_grid("window", self.window, odd=True)
+        require_counts(self, text_slots=1, num_positions=1, rounds=1, order=-(2**31))
+        require(
+            all(isinstance(row, tuple) and row for row in self.order)
+            and len({len(row) for row in self.order}) == 1,
+            f"order must be a rectangle of rows: got {self.order!r}",
+        )
+        require(
             self.text_slots <= self.num_positions,
             f"num_positions must hold text_slots: got {self.num_positions} and {self.text_slots}",
         )
@@ -315,6 +253,9 @@ class IterativeSRConfig:
     @property
     def num_image_tokens(self) -> int:
         return self.grid[0] * self.grid[1]
+
+
+MOST_BLOCKS = 256  # of a level of the tokenizer; each is traced by itself
 
 
 @dataclass(frozen=True)
@@ -339,13 +280,38 @@ class HVQVAEConfig:
     std: tuple[float, float, float] = (0.30379, 0.32279, 0.32800)
 
     def __post_init__(self) -> None:
+        require_counts(
+            self,
+            channels=1,
+            encoder_multipliers=1,
+            encoder_blocks=1,
+            decoder_multipliers=1,
+            decoder_blocks=1,
+            groups=1,
+            z_channels=1,
+            codebook_size=1,
+            codebook_dim=1,
+            nominal_resolution=1,
+            attention_resolution=0,
+        )
+        require(
+            bool(self.encoder_multipliers and self.decoder_multipliers),
+            "encoder_multipliers and decoder_multipliers must not be empty",
+        )
+        for name in ("encoder_blocks", "decoder_blocks"):
+            blocks = getattr(self, name)
+            require(blocks <= MOST_BLOCKS, f"{name} must be at most {MOST_BLOCKS}: got {blocks}")
+        for name in ("mean", "std"):
+            finite = all(math.isfinite(as_float(value)) for value in getattr(self, name))
+            require(finite, f"{name} must be finite: got {getattr(self, name)}")
+        require(all(self.std), f"std must not be 0: got {self.std}")
         for strides, multipliers in zip(self.strides[::-1], self.decoder_multipliers, strict=True):
-            _require(
+            require(
                 2 ** (len(multipliers) - 1) == strides,
                 f"a decoder of stride {strides} needs {strides.bit_length()} multipliers:"
                 f" got {multipliers}",
             )
-        _require(
+        require(
             self.channels % self.groups == 0,
             f"channels must be a multiple of groups: got {self.channels} and {self.groups}",
         )
@@ -398,13 +364,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_temperature("iterative_temperature", self.iterative_temperature)
-        _require(
+        require(
             isinstance(self.iterative_top_k, tuple) and len(self.iterative_top_k) > 0,
             f"iterative_top_k must be a tuple, one for each round: got {self.iterative_top_k!r}",
         )
         for number, top_k in enumerate(self.iterative_top_k):
             check_count(f"iterative_top_k[{number}]", top_k)
         upweight: Any = self.text_upweight
-        finite = isinstance(upweight, numbers.Real) and math.isfinite(upweight)
-        _require(finite, f"text_upweight must be a finite number: got {upweight!r}")
+        finite = isinstance(upweight, numbers.Real) and math.isfinite(as_float(upweight))
+        require(finite, f"text_upweight must be a finite number: got {upweight!r}")
         check_count("candidates", self.candidates)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cogview2_jax.config import (
+    TOKEN_STRIDE,
     CogLMConfig,
     DirectSRConfig,
     HVQVAEConfig,
@@ -62,7 +63,7 @@ def parse_description(content: Mapping[str, Any], file: Path, advice: str = ADVI
         made_with = content["made_with"]
         if not isinstance(made_with, dict):
             raise ValueError("made_with must be an object")
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file} is not valid ({one_line(error)}): {advice}") from error
     description = Description(**configs, made_with=made_with)
     check_description(description, file)
@@ -86,6 +87,11 @@ def check_description(description: Description, where: Path) -> None:
     for name, (found, expected) in pairs.items():
         if found != expected:
             raise ValueError(f"{where}: {name} must be {expected}: got {found}")
+    if TOKEN_STRIDE not in tokenizer.strides:
+        raise ValueError(
+            f"{where}: the strides of tokenizer_config must have {TOKEN_STRIDE}, which all"
+            f" networks are drawn with: got {tokenizer.strides}"
+        )
 
 
 def _require_keys(content: Mapping[str, Any], names: set[str], where: str) -> None:

@@ -9,6 +9,14 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def plain(words: str) -> str:
+    """`words` in one line that any terminal can show: spaces for breaks, and escapes for control
+    characters and for bytes of a file name that are no text.
+    """
+    words = " ".join(words.split())
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in words)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of the message, for libraries that explain at length below it."""
     return next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A room may import rooms of earlier floors and itself, not its neighbours on the same floor.
 FLOORS = (
-    ("config", "errors", "keys"),
+    ("checks", "errors", "files"),
+    ("config", "keys"),
     ("sharding",),
     ("description", "tokenizer", "networks", "decoding"),
     ("bundle",),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda f: (f / bundles.TEXT_MODEL).write_bytes(b"abc"),
         "text.model is damaged",
     ),
+    "empty text model": (
+        lambda f: (f / bundles.TEXT_MODEL).write_bytes(b""),
+        "text.model is damaged: it has no pieces",
+    ),
     "other text model": (other_text_model, "text.model has"),
     "truncated": (truncate, "weights.safetensors is damaged"),
     "not tensors": (lambda f: (f / bundles.WEIGHTS).write_bytes(b"x" * 99), "is damaged"),
@@ -173,7 +178,44 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "negative label": (
         edit_weights(lambda t: t[bundles.CLUSTER_LABELS].fill(-1)),
-        "negative cluster label",
+        "a cluster label of -1, not from 0 to 63",
+    ),
+    # The one-hot matrix of the clusters would have billions of columns.
+    "large label": (
+        edit_weights(lambda t: t[bundles.CLUSTER_LABELS].fill(2**31 - 1)),
+        "a cluster label of 2147483647, not from 0 to 63",
+    ),
+    "whole numbers as weights": (
+        edit_weights(lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS].astype(np.int16)})),
+        f"tensor '{EMBEDDINGS}' must be floating: got int16",
+    ),
+    "fractions as labels": (
+        edit_weights(lambda t: t.update(cluster_labels=np.ones(64, np.float16))),
+        "tensor 'cluster_labels' must be integer: got float16",
+    ),
+    "even window": (
+        edit_config(lambda c: c["direct_config"].update(window=[8, 5])),
+        "window must have odd sides: got (8, 5)",
+    ),
+    "no steps": (
+        edit_config(lambda c: c["iterative_config"].update(text_slots=0)),
+        "text_slots must be at least 1: got 0",
+    ),
+    "no mean": (
+        edit_config(lambda c: c["tokenizer_config"].update(mean=[0.5, math.nan, 0.5])),
+        "mean must be finite",
+    ),
+    "another stride": (
+        edit_config(lambda c: c["tokenizer_config"].update(decoder_multipliers=[[1, 1, 1]])),
+        "the strides of tokenizer_config must have 8",
+    ),
+    "a number too large": (
+        edit_config(lambda c: c["sampling"].update(text_upweight=10**400)),
+        "config.json is not valid",
+    ),
+    "endless blocks": (
+        edit_config(lambda c: c["tokenizer_config"].update(encoder_blocks=10**9)),
+        "encoder_blocks must be at most 256",
     ),
 }
 

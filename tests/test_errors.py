@@ -25,3 +25,7 @@ def test_an_error_in_one_line(error, one, first, reason):
     assert errors.one_line(error) == one
     assert errors.first_line(error) == first
     assert errors.reason(error) == (reason or "No space left")
+
+
+def test_words_that_a_terminal_can_show():
+    assert errors.plain("a\nb\r\n c\x1b[1m \udcff 图 é") == r"a b c\x1b[1m \udcff 图 é"

@@ -8,13 +8,14 @@ imported where they are needed, so that help and error messages appear at once.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
 import click
 
-from cogview2_jax import __version__
-from cogview2_jax.cli import data, model, pictures, train
+from cogview2_jax import __version__, errors
+from cogview2_jax.cli import common, data, model, pictures, train
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,15 +23,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exits with 0; 1 when some inputs could not be used; 2 after a mistake; 130 when interrupted.
     """
+    _print_anything()
     try:
         code = cli.main(args=arguments, prog_name="cogview2", standalone_mode=False)
     except click.ClickException as error:
-        click.echo(f"cogview2: {' '.join(error.format_message().split())}", err=True)
+        common.complain(error.format_message())
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("cogview2: interrupted", err=True)
+        common.complain("interrupted")
         sys.exit(130)
+    except OSError as error:  # of the machine, wherever it was met: no space left for the output
+        common.complain(errors.reason(error))
+        sys.exit(2)
+    except MemoryError:
+        common.complain("not enough memory")
+        sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_anything() -> None:
+    """Print what the terminal's encoding lacks (Chinese, names of files that are no text) as
+    escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @click.group(

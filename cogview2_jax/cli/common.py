@@ -41,6 +41,11 @@ dtype_option = click.option(
 )
 
 
+def complain(words: str) -> None:
+    """Say on stderr, in one line, what was wrong."""
+    click.echo(f"cogview2: {errors.plain(words)}", err=True)
+
+
 # --- Checks before anything is computed -----------------------------------------------------------
 
 
@@ -152,7 +157,7 @@ def choose_stage(folder: Path, asked: str | None) -> str:
         stage = reach.last_stage(networks)
     complete = list(settings.STAGES)[-1]
     if stage != complete:
-        click.echo(f"cogview2: {reach.what_is_missing(complete, networks)}", err=True)
+        complain(reach.what_is_missing(complete, networks))
     return stage
 
 
@@ -239,7 +244,7 @@ def require_free(
         return
     before: Any = None
     if report in there:
-        with contextlib.suppress(ValueError, OSError):
+        with contextlib.suppress(ValueError, OSError, RecursionError):
             before = json.loads((out / report).read_bytes())
     why = "is there already"
     if isinstance(before, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview2_jax import errors
+from cogview2_jax import files
 from cogview2_jax.cli import common
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def init(
         raise click.UsageError("give --text-model or --captions, not both")
     if (pieces or caption_fields) and not captions:
         raise click.UsageError("--pieces and --caption-field go with --captions")
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise click.ClickException(f"{out} exists: give a new folder")
     common.check_writable(out)
     from cogview2_jax import bundle as bundles
@@ -119,9 +120,8 @@ def init(
         description = bundles.parse_description(content, where, advice)
         try:
             counts = parameter_counts(description)
-        except Exception as error:  # for impossible sizes jax and flax raise various errors
-            reason = errors.first_line(error)
-            raise ValueError(f"{where}: no networks of these sizes: {reason}") from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         bundles.save(out, bundles.untrained(description, model))
     click.echo(f"{out}: a model without weights")
     for name, number in counts.items():
@@ -197,8 +197,9 @@ def _set_vocabulary(
 
 
 def _read_changes(file: Path) -> Any:
+    content = files.read_file(file)
     try:
-        return json.loads(file.read_bytes())
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
 
@@ -221,7 +222,7 @@ def _sentences(file: Path, fields: tuple[str, ...]) -> tuple[list[str], int]:
 
     if file.suffix not in (".jsonl", ".tsv"):
         try:
-            lines = file.read_text("utf-8-sig").splitlines()
+            lines = files.read_file(file).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text") from error
         return [line for line in lines if line.strip()], 0

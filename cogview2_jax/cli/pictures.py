@@ -214,7 +214,7 @@ def caption_command(
         try:
             opened = open_picture(file)
         except (PictureError, OSError) as error:
-            click.echo(f"cogview2: {common.picture_problem(file, error)}", err=True)
+            common.complain(common.picture_problem(file, error))
             failed = True
         else:
             click.echo(f"{file}: {cv.caption(opened, language=language)}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
 _LABEL_HEIGHT, _LABEL_MARGIN, _GAP, _COLUMNS = 22, 6, 4, 8
+_LABEL_CHARACTERS = 300
 _CHINESE_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansSC-Regular.otf",
@@ -74,6 +75,14 @@ def labelled_grid(prompts: Sequence[str], rows: Sequence[np.ndarray]) -> Image.I
     return grid
 
 
+def _as_label(prompt: str) -> str:
+    """A prompt as it is drawn. Invisible characters and line breaks, any number of which are no
+    more than spaces to the model, cannot be measured, or take long.
+    """
+    shown = "".join(one for one in " ".join(prompt.split()) if one.isprintable())
+    return shown if len(shown) <= _LABEL_CHARACTERS else shown[: _LABEL_CHARACTERS - 1] + "…"
+
+
 def _label(
     prompt: str, number: int, width: int
 ) -> tuple[list[str], ImageFont.FreeTypeFont | ImageFont.ImageFont]:
@@ -92,6 +101,7 @@ def _label(
         else:
             prompt = f"prompt {number}"
     room = width - 2 * _LABEL_MARGIN
+    prompt = _as_label(prompt)
     lines = [""]
     # Chinese breaks anywhere, English between words.
     for piece in re.findall(r"[^\W\u3000-\uffff]+\S*\s*|.", prompt):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogview2_jax.config import Vocabulary
+from cogview2_jax.config import Vocabulary, check_count
 from cogview2_jax.data.records import RecordLayout
 from cogview2_jax.errors import first_difference
 
@@ -40,6 +40,16 @@ class Manifest:
     layout: RecordLayout | None
     settings: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        if self.kind not in (TOKENS, PICTURES) or (self.kind == PICTURES) != (self.layout is None):
+            raise ValueError(
+                f"kind must be {TOKENS} with a layout, or {PICTURES}: got {self.kind!r}"
+            )
+        check_count("num_inputs", self.num_inputs, 0)
+        check_count("shard_size", self.shard_size)
+        if not isinstance(self.settings, dict):
+            raise ValueError(f"settings must be an object: got {self.settings!r}")
+
     @property
     def num_shards(self) -> int:
         return -(-self.num_inputs // self.shard_size)
@@ -51,6 +61,18 @@ class Manifest:
 
     def shard_file(self, folder: Path, shard: int) -> Path:
         return folder / f"records-{shard:05d}-of-{self.num_shards:05d}.array_record"
+
+    def shards_in(self, folder: Path) -> list[int]:
+        """The shards that are done, in order. It costs as much as the folder has files, however
+        many shards there are to be.
+        """
+        numbers = []
+        for name in os.listdir(folder):
+            number = name.removeprefix("records-").partition("-of-")[0]
+            if number.isascii() and number.isdigit() and int(number) < self.num_shards:
+                if name == self.shard_file(folder, int(number)).name:
+                    numbers.append(int(number))
+        return sorted(numbers)
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
@@ -81,7 +103,7 @@ def read(folder: Path) -> Manifest:
             layout["sizes"] = tuple(layout["sizes"])
             content["layout"] = RecordLayout(**layout, vocabulary=vocabulary)
         return Manifest(**content)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is damaged or of another version ({reason})") from error
 

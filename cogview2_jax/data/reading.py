@@ -29,6 +29,7 @@ from cogview2_jax.tokenizer.pictures import open_picture
 # The way in which records are split into training and validation, its seed included.
 SPLIT = "random by picture"
 _SPLIT_SEED = 0
+_ENDLESS = 2**53
 
 
 class Records:
@@ -43,12 +44,13 @@ class Records:
         from array_record.python.array_record_module import ArrayRecordReader
 
         self.manifest: Manifest = manifests.read(folder)
-        every = range(self.manifest.num_shards)
-        files = [self.manifest.shard_file(folder, shard) for shard in every]
-        if missing := sum(not file.exists() for file in files):
+        number = self.manifest.num_shards
+        done = self.manifest.shards_in(folder)
+        if missing := number - len(done):
             raise FileNotFoundError(
-                f"{folder} lacks {missing} of {len(files)} shards: prepare it to the end"
+                f"{folder} lacks {missing} of {number} shards: prepare it to the end"
             )
+        files = [self.manifest.shard_file(folder, shard) for shard in done]
         for file in files:
             reader = ArrayRecordReader(str(file))
             intact = reader.ok()  # a truncated file has no index, and no records
@@ -324,7 +326,9 @@ def _batches(dataset: Any, batch_size: int, process_index: int, process_count: i
             f" {process_index} of {process_count}"
         )
     # Batches of one process's size, of which it takes every n-th: rows stay in global order.
-    whole = dataset[: len(dataset) // batch_size * batch_size]
+    # An endless data set is cut where a float can still count: grain counts batches of 1 in one.
+    rows = min(len(dataset), _ENDLESS)
+    whole = dataset[: rows // batch_size * batch_size]
     return whole.batch(batch_size // process_count)[process_index::process_count]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cogview2_jax.config import TOKEN_STRIDE, CogLMConfig, Vocabulary
+from cogview2_jax.config import TOKEN_STRIDE, CogLMConfig, Vocabulary, check_count
 from cogview2_jax.networks.inputs import require_range, text_ids
 
 
@@ -32,8 +32,12 @@ class RecordLayout:
     vocabulary: Vocabulary = Vocabulary()
 
     def __post_init__(self) -> None:
-        if self.text_slots < 1:
-            raise ValueError(f"text_slots must be at least 1: got {self.text_slots}")
+        check_count("text_slots", self.text_slots)
+        check_count("stride", self.stride)
+        if not isinstance(self.sizes, tuple):
+            raise ValueError(f"sizes must be a tuple: got {self.sizes!r}")
+        for number, size in enumerate(self.sizes):
+            check_count(f"sizes[{number}]", size, least=-(2**31))  # which are wrong, is said below
         if not self.sizes or any(size < 1 or size % self.stride for size in self.sizes):
             raise ValueError(
                 f"sizes must be multiples of stride {self.stride}: got {list(self.sizes)}"

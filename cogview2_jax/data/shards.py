@@ -81,7 +81,7 @@ def write_shards(
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             manifests.begin(folder, manifest)
-    done = [shard for shard in range(manifest.num_shards) if _is_done(folder, manifest, shard)]
+    done = manifest.shards_in(folder)
     progress(sum(len(manifest.inputs(shard)) for shard in done))
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         # Pillow warns of harmless oddities, and of sizes that `pictures` limits by itself.
@@ -246,7 +246,7 @@ def _summarise(source: Source, folder: Path, manifest: Manifest) -> Report:
     """Counts of the finished shards. Once all are finished, writes them, with all refusals."""
     records, lines = 0, []
     kinds: Counter[str] = Counter()
-    done = [shard for shard in range(manifest.num_shards) if _is_done(folder, manifest, shard)]
+    done = manifest.shards_in(folder)
     for shard in done:
         report = _read_report(folder, manifest, shard)
         records += report["records"]

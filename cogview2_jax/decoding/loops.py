@@ -4,6 +4,7 @@ Both loops take functions and know no model. Parameters, masks and random keys a
 that the caller passes. Under jit, one compilation serves every prompt and seed of the same shapes.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,8 @@ def decode(
         tokens = sample(logits, i)
         return (tokens, cache), tokens
 
+    if operator.index(num_tokens) < 1:
+        raise ValueError(f"num_tokens must be at least 1: got {num_tokens}")
     first = sample(logits, jnp.zeros((), jnp.int32))
     (_, cache), rest = jax.lax.scan(body, (first, cache), jnp.arange(1, num_tokens))
     return jnp.concatenate([first[:, None], rest.T], axis=1), cache
@@ -64,6 +67,8 @@ def lopar(
         Tokens int32 [b, cells], after the last round.
     """
     reset = jnp.asarray(reset)  # a NumPy array cannot be indexed by the traced round
+    if not reset.shape[0]:
+        return tokens
 
     def body(round_: Array, tokens: Array) -> Array:
         logits = predict(jnp.where(reset[round_], mask_token, tokens))

@@ -34,6 +34,8 @@ def cluster_sums(values: jax.Array, labels: jax.Array, num_clusters: int) -> jax
             f"labels must be one per token: got {labels.shape} for logits of {values.shape[-1]}"
         )
     num_clusters = check_count("num_clusters", num_clusters)
+    if num_clusters > labels.size:
+        raise ValueError(f"num_clusters must be at most {labels.size} tokens: got {num_clusters}")
     # A product with a one-hot matrix, not a scatter: on a GPU the order of a scatter's additions
     # changes from run to run, and with it, at near ties, the greedy cluster. The matrix has 40 MB
     # for 20,000 × 500 float32, once for all rows. HIGHEST: TF32 would keep 10 bits of each addend.
@@ -55,7 +57,8 @@ def cluster_probabilities(
     """
     if _is_zero(sampling.temperature):
         return _one_hot(greedy(logits), logits)
-    scaled = logits.astype(jnp.float32) / sampling.temperature
+    _require_logits(logits)
+    scaled = logits.astype(jnp.float32) / float(sampling.temperature)
     sums = cluster_sums(jax.nn.softmax(scaled), labels, num_clusters)
     kept, kept_labels = jax.lax.top_k(sums, min(sampling.top_clusters, num_clusters))
     kept = kept / kept.sum(-1, keepdims=True)
@@ -64,7 +67,7 @@ def cluster_probabilities(
     if _is_zero(sampling.temperature * sampling.within_temperature):
         of_token = jnp.take(of_cluster, labels, axis=-1)
         return jnp.where(_first_of_cluster(scaled, labels, num_clusters), of_token, 0)
-    within = scaled / sampling.within_temperature
+    within = scaled / float(sampling.within_temperature)
     # Subtract each cluster's own maximum: with the maximum of the row, all weights of an improbable
     # cluster could underflow to 0, and their normalised form would be 0 / 0.
     largest = jax.ops.segment_max(jnp.moveaxis(within, -1, 0), labels, num_clusters)
@@ -90,20 +93,21 @@ def sample_clusters(
     blocks of 300.
     """
     top = min(sampling.top_clusters, check_count("num_clusters", num_clusters))
+    _require_logits(logits)
     if _is_zero(sampling.temperature):
         one_key(key)  # refused as at any other temperature
         return greedy(logits)
 
     def draw(key: jax.Array, row: jax.Array) -> jax.Array:
         cluster_key, token_key = jax.random.split(key)
-        scaled = row.astype(jnp.float32) / sampling.temperature
+        scaled = row.astype(jnp.float32) / float(sampling.temperature)
         sums, kept_labels = jax.lax.top_k(
             cluster_sums(jax.nn.softmax(scaled), labels, num_clusters), top
         )
         chosen = kept_labels[jax.random.categorical(cluster_key, jnp.log(sums))]
         if _is_zero(sampling.temperature * sampling.within_temperature):
             return jnp.argmax(jnp.where(labels == chosen, scaled, -jnp.inf))
-        within = jnp.where(labels == chosen, scaled / sampling.within_temperature, -jnp.inf)
+        within = jnp.where(labels == chosen, scaled / float(sampling.within_temperature), -jnp.inf)
         return jax.random.categorical(token_key, within)
 
     return _draw_rows(draw, key, logits, block)
@@ -120,7 +124,8 @@ def greedy_clusters(
     """
     if _is_greedy(temperature):
         return greedy(logits)
-    scaled = logits.astype(jnp.float32) / temperature
+    _require_logits(logits)
+    scaled = logits.astype(jnp.float32) / _divisor(temperature)
     best = jnp.argmax(cluster_sums(jax.nn.softmax(scaled), labels, num_clusters), -1)
     return greedy(jnp.where(labels == best[..., None], scaled, -jnp.inf))
 
@@ -139,7 +144,7 @@ def top_k_probabilities(
     kept = top_k_logits(logits, k, max_k=max_k)
     if _is_greedy(temperature):
         return _one_hot(greedy(logits), logits)
-    return jax.nn.softmax(kept / temperature)
+    return jax.nn.softmax(kept / _divisor(temperature))
 
 
 def top_k_logits(logits: jax.Array, k: int | jax.Array, *, max_k: int | None = None) -> jax.Array:
@@ -150,6 +155,7 @@ def top_k_logits(logits: jax.Array, k: int | jax.Array, *, max_k: int | None = N
     sort. A `k` above the vocabulary keeps everything. Raises ValueError for `k` or `max_k` below 1
     and for a static `k` above `max_k`.
     """
+    _require_logits(logits)
     size = logits.shape[-1]
     if max_k is not None:
         max_k = check_count("max_k", max_k)
@@ -157,7 +163,7 @@ def top_k_logits(logits: jax.Array, k: int | jax.Array, *, max_k: int | None = N
         k = check_count("k", _number(k))
         if max_k is not None and k > max_k:
             raise ValueError(f"k must not be above max_k: got {k} and {max_k}")
-        max_k = k
+        max_k = k = min(k, size)
     logits = logits.astype(jnp.float32)
     largest, _ = jax.lax.top_k(logits, min(size, max_k or size))
     # The index is clamped into the array, so a traced k above the vocabulary means all of it.
@@ -185,10 +191,23 @@ def sample_top_k(
         top_k_logits(logits, k, max_k=max_k)
         return greedy(logits)
 
+    _require_logits(logits)
+
     def draw(key: jax.Array, row: jax.Array) -> jax.Array:
-        return jax.random.categorical(key, top_k_logits(row, k, max_k=max_k) / temperature)
+        return jax.random.categorical(
+            key, top_k_logits(row, k, max_k=max_k) / _divisor(temperature)
+        )
 
     return _draw_rows(draw, key, logits, block)
+
+
+def _require_logits(logits: jax.Array) -> None:
+    """Raises ValueError unless `logits` are real numbers [..., v], v at least 1."""
+    real = jnp.floating, jnp.integer
+    if not any(jnp.issubdtype(logits.dtype, kind) for kind in real):
+        raise ValueError(f"logits must be real numbers: got {logits.dtype}")
+    if not logits.shape or not logits.shape[-1]:
+        raise ValueError(f"logits must be [..., v], v at least 1: got {list(logits.shape)}")
 
 
 def _draw_rows(
@@ -219,6 +238,11 @@ def _number(value: Any) -> Any:
 def _is_zero(temperature: float) -> bool:
     # float32 logits divided by less would overflow, and inf − inf is no probability.
     return temperature < 1e-30
+
+
+def _divisor(temperature: Any) -> Any:
+    """A whole number as a float, since jax takes none of 32 bits or more."""
+    return temperature if _is_traced(temperature) else float(_number(temperature))
 
 
 def _is_greedy(temperature: Any) -> bool:

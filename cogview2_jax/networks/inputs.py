@@ -284,8 +284,6 @@ def lopar_order(config: IterativeSRConfig) -> np.ndarray:
     int32 [y, x].
     """
     tile = np.asarray(config.order, np.int32)
-    if tile.ndim != 2 or not tile.size:
-        raise ValueError(f"order must be a rectangle of rows: got shape {tile.shape}")
     repeats = [-(-side // step) for side, step in zip(config.grid, tile.shape, strict=True)]
     return np.tile(tile, repeats)[: config.grid[0], : config.grid[1]]
 

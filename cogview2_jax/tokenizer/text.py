@@ -13,13 +13,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece as spm
 
 from cogview2_jax.config import Vocabulary
+from cogview2_jax.files import read_file
 from cogview2_jax.tokenizer.cleaning import TextError, clean, require_unicode
 
 MARK = "▁"  # what SentencePiece writes for the space before a word
@@ -39,8 +39,10 @@ def load_text_model(source: str | PathLike[str] | bytes) -> spm.SentencePiecePro
     """A text model from its file or its bytes. Raises ValueError when it is damaged or empty,
     OSError when unreadable.
     """
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    content = source if isinstance(source, bytes) else read_file(source)
     name = "<bytes>" if isinstance(source, bytes) else str(source)
+    if not content:  # SentencePiece would load nothing, and say so later on stderr
+        raise ValueError(f"text model {name} is damaged: it has no pieces")
     try:
         model = spm.SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:

@@ -41,7 +41,7 @@ def coglm_task(
     )
     data = token_data(records, options, execution)
     batches.require_layout(data.layout, config)
-    first_chinese = data.records.manifest.settings["first_chinese"]
+    first_chinese = data.layout.vocabulary.first_chinese
     length = data.layout.text_slots + 1 + config.num_image_tokens
     if own.text_ratio and length > config.num_positions:
         raise ValueError(

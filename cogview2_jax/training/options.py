@@ -177,6 +177,11 @@ class ProcessOptions:
         by_hand = [value is None for value in (self.coordinator, self.processes, self.process)]
         if any(by_hand) and not all(by_hand):
             raise ValueError("coordinator, processes and process go together")
+        if self.processes is not None and self.process is not None:
+            if self.process >= self.processes:
+                raise ValueError(
+                    f"process must be below processes {self.processes}: got {self.process}"
+                )
 
 
 # --- Of one network -------------------------------------------------------------------------------

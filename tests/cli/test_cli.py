@@ -1,5 +1,6 @@
 """The command line as a whole: its help, and how it refuses."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,55 @@ def test_help_teaches_by_example(command, run):
     code, out, _ = run(*command, "--help")
     assert code == 0
     assert "Examples:" in out and f"cogview2 {' '.join(command)}" in out
+
+
+def test_the_name_of_a_file_is_one_line_whatever_it_is(run, tiny_folder):
+    for command in (["caption"], ["infill", "a star", "--box", *"0011"]):
+        code, _, err = run(*command, "--bundle", tiny_folder, "--", "a\nb\x1b\udcff.png")
+        assert code in (1, 2)
+        assert err == "cogview2: a b\\x1b\\udcff.png: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("stdout", "encoding", "code", "said"),
+    [
+        ("/dev/full", "utf-8", 2, "cogview2: No space left on device\n"),
+        ("/dev/null", "ascii", 0, ""),  # the help has Chinese
+    ],
+)
+def test_output_that_cannot_be_written(stdout, encoding, code, said):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    with open(stdout, "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cogview2_jax.cli", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".tsv", ""])
+def test_a_pipe_makes_no_command_wait(run, tmp_path, monkeypatch, ending):
+    monkeypatch.chdir(tmp_path)
+    pipe = f"pipe{ending}"
+    os.mkfifo(pipe)
+    said = f"cogview2: {pipe} is not a file\n"
+    for option in ("--captions", "--config", "--text-model"):
+        assert run("init", "--out", "new", option, pipe) == (2, "", said)
+    if ending:
+        assert run("data", "prepare", pipe, "--pictures", "--out", "new") == (2, "", said)
+    assert os.listdir() == [pipe]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop", "loop/below"])
+def test_a_new_model_needs_a_place(run, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("loop", "loop")
+    code, _, err = run("init", "--out", name)
+    assert code == 2 and err.startswith("cogview2: ") and err.count("\n") == 1
+    assert os.listdir() == ["loop"]
 
 
 SCENES = ["data", "prepare", "scenes", "--count", "2", "--out"]

@@ -126,10 +126,13 @@ BAD_CONFIGS = {
     "wrong type": ({"tokenizer_config": {"codebook_size": "64"}}, "codebook_size must be int"),
     "no codes": ({"tokenizer_config": {"codebook_size": 0}}, "num_image must"),
     "two grids": ({"iterative_config": {"grid": [9, 9]}}, "iterative_config.grid must be (12, 12)"),
-    "no heads": ({"coglm_config": {"transformer": {"num_heads": 0}}}, "modulo by zero"),
+    "no heads": (
+        {"coglm_config": {"transformer": {"num_heads": 0}}},
+        "num_heads must be at least 1: got 0",
+    ),
     "no decoders": (
         {"tokenizer_config": {"decoder_multipliers": []}},
-        "no networks of these sizes",
+        "decoder_multipliers must not be empty",
     ),
     "another format": ({"format": 9}, "has format 9"),
     "vocabulary": ({"coglm_config": {"vocabulary": {"pad": 1}}}, "vocabulary lacks"),

@@ -240,3 +240,11 @@ def test_long_prompts_wrap_in_the_grid():
 def test_many_pictures_wrap_in_the_grid():
     grid = sheets.labelled_grid(["a star", "a heart"], [np.zeros((9, 96, 96, 3), np.uint8)] * 2)
     assert grid.width == 8 * 100 - 4 and grid.height > 4 * 100
+
+
+@pytest.mark.parametrize("between", ["\n", "\u200b" * 50_000, " " * 50_000, "\u2028", "\x01"])
+def test_a_label_of_a_prompt_with_characters_that_are_not_seen(between):
+    """It is measured piece by piece: what has no width is left out, so that this ends."""
+    picture = np.zeros((1, 96, 96, 3), np.uint8)
+    grid = sheets.labelled_grid([f"a red{between}circle above a star"], [picture])
+    assert grid.width == 96 and grid.height < 300

@@ -1,5 +1,6 @@
 """Reading: the same global batches for any number of processes, and exact resumption."""
 
+import json
 import shutil
 
 import numpy as np
@@ -179,6 +180,19 @@ def test_without_a_share_there_is_nothing_to_validate_on(folder):
         reading.tokens(folder, 1, validation=True)
 
 
+def test_batches_of_one(folder, pictures):
+    """Grain counts them in a float, which has no such number as that of an endless data set."""
+    training = reading.tokens(folder, 1)
+    assert training[0].shape == training[2**40].shape == (1, 8)
+    assert reading.pictures(pictures, 1, 16)[7].shape == (1, 16, 16, 3)
+
+
+def test_a_folder_that_is_said_to_have_endless_shards_is_refused_at_once(tmp_path):
+    manifests.begin(tmp_path, Manifest(manifests.PICTURES, 10**15, 1, None, {}))
+    with pytest.raises(FileNotFoundError, match="lacks 1000000000000000 of 1000000000000000"):
+        reading.Records(tmp_path)
+
+
 @pytest.mark.parametrize("number", [1, 3, 24])
 def test_fewer_records_than_a_batch_fill_it(tmp_path, number):
     records_of(tmp_path, list(range(number)))
@@ -303,6 +317,26 @@ def test_a_damaged_shard_is_named(folder, tmp_path, damage, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         records = reading.Records(copy)
         [records[i] for i in range(len(records))]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {"num_inputs": "80"},
+            {"shard_size": 0},
+            {"kind": "x"},
+            {"settings": []},
+            {"layout": None},
+        ),
+        {"num_inputs": float("nan")},
+    ],
+)
+def test_values_that_no_manifest_has_are_refused(folder, tmp_path, change):
+    content = json.loads((folder / manifests.MANIFEST).read_text())
+    (tmp_path / manifests.MANIFEST).write_text(json.dumps(content | change))
+    with pytest.raises(ValueError, match="records.json is damaged or of another version"):
+        manifests.read(tmp_path)
 
 
 def test_a_damaged_manifest_is_named(folder, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cogview2_jax.config import ClusterSampling, Sampling
-from cogview2_jax.decoding import sampling
+from cogview2_jax.decoding import loops, sampling
 from cogview2_jax.keys import key_batch, one_key
 
 LABELS, CLUSTERS = jnp.arange(40) % 5, 5
@@ -170,3 +170,34 @@ def test_one_key_is_no_batch_of_keys():
         key_batch(jax.random.key(0))
     with pytest.raises(ValueError, match="keys must come from jax.random.key: got 3"):
         key_batch(3)
+
+
+def test_numbers_too_large_for_jax_are_taken_as_numbers():
+    """A whole number of 32 bits or more is no argument of a jitted function."""
+    np.testing.assert_array_equal(sampling.top_k_logits(LOGITS, 2**40), LOGITS)
+    token = sampling.sample_top_k(KEY, LOGITS, 2**40, 2**40)
+    assert token.shape == LOGITS.shape[:-1]
+    how = ClusterSampling(2**40, within_temperature=2**40)
+    assert sampling.sample_clusters(KEY, LOGITS, LABELS, CLUSTERS, how).shape == token.shape
+    assert sampling.greedy_clusters(LOGITS, LABELS, CLUSTERS, 2**40).shape == token.shape
+    with pytest.raises(ValueError, match="temperature must be finite"):
+        ClusterSampling(10**400)
+
+
+@pytest.mark.parametrize("logits", [jnp.ones(5, complex), jnp.ones((2, 0)), jnp.ones(())])
+def test_logits_that_are_none_are_refused(logits):
+    for call in (
+        lambda: sampling.top_k_logits(logits, 1),
+        lambda: sampling.sample_top_k(KEY, logits, 1),
+        lambda: sampling.greedy_clusters(logits, LABELS[:5], CLUSTERS),
+        lambda: sampling.sample_clusters(KEY, logits, LABELS[:5], CLUSTERS, ClusterSampling()),
+    ):
+        with pytest.raises(ValueError, match="logits must be"):
+            call()
+
+
+def test_loops_of_no_turn():
+    tokens = jnp.ones((2, 4), jnp.int32)
+    assert loops.lopar(None, None, tokens, np.ones((0, 4), bool), 0) is tokens
+    with pytest.raises(ValueError, match="num_tokens must be at least 1: got 0"):
+        loops.decode(None, None, jnp.zeros((2, 3)), (), 0)

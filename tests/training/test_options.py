@@ -66,6 +66,9 @@ def test_a_tuple_is_checked_by_item():
 def test_processes_by_hand_go_together():
     with pytest.raises(ValueError, match="coordinator, processes and process go together"):
         ProcessOptions(coordinator="first:1")
+    # The others would wait for one that does not come.
+    with pytest.raises(ValueError, match="process must be below processes 2: got 2"):
+        ProcessOptions(coordinator="first:1", processes=2, process=2)
 
 
 @pytest.mark.parametrize("network", OWN)

@@ -13,6 +13,7 @@ from typing import Any
 
 from cogview2_jax.data import defaults
 from cogview2_jax.data.sources.inputs import Captions, Input, Refused, caption_sets
+from cogview2_jax.files import require_file
 from cogview2_jax.tokenizer.pictures import PictureError, read_picture
 
 
@@ -44,6 +45,7 @@ class CaptionsFile:
         self._fields = () if pictures_only else tuple(fields)
         self._image_field, self._all_fields = image_field, tuple(fields)
         self._columns: tuple[str, ...] = (image_field, *fields)
+        require_file(file)
         starts, numbers = array("q"), array("q")
         digest, start = hashlib.sha256(), 0
         with file.open("rb") as content:
