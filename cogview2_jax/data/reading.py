@@ -185,7 +185,7 @@ def pictures(
     process_count: int = 1,
     epochs: int | None = None,
     smallest: int | None = None,
-    mirror: bool = True,
+    mirror: bool = False,
     validation_share: float = 0.0,
     validation: bool = False,
 ) -> Any:
@@ -211,7 +211,7 @@ def pictures(
 
 
 def random_crop(
-    picture: Image.Image, side: int, rng: np.random.Generator, smallest: int, mirror: bool = True
+    picture: Image.Image, side: int, rng: np.random.Generator, smallest: int, mirror: bool = False
 ) -> np.ndarray:
     """A random square of `picture` as uint8 [side, side, 3]; see `pictures`.
 

@@ -150,7 +150,7 @@ def _crop_data(
         reading.pictures, records, options.batch_size, side, validation_share=options.validation
     )
     rows = functools.partial(crops_of, seed=options.seed, process_index=part, process_count=parts)
-    unseen = validation_part(lambda: rows(validation=True, epochs=1, mirror=False), options, most=4)
+    unseen = validation_part(lambda: rows(validation=True, epochs=1), options, most=4)
     fresh = crops_of(seed=options.seed + 1, mirror=own.mirror)
     return _CropData(records, rows(mirror=own.mirror), unseen, fresh)
 

@@ -63,18 +63,18 @@ def _sizes(config: TransformerConfig) -> list[int]:
 def _text_to_image(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[Outcome]:
     text, image = configs.split_text(golden["t2i_tokens"], config.vocabulary)
     words = jnp.ones(text.shape, bool)
-    layout = inputs.text_to_image(jnp.asarray(text), words, jnp.asarray(image), config)
-    yield equal("text to image: tokens", layout.tokens, golden["t2i_tokens"])
-    yield equal("text to image: positions", layout.positions, golden["t2i_position_ids"])
-    yield equal("text to image: mask", layout.mask, golden["t2i_mask"])
+    network_input = inputs.text_to_image(jnp.asarray(text), words, jnp.asarray(image), config)
+    yield equal("text to image: tokens", network_input.tokens, golden["t2i_tokens"])
+    yield equal("text to image: positions", network_input.positions, golden["t2i_position_ids"])
+    yield equal("text to image: mask", network_input.mask, golden["t2i_mask"])
     upweight = golden["t2i_attn_plus"].item()
-    bias = inputs.text_key_bias(layout.is_text, upweight)
+    bias = inputs.text_key_bias(network_input.is_text, upweight)
     at_text = np.where(np.arange(bias.shape[-1]) < text.shape[1], np.float32(upweight), 0)
     yield equal("text to image: up-weighting", bias, at_text)
 
     recorded = golden["t2i_logits"]
     ours = jax.jit(partial(coglm.apply, config=config, ids=(0, recorded.shape[-1])))(
-        params, layout, bias=bias
+        params, network_input, bias=bias
     )
     yield close("text to image: logits", ours, recorded, "logits")
 
@@ -84,8 +84,10 @@ def _cached_decode(golden: Golden, params: Params, config: CogLMConfig) -> Itera
     slots = config.max_text
     padded = inputs.right_padded(text.tolist(), slots, config.vocabulary)
     words, is_text = (jnp.asarray(part) for part in padded)
-    layout = inputs.text_to_image(words, is_text, jnp.asarray(image), config)
-    ours = _logits_by_cache(params, layout, slots + 1, _upweight(golden, "t2i_attn_plus"), config)
+    network_input = inputs.text_to_image(words, is_text, jnp.asarray(image), config)
+    ours = _logits_by_cache(
+        params, network_input, slots + 1, _upweight(golden, "t2i_attn_plus"), config
+    )
     recorded = golden["decode_step_logits"]
     steps = recorded.shape[1]
     yield close(f"cached decode: logits before each of {steps} tokens", ours, recorded, "logits")
@@ -96,22 +98,26 @@ def _upweight(golden: Golden, name: str) -> float:
 
 
 def _logits_by_cache(
-    params: Params, layout: inputs.NetworkInput, start: int, upweight: float, config: CogLMConfig
+    params: Params,
+    network_input: inputs.NetworkInput,
+    start: int,
+    upweight: float,
+    config: CogLMConfig,
 ) -> jax.Array:
     """Logits [b, s − start, num_image] before each token from slot `start` on, the tokens given: a
     prefill of the slots before, then one cached step a token in `loops.decode`.
     """
-    batch, length = layout.tokens.shape
+    batch, length = network_input.tokens.shape
     ids = (0, config.vocabulary.num_image)
-    bias = inputs.text_key_bias(layout.is_text, upweight)
+    bias = inputs.text_key_bias(network_input.is_text, upweight)
 
     @jax.jit
-    def run(params: Params, layout: inputs.NetworkInput, bias: jax.Array) -> jax.Array:
+    def run(params: Params, network_input: inputs.NetworkInput, bias: jax.Array) -> jax.Array:
         def extend(
             cache: KVCache, first: jax.Array, tokens: jax.Array, mask: jax.Array
         ) -> tuple[jax.Array, KVCache]:
             count = tokens.shape[1]
-            positions = jax.lax.dynamic_slice_in_dim(layout.positions, first, count, 1)
+            positions = jax.lax.dynamic_slice_in_dim(network_input.positions, first, count, 1)
             part = inputs.NetworkInput(tokens, positions, mask)
             hidden, cache = coglm.extend(params, cache, part, first, config=config, bias=bias)
             return coglm.logits(params, hidden[:, -1], config=config, ids=ids), cache
@@ -119,23 +125,26 @@ def _logits_by_cache(
         def step(carry: Any, tokens: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
             # `decode` returns only tokens, so the logits are carried along with the cache.
             cache, seen = carry
-            visible = jax.lax.dynamic_slice_in_dim(layout.mask, start + i, 1, axis=1)
+            visible = jax.lax.dynamic_slice_in_dim(network_input.mask, start + i, 1, axis=1)
             logits, cache = extend(cache, start + i, tokens[:, None], visible)
             return logits, (cache, seen.at[:, i + 1].set(logits))
 
         def given(logits: jax.Array, i: jax.Array) -> jax.Array:
-            return layout.tokens[:, start + i]
+            return network_input.tokens[:, start + i]
 
-        before = layout.mask[:, :start] & (jnp.arange(length) < start)
+        before = network_input.mask[:, :start] & (jnp.arange(length) < start)
         logits, cache = extend(
-            coglm.init_cache(config, batch, length), jnp.int32(0), layout.tokens[:, :start], before
+            coglm.init_cache(config, batch, length),
+            jnp.int32(0),
+            network_input.tokens[:, :start],
+            before,
         )
         seen = jnp.zeros((batch, length - start, logits.shape[-1])).at[:, 0].set(logits)
         steps = length - start
         _, (_, seen) = loops.decode(step, given, logits, (cache, seen), steps)
         return seen
 
-    return run(params, layout, bias)
+    return run(params, network_input, bias)
 
 
 def _captioning(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[Outcome]:
@@ -143,17 +152,17 @@ def _captioning(golden: Golden, params: Params, config: CogLMConfig) -> Iterator
     text = tokens[:, cells + 1 :]
     english = tokens[:, cells] == config.vocabulary.start_of_english
     words = jnp.ones(text.shape, bool)
-    layout, loss_mask = inputs.captioning(tokens[:, :cells], text, words, english, config)
-    yield equal("captioning: tokens", layout.tokens, tokens)
-    yield equal("captioning: positions", layout.positions, golden["caption_position_ids"])
-    yield equal("captioning: mask", layout.mask, golden["caption_mask"])
+    network_input, loss_mask = inputs.captioning(tokens[:, :cells], text, words, english, config)
+    yield equal("captioning: tokens", network_input.tokens, tokens)
+    yield equal("captioning: positions", network_input.positions, golden["caption_position_ids"])
+    yield equal("captioning: mask", network_input.mask, golden["caption_mask"])
     yield equal("captioning: loss mask", loss_mask, golden["caption_loss_mask"])
 
     @jax.jit
     def score(params: Params) -> jax.Array:
-        logits = coglm.apply(params, layout, config=config)
+        logits = coglm.apply(params, network_input, config=config)
         likelihoods = jax.nn.log_softmax(logits[:, :-1])
-        of_next = jnp.take_along_axis(likelihoods, layout.tokens[:, 1:, None], -1)[..., 0]
+        of_next = jnp.take_along_axis(likelihoods, network_input.tokens[:, 1:, None], -1)[..., 0]
         return jnp.mean(of_next, axis=-1, where=loss_mask[:, 1:])
 
     yield close("captioning: scores", score(params), golden["caption_scores"], "likelihood")
@@ -178,14 +187,14 @@ def _infilling(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[
     made = inputs.infill(mask, text, cells, config, slots=slots)
     tokens = np.broadcast_to(made.tokens, (len(filled), len(made.tokens))).copy()
     tokens[:, slots + 1 :] = filled[:, len(text) + 1 :]
-    layout = inputs.NetworkInput(
+    network_input = inputs.NetworkInput(
         jnp.asarray(tokens),
         jnp.asarray(made.positions)[None],
         jnp.asarray(made.mask)[None],
         jnp.asarray(made.is_text)[None],
     )
     upweight = _upweight(golden, "comp_log_attention_weight")
-    ours = _logits_by_cache(params, layout, made.start, upweight, config)
+    ours = _logits_by_cache(params, network_input, made.start, upweight, config)
     sampled = made.tokens[made.start :] < 0
     recorded = golden["comp_step_logits"]
     yield close("infilling: logits of each sampled step", ours[:, sampled], recorded, "logits")
@@ -205,12 +214,12 @@ def check_direct_sr(golden: Golden) -> Iterator[Outcome]:
     texts = _texts(golden["text"], len(coarse), config.text_slots)
     padded = inputs.left_padded(texts, config.text_slots, config.coglm.vocabulary)
     text, is_text = (jnp.asarray(part) for part in padded)
-    layout = inputs.direct_super_resolution(text, is_text, jnp.asarray(coarse), config)
-    yield equal("tokens", layout.tokens, golden["tokens"])
-    yield equal("positions", layout.positions, golden["position_ids"])
-    yield equal("mask", layout.mask, golden["attention_mask"])
+    network_input = inputs.direct_super_resolution(text, is_text, jnp.asarray(coarse), config)
+    yield equal("tokens", network_input.tokens, golden["tokens"])
+    yield equal("positions", network_input.positions, golden["position_ids"])
+    yield equal("mask", network_input.mask, golden["attention_mask"])
 
-    logits = jax.jit(partial(direct_sr.apply, config=config))(params, layout)
+    logits = jax.jit(partial(direct_sr.apply, config=config))(params, network_input)
     rows, labels = golden["logit_rows"], jnp.asarray(golden["cluster_labels"])
     yield close("logits", logits[:, rows], golden["logits"], "logits")
     most_probable = jax.jit(sampling.greedy_clusters, static_argnums=2)
@@ -241,10 +250,10 @@ def check_iterative_sr(golden: Golden) -> Iterator[Outcome]:
     text, is_text = (jnp.asarray(part) for part in padded)
     reset = inputs.lopar_schedule(config)
 
-    def layout(cells: jax.Array) -> inputs.NetworkInput:
+    def network_input(cells: jax.Array) -> inputs.NetworkInput:
         return inputs.iterative_super_resolution(text, is_text, cells, config)
 
-    first = layout(jnp.where(reset[0], mask_token, start))
+    first = network_input(jnp.where(reset[0], mask_token, start))
     yield equal("tokens of the first round", first.tokens, golden["first_input_tokens"])
     yield equal("positions", first.positions, golden["position_ids"])
     yield equal("mask", first.mask, golden["attention_mask"])
@@ -254,7 +263,7 @@ def check_iterative_sr(golden: Golden) -> Iterator[Outcome]:
 
     @jax.jit
     def predict(params: Params, cells: jax.Array) -> jax.Array:
-        return iterative_sr.apply(params, layout(cells), config=config)
+        return iterative_sr.apply(params, network_input(cells), config=config)
 
     rows = golden["logit_rows"]
     last = np.where(reset[-1], mask_token, after[-2] if len(after) > 1 else start)

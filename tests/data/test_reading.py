@@ -242,7 +242,7 @@ def test_the_records_of_a_step_can_be_named(folder, options):
 
 def test_the_pictures_of_a_step_can_be_named(pictures):
     records = reading.Records(pictures)
-    crops = reading.pictures(pictures, 3, 8, seed=4, mirror=False, smallest=48)
+    crops = reading.pictures(pictures, 3, 8, seed=4, smallest=48)
     for step in (0, 5):
         for number, crop in zip(
             reading.record_numbers(pictures, 3, step, seed=4), crops[step], strict=True
@@ -274,12 +274,12 @@ def test_a_crop_lies_in_the_picture_and_half_are_mirrored():
     across = np.broadcast_to(np.arange(60, dtype=np.uint8)[None, :, None], (48, 60, 3))
     image = Image.fromarray(np.ascontiguousarray(across))
     rng = np.random.default_rng(0)
-    crops = [reading.random_crop(image, 16, rng, 16) for _ in range(200)]
+    crops = [reading.random_crop(image, 16, rng, 16, mirror=True) for _ in range(200)]
     mirrored = [bool(crop[0, 0, 0] > crop[0, -1, 0]) for crop in crops]
     assert 70 < sum(mirrored) < 130
     edges = [abs(int(crop[0, 0, 0]) - int(crop[0, -1, 0])) for crop in crops]
     assert min(edges) < 20 and max(edges) > 38
-    kept = [reading.random_crop(image, 16, rng, 16, mirror=False) for _ in range(20)]
+    kept = [reading.random_crop(image, 16, rng, 16) for _ in range(20)]
     assert all(crop[0, 0, 0] < crop[0, -1, 0] for crop in kept)
     assert reading.random_crop(image, 64, rng, 64).shape == (64, 64, 3)  # a smaller picture grows
 
