@@ -157,8 +157,7 @@ def load(
     shapes = _stored_shapes(folder)
     _check_shapes(shapes, bundle, folder)
     there = _networks_of(shapes)
-    if networks is None:
-        networks = there or NETWORKS
+    networks = (there or NETWORKS) if networks is None else networks
     if missing := [name for name in NETWORKS if name in networks and name not in there]:
         what = f"lacks {', '.join(missing)}" + ("" if shapes else f" (no file {WEIGHTS})")
         raise ValueError(f"bundle {folder} {what}: `{TRAINED_BY[missing[0]]}` trains {missing[0]}")
@@ -221,11 +220,7 @@ def networks_in(path: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
 def untrained(description: Description, text_model: spm.SentencePieceProcessor) -> Bundle:
     """A bundle with these parts and no network, to be trained from zero."""
     return Bundle(
-        description.coglm_config,
-        description.direct_config,
-        description.iterative_config,
-        description.tokenizer_config,
-        description.sampling,
+        *description[:5],  # the configurations, in the same order
         coglm={},
         direct={},
         iterative={},
