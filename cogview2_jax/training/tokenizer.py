@@ -65,12 +65,7 @@ def tokenizer_task(
         )
     strides = _strides(own, config)
     side = _side(own, strides, config)
-    start, params = starting_params(own.start, {"model": bundle.tokenizer})
-    if own.keep_others and params is None:
-        raise ValueError(
-            "keep_others needs a trained tokenizer, which the model lacks: give the model of a run"
-            " that trained one"
-        )
+    start, params = _starting_params(own, bundle)
     # From nothing, the step at which the codebook is placed.
     begin = 0 if params is not None else int(own.settle * options.planned_steps)
     init = functools.partial(image_tokenizer.init_params, config=config)
@@ -82,21 +77,15 @@ def tokenizer_task(
         # The flag is part of the batch: it changes no shape, so the step is compiled only once.
         return pixels, np.full(len(pixels), step >= begin)
 
-    def loss(params: Params, batch: Any, key: Array | None) -> Any:
-        pixels, quantize = batch
-        images = pixels.astype(jnp.float32) / 255
-        return hvqvae_loss(
-            params,
-            images,
-            pixel_weights(images) if pixel_weights else jnp.ones(images.shape[:-1]),
-            strides,
-            config=config,
-            execution=execution,
-            quantize=jnp.all(quantize),
-            commitment=own.commitment,
-            perceptual=perceptual,
-            perceptual_weight=perceptual_weight,
-        )
+    loss = functools.partial(
+        hvqvae_loss,
+        strides=strides,
+        config=config,
+        execution=execution,
+        commitment=own.commitment,
+        perceptual=perceptual,
+        perceptual_weight=perceptual_weight,
+    )
 
     def before_step(step: int, state: TrainState) -> TrainState:
         if params is not None or step != begin:
@@ -112,7 +101,7 @@ def tokenizer_task(
         axes=jax.tree.map(lambda leaf: (), shapes),
         params=params,
         trained=None if all(jax.tree.leaves(trained)) else trained,
-        loss=loss,
+        loss=_of_crops(loss, pixel_weights),
         read=lambda step: marked(data.crops[step], step),
         read_validation=lambda step: marked(data.validation[step], begin),
         validation_batches=len(data.validation),
@@ -128,6 +117,20 @@ def tokenizer_task(
         before_step=before_step,
         watch=None if own.keep_others else watch_usage(),
     )
+
+
+def _of_crops(
+    loss: Callable[..., Any], pixel_weights: Callable[[Array], Array] | None
+) -> Callable[[Params, Any, Array | None], Any]:
+    """`loss` of the batches that `read` gives; the key is for dropout, which there is none of."""
+
+    def of_batch(params: Params, batch: Any, key: Array | None) -> Any:
+        pixels, quantize = batch
+        images = pixels.astype(jnp.float32) / 255
+        weights = pixel_weights(images) if pixel_weights else jnp.ones(images.shape[:-1])
+        return loss(params, images, weights, quantize=jnp.all(quantize))
+
+    return of_batch
 
 
 class _CropData(NamedTuple):
@@ -178,6 +181,16 @@ def _side(own: TokenizerOptions, strides: tuple[int, ...], config: HVQVAEConfig)
     if side % config.strides[-1]:
         raise ValueError(f"side must be a multiple of {config.strides[-1]}: got {side}")
     return side
+
+
+def _starting_params(own: TokenizerOptions, bundle: Bundle) -> tuple[str, Params | None]:
+    start, params = starting_params(own.start, {"model": bundle.tokenizer})
+    if own.keep_others and params is None:
+        raise ValueError(
+            "keep_others needs a trained tokenizer to start from: give the model of a run that"
+            " trained one, and start 'model'"
+        )
+    return start, params
 
 
 def _trained(
