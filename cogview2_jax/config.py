@@ -201,6 +201,11 @@ class DirectSRConfig:
         require_counts(self, ratio=1, text_slots=1)
         require_grid("window", self.window, odd=True)
         require_grid("cross_window", self.cross_window, odd=True)
+        require(
+            self.text_slots <= self.coglm.image_position,  # else a word has the position of a cell
+            f"text_slots must be at most image_position: got {self.text_slots} and"
+            f" {self.coglm.image_position}",
+        )
 
     @property
     def grid(self) -> Grid:

@@ -157,3 +157,8 @@ def test_the_published_network_has_7_7_billion_parameters():
     tables = (150_003 + 1024 + 3600) * e
     total = parameter_count(direct_sr.init_params, DirectSRConfig())
     assert total == n * layer + tables + 2 * e == 7_725_874_176
+
+
+def test_a_word_never_has_the_position_of_a_cell():
+    with pytest.raises(ValueError, match="text_slots must be at most image_position: got 10 and 9"):
+        dataclasses.replace(SMALL, text_slots=10)
