@@ -44,7 +44,7 @@ _seed_option = click.option(
     default=0,
     show_default=True,
     metavar="N",
-    help="The same seed gives the same pictures, exactly.",
+    help="The same seed gives the same pictures, with the same model, device and versions.",
 )
 _stage_option = click.option(
     "--stage",

@@ -70,7 +70,8 @@ class Options:
     seed: int = setting(0, "Seed of all random numbers.", least=0, most=2**31 - 1, metavar="N")
     validation: float = setting(
         0.0,
-        "Share of the records kept for validation, which takes place at every save.",
+        "Share of the records kept for validation, which takes place at the start and at every"
+        " save.",
         least=0,
         below=1,
         metavar="X",
@@ -109,7 +110,8 @@ class LoopOptions:
         0, "Steps between pictures in DIR/samples; 0 for none.", least=0, metavar="N"
     )
     skip_non_finite: bool = setting(
-        False, "Skip a step with a loss that is not finite, instead of stopping."
+        False,
+        "Skip a step with a loss, gradient or parameter that is not finite, instead of stopping.",
     )
 
     def __post_init__(self) -> None:

@@ -258,7 +258,7 @@ def test_the_pictures_of_a_step_can_be_named(pictures):
             )
 
 
-def test_crops_and_flips_are_a_function_of_seed_and_place(pictures):
+def test_crops_are_a_function_of_seed_and_place(pictures):
     one = reading.pictures(pictures, 4, 16, seed=5)
     assert one[0].shape == (4, 16, 16, 3) and one[0].dtype == np.uint8
     many = [
@@ -270,7 +270,7 @@ def test_crops_and_flips_are_a_function_of_seed_and_place(pictures):
     assert len(np.unique(epochs.reshape(12, -1), axis=0)) == 12
 
 
-def test_a_crop_lies_in_the_picture_and_half_are_mirrored():
+def test_a_crop_is_in_the_picture_and_half_are_mirrored():
     across = np.broadcast_to(np.arange(60, dtype=np.uint8)[None, :, None], (48, 60, 3))
     image = Image.fromarray(np.ascontiguousarray(across))
     rng = np.random.default_rng(0)
