@@ -326,7 +326,8 @@ def super_resolve_iterative(
             f" got {sampling.iterative_top_k}"
         )
     reset = jnp.asarray(inputs.lopar_schedule(config))[:, None] & may_change
-    top_k = jnp.asarray(sampling.iterative_top_k)
+    # More than there are is all of them, and may be more than an int32 holds.
+    top_ks = [min(top_k, config.vocabulary.num_image) for top_k in sampling.iterative_top_k]
 
     def predict(tokens: Array) -> Array:
         given = inputs.iterative_super_resolution(text, is_text, tokens, config)
@@ -335,9 +336,9 @@ def super_resolve_iterative(
     def draw(logits: Array, round_: Array) -> Array:
         one = functools.partial(
             sample_top_k,
-            k=top_k[round_],
+            k=jnp.asarray(top_ks)[round_],
             temperature=sampling.iterative_temperature,
-            max_k=max(sampling.iterative_top_k),
+            max_k=max(top_ks),
             block=_ROWS_AT_ONCE,
         )
         return jax.vmap(one)(fold_in_all(keys, round_), logits)

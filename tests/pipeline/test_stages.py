@@ -186,20 +186,27 @@ def test_only_cells_that_may_change_do(tiny):
     assert (np.asarray(refined)[:, 72:] != fine[:, 72:]).mean() > 0.4
 
 
-def test_a_top_k_for_each_round(tiny):
-    short = dataclasses.replace(tiny.sampling, iterative_top_k=(20, 20))
+def refined_with(tiny, *top_k):
     tokens = prompt_tokens([PROMPT] * 2, tiny.text_model, tiny.coglm_config, 10, 6)
-    fine = np.zeros((2, 144), np.int32)
+    return stages.super_resolve_iterative(
+        tiny.iterative,
+        *tokens.iterative,
+        np.zeros((2, 144), np.int32),
+        np.ones((2, 144), bool),
+        jax.random.split(jax.random.key(0), 2),
+        config=tiny.iterative_config,
+        sampling=dataclasses.replace(tiny.sampling, iterative_top_k=top_k),
+    )
+
+
+def test_a_top_k_for_each_round(tiny):
     with pytest.raises(ValueError, match="iterative_top_k must be one for each of 6 rounds"):
-        stages.super_resolve_iterative(
-            tiny.iterative,
-            *tokens.iterative,
-            fine,
-            np.ones((2, 144), bool),
-            jax.random.split(jax.random.key(0), 2),
-            config=tiny.iterative_config,
-            sampling=short,
-        )
+        refined_with(tiny, 20, 20)
+
+
+def test_a_top_k_above_the_image_tokens_is_all_of_them(tiny):
+    """Also one that no int32 holds. The tiny model has 64."""
+    np.testing.assert_array_equal(refined_with(tiny, *[2**40] * 6), refined_with(tiny, *[64] * 6))
 
 
 def test_keys_are_one_for_each_image(tiny, settings):
