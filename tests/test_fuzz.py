@@ -95,8 +95,10 @@ def _run(
 
 
 def often(usual: Any, odd: Any) -> Any:
-    """One of a few usual values, or, one time in three, an odd one."""
-    return st.integers(0, 2).flatmap(lambda i: odd if i == 0 else st.sampled_from(usual))
+    """One of a few usual values, or, one time in seven, an odd one: most calls get past the first
+    checks.
+    """
+    return st.sampled_from([*[st.sampled_from(usual)] * 6, odd]).flatmap(lambda values: values)
 
 
 @st.composite
@@ -123,7 +125,7 @@ DRAWING = dict(
 PROMPT = often(PROMPTS, WORDS)
 
 
-@examples(40)
+@examples(25)
 @given(data=st.data())
 def test_generate(run, tiny_folder, data):
     prompts = data.draw(st.lists(PROMPT, max_size=2))
@@ -141,7 +143,7 @@ def test_caption(run, world, tiny_folder, data):
     run("caption", "--bundle", tiny_folder, *chosen, "--", *pictures)
 
 
-@examples(40)
+@examples(30)
 @given(data=st.data())
 def test_infill(run, world, tiny_folder, data):
     edges = st.sampled_from(["0", "0.5", "1", "0.01", "0.99"])
@@ -296,7 +298,7 @@ OWN = {
 }
 
 
-@examples(25)
+@examples(15)
 @given(data=st.data())
 def test_train(run, world, tiny_folder, trainable, data):
     name = data.draw(st.sampled_from(sorted(OWN)))
@@ -313,7 +315,9 @@ def test_train(run, world, tiny_folder, trainable, data):
     run(*command, "--", source)
 
 
-@examples(20)
+# Orbax leaves coroutines behind where it cannot read; the command does not show these warnings.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@examples(12)
 @given(data=st.data())
 def test_damaged_records_and_runs(run, world, tiny_folder, trainable, data):
     """A file of prepared records or of a checkpoint is changed, and the training goes on."""
