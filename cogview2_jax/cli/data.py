@@ -138,7 +138,7 @@ Examples:
     "--workers",
     type=click.IntRange(1, 256),
     default=lambda: min(os.cpu_count() or 1, 32),
-    show_default="one per processor",
+    show_default="one per processor, at most 32",
     metavar="N",
     help="Threads that read and decode pictures.",
 )

@@ -15,6 +15,7 @@ import click
 
 from cogview2_jax import files
 from cogview2_jax.cli import common
+from cogview2_jax.data import defaults
 
 if TYPE_CHECKING:
     import sentencepiece as spm
@@ -77,7 +78,8 @@ Examples:
     "caption_fields",
     multiple=True,
     metavar="NAME",
-    help='Field with a caption in the captions file; may be repeated. Default: "caption".',
+    help="Field with a caption in the captions file; may be repeated. Default:"
+    f' "{defaults.CAPTION_FIELD}".',
 )
 @click.option(
     "--pieces",
@@ -112,7 +114,8 @@ def init(
         content = _preset(preset)
         if changes:
             content = _changed(content, _read_changes(changes), str(changes))
-        model, origin = _text_model(text_model, captions, caption_fields or ("caption",), pieces)
+        fields = caption_fields or (defaults.CAPTION_FIELD,)
+        model, origin = _text_model(text_model, captions, fields, pieces)
         # The released tokenizer's rules are for text models from elsewhere.
         published = preset == "published" and text_model is not None
         _set_vocabulary(content, model, as_published=True if published else None)

@@ -19,7 +19,7 @@ from typing import Any
 
 from cogview2_jax.config import Vocabulary, check_count
 from cogview2_jax.data.records import RecordLayout
-from cogview2_jax.errors import first_difference
+from cogview2_jax.errors import first_difference, one_line
 
 FORMAT = 1
 MANIFEST, REPORT, REFUSED = "records.json", "report.json", "refused.jsonl"
@@ -104,8 +104,7 @@ def read(folder: Path) -> Manifest:
             content["layout"] = RecordLayout(**layout, vocabulary=vocabulary)
         return Manifest(**content)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is damaged or of another version ({reason})") from error
+        raise ValueError(f"{file} is damaged or of another version ({one_line(error)})") from error
 
 
 def begin(folder: Path, manifest: Manifest) -> None:
@@ -146,11 +145,15 @@ def write_durably(file: Path, content: bytes) -> None:
 
 def rename_durably(partial: Path, file: Path) -> None:
     """Give a finished file its name, once its content is on the disk."""
-    for path in (partial, file.parent):
-        if path == file.parent:
-            partial.replace(file)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    _flush(partial)
+    partial.replace(file)
+    _flush(file.parent)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cogview2_jax.config import CogLMConfig, Precision
+from cogview2_jax.networks import transformer
 from cogview2_jax.networks.attention import DenseAttention, DenseContext, KVCache
 from cogview2_jax.networks.inputs import NetworkInput
 from cogview2_jax.networks.transformer import Transformer
@@ -57,11 +58,9 @@ def hidden_states(
     if bias is None:
         bias = jnp.zeros((1, inputs.tokens.shape[1]))
     context = DenseContext(inputs.mask, bias)
-    model = network(config, execution)
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    return model.apply(
-        {"params": params}, inputs.tokens, inputs.positions, context, None, rngs=rngs
-    )[0]
+    return transformer.hidden_states(
+        network(config, execution), params, inputs, context, dropout_key
+    )
 
 
 def logits(

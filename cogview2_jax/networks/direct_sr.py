@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from cogview2_jax.config import DirectSRConfig, Precision
 from cogview2_jax.networks.attention import DirectSRAttention, SuperResolutionContext
 from cogview2_jax.networks.inputs import NetworkInput
-from cogview2_jax.networks.transformer import Transformer
+from cogview2_jax.networks.transformer import Transformer, hidden_states
 from cogview2_jax.sharding import Execution, logical_axes
 
 Array = jax.Array
@@ -99,10 +99,7 @@ def apply(
     """
     model = network(config, execution)
     context = SuperResolutionContext(inputs.mask)
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    hidden, _ = model.apply(
-        {"params": params}, inputs.tokens, inputs.positions, context, None, rngs=rngs
-    )
+    hidden = hidden_states(model, params, inputs, context, dropout_key)
     fine = hidden[:, config.num_prefix :]
     stop = config.coglm.vocabulary.num_image
     return model.apply({"params": params}, fine, 0, stop, method="logits")

@@ -52,13 +52,7 @@ def right_padded(
 
     Raises ValueError for an empty text, one longer than `slots`, and an id that is no text id.
     """
-    tokens = np.full((len(texts), slots), vocabulary.pad, np.int32)
-    is_text = np.zeros(tokens.shape, bool)
-    for row, text in enumerate(texts):
-        ids = text_ids(f"texts[{row}]", text, slots, vocabulary)
-        tokens[row, : len(ids)] = ids
-        is_text[row, : len(ids)] = True
-    return tokens, is_text
+    return _padded(texts, slots, vocabulary, vocabulary.pad, left=False)
 
 
 def left_padded(
@@ -70,12 +64,19 @@ def left_padded(
     Raises as `right_padded`. Iterative SR reads the first 16 tokens of a longer text: the caller
     cuts it.
     """
-    tokens = np.zeros((len(texts), slots), np.int32)
+    return _padded(texts, slots, vocabulary, 0, left=True)
+
+
+def _padded(
+    texts: Sequence[Sequence[int]], slots: int, vocabulary: Vocabulary, pad: int, *, left: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.full((len(texts), slots), pad, np.int32)
     is_text = np.zeros(tokens.shape, bool)
     for row, text in enumerate(texts):
         ids = text_ids(f"texts[{row}]", text, slots, vocabulary)
-        tokens[row, slots - len(ids) :] = ids
-        is_text[row, slots - len(ids) :] = True
+        start = slots - len(ids) if left else 0
+        tokens[row, start : start + len(ids)] = ids
+        is_text[row, start : start + len(ids)] = True
     return tokens, is_text
 
 
@@ -268,11 +269,7 @@ def iterative_super_resolution(
     text and cells attend to. The windows of the cells are in the network, not in the mask.
     """
     _require_text(text, is_text, config.text_slots)
-    if fine.shape[-1] != config.num_image_tokens:
-        raise ValueError(
-            f"fine must have the {config.num_image_tokens} tokens of grid {config.grid}:"
-            f" got {fine.shape[-1]}"
-        )
+    _require_cells("fine", fine, config)
     cells = np.arange(config.num_image_tokens)
     positions = _join(_text_positions(is_text), config.num_positions + cells)
     keys = _join(is_text, np.zeros(len(cells), bool))
@@ -348,7 +345,7 @@ def _require_text(text: jax.Array, is_text: jax.Array, slots: int | None = None)
         raise ValueError(f"text must have {slots} slots: got {text.shape[-1]}")
 
 
-def _require_cells(name: str, image: jax.Array, config: CogLMConfig) -> None:
+def _require_cells(name: str, image: jax.Array, config: CogLMConfig | IterativeSRConfig) -> None:
     if image.shape[-1] != config.num_image_tokens:
         raise ValueError(
             f"{name} must have the {config.num_image_tokens} tokens of grid {config.grid}:"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from cogview2_jax.config import CogLMConfig, IterativeSRConfig, Precision
 from cogview2_jax.networks.attention import IterativeSRAttention, SuperResolutionContext
 from cogview2_jax.networks.inputs import NetworkInput
-from cogview2_jax.networks.transformer import Transformer
+from cogview2_jax.networks.transformer import Transformer, hidden_states
 from cogview2_jax.sharding import Execution, logical_axes
 
 Array = jax.Array
@@ -107,9 +107,6 @@ def apply(
     """
     model = network(config, execution)
     context = SuperResolutionContext(inputs.mask)
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    hidden, _ = model.apply(
-        {"params": params}, inputs.tokens, inputs.positions, context, None, rngs=rngs
-    )
+    hidden = hidden_states(model, params, inputs, context, dropout_key)
     cells = hidden[:, config.text_slots :]
     return model.apply({"params": params}, cells, 0, config.vocabulary.num_image, method="logits")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cogview2_jax.config import Precision, TransformerConfig
+from cogview2_jax.networks.inputs import NetworkInput
 from cogview2_jax.sharding import Execution, Sharding, constrain
 
 Array = jax.Array
@@ -152,6 +153,21 @@ class Transformer(nn.Module):
             hidden = self.execution.constrain(hidden, "batch", "tokens", None)
         embeddings = self.word_embeddings[start:stop].astype(hidden.dtype)
         return _tied_logits(hidden, embeddings, self.execution.sharding)
+
+
+def hidden_states(
+    model: Transformer,
+    params: Any,
+    inputs: NetworkInput,
+    context: Any,
+    dropout_key: Array | None = None,
+) -> Array:
+    """Hidden states [b, s, e] of one full pass, without a cache. Dropout only with a key."""
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    hidden, _ = model.apply(
+        {"params": params}, inputs.tokens, inputs.positions, context, None, rngs=rngs
+    )
+    return hidden
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -40,7 +40,6 @@ from cogview2_jax.tokenizer.pictures import Picture, fit_picture, open_picture
 Array = jax.Array
 _Tree = TypeVar("_Tree")
 
-STRIDE = TOKEN_STRIDE
 STAGES = tuple(settings.STAGES)
 # Draw numbers above any candidate's, so that no two stages share a key.
 _DIRECT_DRAW, _ITERATIVE_DRAW = 2**32 - 1, 2**32 - 2
@@ -380,17 +379,17 @@ class CogView:
             self.bundle.params("tokenizer"),
             self._shard_over_mesh(ids),
             grid=config.grid,
-            stride=STRIDE,
+            stride=TOKEN_STRIDE,
             config=self.bundle.tokenizer_config,
         )
         return np.asarray(pictures)
 
     def _picture_tokens(self, picture: Picture, grid: Grid) -> np.ndarray:
-        pixels = fit_picture(picture, grid[0] * STRIDE, grid[1] * STRIDE)
+        pixels = fit_picture(picture, grid[0] * TOKEN_STRIDE, grid[1] * TOKEN_STRIDE)
         ids = image_tokenizer.to_tokens(
             self.bundle.params("tokenizer"),
             pixels[None],
-            stride=STRIDE,
+            stride=TOKEN_STRIDE,
             config=self.bundle.tokenizer_config,
         )
         return np.asarray(ids)

@@ -79,7 +79,6 @@ def coglm(
     records: Records,
     prose_from: Sequence[int] | np.ndarray,
     config: CogLMConfig,
-    first_chinese: int,
     tasks: CogLMOptions,
 ) -> TrainingSample:
     """A batch of the three tasks. Samples of text alone are concatenated captions of `records`, of
@@ -102,7 +101,7 @@ def coglm(
     )
     made = coglm_samples.mixed_samples(
         own,
-        english_texts(own, config, first_chinese),
+        english_texts(own, config, layout.vocabulary.first_chinese),
         Choices(*map(rows.of, choices)),
         config,
         patch_size=tasks.patch_size,

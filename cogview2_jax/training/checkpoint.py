@@ -173,14 +173,6 @@ def restore(checkpoints: Checkpoints, like: Any, settings: Settings) -> tuple[An
     return type(like)(**made), step
 
 
-def restore_params(checkpoints: Checkpoints, step: int, like: Any) -> Any:
-    """Only the parameters of a step, on the devices of `like` (arrays or their shapes)."""
-    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    args = ocp.args.Composite(params=ocp.args.StandardRestore(wanted))
-    with _reading(checkpoints, step):
-        return checkpoints._manager.restore(step, args=args).params
-
-
 def begun_settings(folder: Path) -> Settings | None:
     """The settings of the newest checkpoint of the run in `folder`; None where there is none.
 

@@ -41,7 +41,6 @@ def coglm_task(
     )
     data = token_data(records, options, execution)
     batches.require_layout(data.layout, config)
-    first_chinese = data.layout.vocabulary.first_chinese
     length = data.layout.text_slots + 1 + config.num_image_tokens
     if own.text_ratio and length > config.num_positions:
         raise ValueError(
@@ -51,9 +50,7 @@ def coglm_task(
     start, params = starting_params(own.start, {"model": bundle.coglm})
 
     def sample(rng: np.random.Generator, rows: Rows) -> Any:
-        return batches.coglm(
-            rng, rows, data.records, data.training_numbers, config, first_chinese, own
-        )
+        return batches.coglm(rng, rows, data.records, data.training_numbers, config, own)
 
     def loss(params: Params, batch: Any, key: jax.Array | None) -> Any:
         z_loss = 0.0 if key is None else options.z_loss
@@ -65,9 +62,8 @@ def coglm_task(
     def put(bundle: Bundle, params: Params) -> Bundle:
         return bundle._replace(coglm=params)
 
-    sample(
-        np.random.default_rng(0), data.rows(0)
-    )  # refuses impossible options before anything is compiled
+    # Refuses impossible options before anything is compiled.
+    sample(np.random.default_rng(0), data.rows(0))
     return transformer_task(
         "CogLM",
         config,

@@ -16,7 +16,7 @@ from cogview2_jax.config import CogLMConfig
 from cogview2_jax.data.records import text_spans, text_width
 from cogview2_jax.networks.inputs import text_then_causal
 
-# --- Records --------------------------------------------------------------------------------------
+# --- Samples --------------------------------------------------------------------------------------
 
 
 class LossKind(IntEnum):

@@ -41,7 +41,10 @@ class Options:
         choices=("adamw", "muon"),
     )
     weight_decay: float = setting(
-        0.01, "Weight decay of matrices and embedding tables.", least=0, metavar="X"
+        0.01,
+        "Weight decay of matrices and, with adamw, of embedding tables.",
+        least=0,
+        metavar="X",
     )
     clip: float = setting(
         1.0, "Largest gradient norm; larger gradients are scaled down to it.", above=0, metavar="X"

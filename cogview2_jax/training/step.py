@@ -78,14 +78,16 @@ def init_state(
 
 
 def shardings_of(state: TrainState) -> TrainState:
-    """The sharding of each array of a state."""
+    """The sharding that each array of a state has, for `make_step`. `state_shardings` says which it
+    is to get.
+    """
     shardings: TrainState = jax.tree.map(lambda leaf: leaf.sharding, state)
     return shardings
 
 
 def state_shardings(state: TrainState, params: Params, sharding: Sharding) -> TrainState:
-    """The sharding of each leaf of `state`: the parameter's, if the leaf's path ends in a
-    parameter's path and their shapes are equal; else replicated.
+    """The sharding that each leaf of `state` (shapes) is to get: the parameter's, if the leaf's
+    path ends in a parameter's path and their shapes are equal; else replicated.
     """
 
     def names(path: Any) -> tuple[str, ...]:
@@ -148,7 +150,7 @@ def muon_with_adamw(
     weight_decay: float = 0.01,
     clip: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Muon on weight matrices, AdamW on embeddings, norms and biases.
+    """Muon on weight matrices, AdamW without weight decay on embeddings, norms and biases.
 
     A matrix is a stacked layer's [layers, in, out] or a convolution's [h, w, in, out].
     """

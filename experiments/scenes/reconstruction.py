@@ -15,8 +15,8 @@ import numpy as np
 
 import cogview2_jax
 from cogview2_jax.bundle import Bundle
+from cogview2_jax.config import TOKEN_STRIDE
 from cogview2_jax.data import scenes
-from cogview2_jax.pipeline import cogview
 from cogview2_jax.tokenizer.image import to_pixels, to_tokens
 from cogview2_jax.tokenizer.pictures import fit_picture
 from experiments.caption_match import judge
@@ -27,10 +27,10 @@ BATCH = 8
 
 def through_tokenizer(bundle: Bundle, pictures: np.ndarray) -> np.ndarray:
     """Pictures uint8 [b, y, x, 3] → ids → pictures of the same shape."""
-    grid = (pictures.shape[1] // cogview.STRIDE, pictures.shape[2] // cogview.STRIDE)
+    grid = (pictures.shape[1] // TOKEN_STRIDE, pictures.shape[2] // TOKEN_STRIDE)
     config, params = bundle.tokenizer_config, bundle.tokenizer
-    ids = to_tokens(params, pictures, stride=cogview.STRIDE, config=config)
-    made = to_pixels(params, ids, grid=grid, stride=cogview.STRIDE, config=config)
+    ids = to_tokens(params, pictures, stride=TOKEN_STRIDE, config=config)
+    made = to_pixels(params, ids, grid=grid, stride=TOKEN_STRIDE, config=config)
     return np.asarray(made)
 
 

@@ -99,18 +99,18 @@ class Halo:
 
     def place(self, program: jax.Array) -> "Place":
         """The tile with the number `program` (int32 scalar, raster order) and its extent."""
-        first = (
+        first_cell = (
             _divide(program, self.counts[1]) * self.tile[0],
             _remainder(program, self.counts[1]) * self.tile[1],
         )
         # The extent is moved into the grid, where it still holds all cells in sight. So every cell
         # of it exists, and a load needs no check against the border.
         row, column = (
-            jnp.clip(_divide(first[axis], self.ratio) - self.sight[axis][0], 0, room)
+            jnp.clip(_divide(first_cell[axis], self.ratio) - self.sight[axis][0], 0, room)
             for axis in (0, 1)
             for room in [self.parents[axis] - self.extent[axis]]
         )
-        return Place(self, first, (row, column))
+        return Place(self, first_cell, (row, column))
 
 
 @dataclass(frozen=True)
@@ -148,21 +148,21 @@ class Place:
     """One tile of a halo: its first cell, and the first parent of its extent (int32 scalars)."""
 
     halo: Halo
-    first: tuple[jax.Array, jax.Array]
-    extent: tuple[jax.Array, jax.Array]
+    first_cell: tuple[jax.Array, jax.Array]
+    first_parent: tuple[jax.Array, jax.Array]
 
     def tile(self) -> TileCells:
         """The cells of the tile."""
         halo = self.halo
         n = jnp.arange(math.prod(halo.tile), dtype=jnp.int32)
-        row = self.first[0] + _divide(n, halo.tile[1])
-        column = self.first[1] + _remainder(n, halo.tile[1])
+        row = self.first_cell[0] + _divide(n, halo.tile[1])
+        column = self.first_cell[1] + _remainder(n, halo.tile[1])
         exists = (row < halo.grid[0]) & (column < halo.grid[1])
         index = jnp.where(exists, row * halo.grid[1] + column, math.prod(halo.grid))
         seen = []
         for axis, cell in enumerate((row, column)):
             before, after = halo.sight[axis]
-            parent = _divide(cell, halo.ratio) - self.extent[axis]
+            parent = _divide(cell, halo.ratio) - self.first_parent[axis]
             last = halo.extent[axis] - 1
             seen.append((jnp.maximum(parent - before, 0), jnp.minimum(parent + after, last)))
         rows, columns = seen
@@ -184,7 +184,8 @@ class Place:
             # Pads load the extent's last row, but count as one row below it.
             parent_row = jnp.minimum(parent_row, halo.extent[0])
             row = jnp.minimum(row, halo.extent[0] * ratio - 1)
-        first = self.extent[0] * ratio * halo.walked_grid[1] + self.extent[1] * ratio
+        corner = [parent * ratio for parent in self.first_parent]
+        first = corner[0] * halo.walked_grid[1] + corner[1]
         index = first + row * halo.walked_grid[1] + column
         bits = None
         if halo.fits_bits:

@@ -164,8 +164,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(network, tiny, records
         rng = np.random.default_rng(7)
         if network == "coglm":
             mix = CogLMOptions(text_ratio=0.4, patch_size=2)
-            first = source.manifest.settings["first_chinese"]
-            return batches.coglm(rng, rows, source, range(NUMBER), roomy, first, mix)
+            return batches.coglm(rng, rows, source, range(NUMBER), roomy, mix)
         if network == "direct":
             return batches.direct_sr(rng, rows, layout, tiny.direct_config)
         return batches.iterative_sr(rng, rows, layout, config, tiny.iterative_config)
