@@ -94,13 +94,15 @@ NETWORKS = tuple(TRAINED_BY)
 
 
 def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
-    """Write `bundle` as the folder `path`, atomically, replacing one that is there.
+    """Write `bundle` as the folder `path`, whole or not at all, in place of a bundle that is there.
 
     A network with an empty tree is left out. Raises ValueError for parts that do not fit each other
-    and for weights outside float16, OSError (one line) when the disk is full or the place is not
-    writable.
+    and for weights outside float16, OSError (one line) for a full disk, a place that is not
+    writable, and one that holds something else.
     """
     path = Path(path).absolute()
+    if path.exists() and not _may_be_replaced(path):
+        raise FileExistsError(f"{path} is there and is no bundle: give another folder")
     made_with = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     configs: dict[str, Any] = {name: getattr(bundle, name) for name in CONFIGS}
     description = Description(**configs, made_with=made_with | {"cogview2_jax": __version__})
@@ -155,13 +157,12 @@ def load(
     shapes = _stored_shapes(folder)
     _check_shapes(shapes, bundle, folder)
     there = _networks_of(shapes)
-    if networks is None:
-        networks = there or NETWORKS
+    networks = (there or NETWORKS) if networks is None else networks
     if missing := [name for name in NETWORKS if name in networks and name not in there]:
         what = f"lacks {', '.join(missing)}" + ("" if shapes else f" (no file {WEIGHTS})")
         raise ValueError(f"bundle {folder} {what}: `{TRAINED_BY[missing[0]]}` trains {missing[0]}")
     tensors = _read_tensors(folder, [name for name in shapes if _head(name) in networks])
-    trees: dict[str, Any] = nest(tensors)
+    trees: dict[str, Any] = _nest(tensors)
     bundle = bundle._replace(**trees)
     if CLUSTER_LABELS in shapes:
         (labels,) = _read_tensors(folder, [CLUSTER_LABELS]).values()
@@ -219,11 +220,7 @@ def networks_in(path: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
 def untrained(description: Description, text_model: spm.SentencePieceProcessor) -> Bundle:
     """A bundle with these parts and no network, to be trained from zero."""
     return Bundle(
-        description.coglm_config,
-        description.direct_config,
-        description.iterative_config,
-        description.tokenizer_config,
-        description.sampling,
+        *description[:5],  # the configurations, in the same order
         coglm={},
         direct={},
         iterative={},
@@ -394,6 +391,10 @@ def _damage_in(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} is damaged ({one_line(error)}): {ADVICE}") from error
 
 
+def _may_be_replaced(path: Path) -> bool:
+    return (path / CONFIG).is_file() or (path.is_dir() and not any(path.iterdir()))
+
+
 def _networks_of(names: Iterable[str]) -> set[str]:
     return {_head(name) for name in names} & set(NETWORKS)
 
@@ -437,7 +438,7 @@ def _flat(tree: Any) -> Iterator[tuple[str, Any]]:
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
-def nest(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _nest(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Arrays named as in the file of weights, "coglm/layers/…", as trees: network → parameters."""
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():

@@ -12,11 +12,16 @@ import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
-from cogview2_jax.checks import as_float, require, require_counts, require_grid
-from cogview2_jax.checks import check_count as check_count
-from cogview2_jax.checks import check_settings as check_settings
-from cogview2_jax.checks import check_temperature as check_temperature
-from cogview2_jax.checks import setting as setting
+from cogview2_jax.checks import (
+    as_float,
+    check_count,
+    check_settings,
+    check_temperature,
+    require,
+    require_counts,
+    require_grid,
+    setting,
+)
 
 Grid = tuple[int, int]  # (rows, columns)
 

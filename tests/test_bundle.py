@@ -277,6 +277,17 @@ def test_save_replaces_a_bundle(tiny, tmp_path):
     bundles.load(tmp_path / "model")
 
 
+def test_save_replaces_nothing_but_a_bundle(tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    bundles.save(tmp_path / "empty", tiny)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("a picture")
+    for path in (tmp_path / "photos", tmp_path / "photos" / "a.jpg"):
+        with pytest.raises(FileExistsError, match=f"{path.name} is there and is no bundle: give"):
+            bundles.save(path, tiny)
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]
+
+
 def test_save_refuses_what_float16_cannot_hold(tiny, tmp_path):
     large = tiny._replace(tokenizer=tiny.tokenizer | {"codebook": np.full((64, 8), 1e6)})
     with pytest.raises(ValueError, match="'tokenizer/codebook' has values that float16"):

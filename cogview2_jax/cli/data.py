@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from cogview2_jax.cli import common
 from cogview2_jax.data import defaults
@@ -159,7 +160,9 @@ Examples:
     help="Inputs per shard. Each shard is a file; a kill costs at most the shard being written.",
 )
 @common.bundle_option
+@click.pass_context
 def prepare_command(
+    context: click.Context,
     source: str,
     out: Path,
     pictures: bool,
@@ -189,10 +192,11 @@ def prepare_command(
     fields = source_options["caption_fields"]
     if len(fields) > 2 or len(set(fields)) < len(fields):
         raise click.UsageError("--caption-field can be given once or twice, with two names")
-    if pictures and (sizes or stride or text_slots or apart or allow_unknown or bundle):
+    given = _given(context)
+    if pictures and given & _OF_TOKENS:
         raise click.UsageError(
             "--pictures keeps files as they are: it goes with no --size, --stride, --text-slots,"
-            " --apart, --allow-unknown or --bundle"
+            " --apart, --allow-unknown, --batch-size or --bundle"
         )
     description = None
     if not pictures:
@@ -202,6 +206,10 @@ def prepare_command(
         description = bundles.read_description(folder)
     with common.refusing():
         inputs = _source(source, pictures=pictures, **source_options)
+        read = _READ_BY[_kind(source)] | _READ_BY_ALL
+        if unread := given & source_options.keys() - read:
+            names = [each.opts[0] for each in context.command.params if each.name in unread]
+            raise ValueError(f"{' and '.join(names)}: not an option for {_kind(source)}")
     common.check_writable(out)
     shared = {"shard_size": shard_size, "workers": workers}
     if description is None:
@@ -230,6 +238,32 @@ def prepare_command(
         **shared,
     )
     _report(out, report)
+
+
+# Options of token records, and the options that each kind of source reads.
+_OF_TOKENS = {"sizes", "stride", "text_slots", "apart", "allow_unknown", "batch_size", "bundle"}
+_READ_BY: dict[str, set[str]] = {
+    "a captions file": {"images", "image_field", "caption_fields"},
+    "scenes": {"split", "caption_fields"},
+    "a folder": set(),
+    "a tfds data set": {"split", "image_field", "caption_fields", "data_dir", "download"},
+}
+_READ_BY_ALL = {"count"}
+
+
+def _given(context: click.Context) -> set[str]:
+    """The parameters that the user gave, not their defaults."""
+    given = ParameterSource.COMMANDLINE
+    return {name for name in context.params if context.get_parameter_source(name) == given}
+
+
+def _kind(source: str) -> str:
+    path = Path(source)
+    if path.suffix in (".jsonl", ".tsv") or path.is_file():
+        return "a captions file"
+    if source == "scenes":
+        return "scenes"
+    return "a folder" if path.is_dir() else "a tfds data set"
 
 
 def _prepared(
@@ -295,15 +329,15 @@ def _source(
     from cogview2_jax.data import sources
 
     found: Source
-    path = Path(source)
-    if path.suffix in (".jsonl", ".tsv") or path.is_file():
+    path, kind = Path(source), _kind(source)
+    if kind == "a captions file":
         fields = caption_fields or (defaults.CAPTION_FIELD,)
         found = sources.CaptionsFile(path, images, fields, image_field, pictures_only=pictures)
-    elif source == "scenes":
+    elif kind == "scenes":
         if count is None:
             raise ValueError("scenes has no end: give --count")
         found = sources.Scenes(count, split, caption_fields)
-    elif path.is_dir():
+    elif kind == "a folder":
         if not pictures:
             raise ValueError(
                 f"{source} is a folder: give its captions file (.jsonl or .tsv), or --pictures"

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogview2_jax.config import Vocabulary, check_count
+from cogview2_jax.checks import check_count
+from cogview2_jax.config import Vocabulary
 from cogview2_jax.data.records import RecordLayout
 from cogview2_jax.errors import first_difference, one_line
 

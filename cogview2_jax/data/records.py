@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cogview2_jax.config import TOKEN_STRIDE, CogLMConfig, Vocabulary, check_count
+from cogview2_jax.checks import check_count
+from cogview2_jax.config import TOKEN_STRIDE, CogLMConfig, Vocabulary
 from cogview2_jax.networks.inputs import require_range, text_ids
 
 

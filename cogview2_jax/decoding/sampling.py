@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cogview2_jax.config import ClusterSampling, check_count, check_temperature
+from cogview2_jax.checks import check_count, check_temperature
+from cogview2_jax.config import ClusterSampling
 from cogview2_jax.keys import one_key
 
 

@@ -57,10 +57,8 @@ def hidden_states(
     """Hidden states after the last LayerNorm, [b, s, e]. Arguments as `apply`."""
     if bias is None:
         bias = jnp.zeros((1, inputs.tokens.shape[1]))
-    context = DenseContext(inputs.mask, bias)
-    return transformer.hidden_states(
-        network(config, execution), params, inputs, context, dropout_key
-    )
+    model, context = network(config, execution), DenseContext(inputs.mask, bias)
+    return transformer.hidden_states(model, params, inputs, context, dropout_key)
 
 
 def logits(

@@ -12,7 +12,8 @@ import numpy as np
 
 from cogview2_jax import bundle as bundles
 from cogview2_jax.bundle import Bundle
-from cogview2_jax.config import TOKEN_STRIDE, Grid, check_count, check_temperature
+from cogview2_jax.checks import check_count, check_temperature
+from cogview2_jax.config import TOKEN_STRIDE, Grid
 from cogview2_jax.keys import one_key
 from cogview2_jax.networks import inputs
 from cogview2_jax.pipeline import editing, settings

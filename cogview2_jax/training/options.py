@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cogview2_jax.config import Precision, Training, check_settings, setting
+from cogview2_jax.checks import check_settings, setting
+from cogview2_jax.config import Precision, Training
 
 if TYPE_CHECKING:
     from cogview2_jax.sharding import Execution

@@ -65,12 +65,7 @@ def tokenizer_task(
         )
     strides = _strides(own, config)
     side = _side(own, strides, config)
-    start, params = starting_params(own.start, {"model": bundle.tokenizer})
-    if own.keep_others and params is None:
-        raise ValueError(
-            "keep_others needs a trained tokenizer, which the model lacks: give the model of a run"
-            " that trained one"
-        )
+    start, params = _starting_params(own, bundle)
     # From nothing, the step at which the codebook is placed.
     begin = 0 if params is not None else int(own.settle * options.planned_steps)
     init = functools.partial(image_tokenizer.init_params, config=config)
@@ -78,12 +73,11 @@ def tokenizer_task(
     trained = _trained(shapes, strides, own.keep_others, config)
     data = _crop_data(pictures, side, options, own, execution)
     loss = functools.partial(
-        _loss,
+        hvqvae_loss,
         strides=strides,
         config=config,
-        own=own,
         execution=execution,
-        pixel_weights=pixel_weights,
+        commitment=own.commitment,
         perceptual=perceptual,
         perceptual_weight=perceptual_weight,
     )
@@ -102,7 +96,7 @@ def tokenizer_task(
         axes=jax.tree.map(lambda leaf: (), shapes),
         params=params,
         trained=None if all(jax.tree.leaves(trained)) else trained,
-        loss=loss,
+        loss=_of_crops(loss, pixel_weights),
         read=lambda step: _batch(data.crops[step], step >= begin),
         read_validation=lambda step: _batch(data.validation[step], True),
         validation_batches=len(data.validation),
@@ -124,34 +118,18 @@ def _batch(pixels: np.ndarray, quantize: bool) -> tuple[np.ndarray, np.ndarray]:
     return pixels, np.full(len(pixels), quantize)
 
 
-def _loss(
-    params: Params,
-    batch: tuple[Array, Array],
-    key: Array | None,
-    *,
-    strides: tuple[int, ...],
-    config: HVQVAEConfig,
-    own: TokenizerOptions,
-    execution: Execution,
-    pixel_weights: Callable[[Array], Array] | None,
-    perceptual: Callable[[Array, Array], Array] | None,
-    perceptual_weight: float,
-) -> Any:
-    """The loss of a batch: crops uint8 [b, side, side, 3], and whether to quantise, bool [b]."""
-    pixels, quantize = batch
-    images = pixels.astype(jnp.float32) / 255
-    return hvqvae_loss(
-        params,
-        images,
-        pixel_weights(images) if pixel_weights else jnp.ones(images.shape[:-1]),
-        strides,
-        config=config,
-        execution=execution,
-        quantize=jnp.all(quantize),
-        commitment=own.commitment,
-        perceptual=perceptual,
-        perceptual_weight=perceptual_weight,
-    )
+def _of_crops(
+    loss: Callable[..., Any], pixel_weights: Callable[[Array], Array] | None
+) -> Callable[[Params, Any, Array | None], Any]:
+    """`loss` of the batches that `read` gives; the key is for dropout, which there is none of."""
+
+    def of_batch(params: Params, batch: Any, key: Array | None) -> Any:
+        pixels, quantize = batch
+        images = pixels.astype(jnp.float32) / 255
+        weights = pixel_weights(images) if pixel_weights else jnp.ones(images.shape[:-1])
+        return loss(params, images, weights, quantize=jnp.all(quantize))
+
+    return of_batch
 
 
 class _CropData(NamedTuple):
@@ -210,6 +188,16 @@ def _side(own: TokenizerOptions, strides: tuple[int, ...], config: HVQVAEConfig)
     if side % config.strides[-1]:
         raise ValueError(f"side must be a multiple of {config.strides[-1]}: got {side}")
     return side
+
+
+def _starting_params(own: TokenizerOptions, bundle: Bundle) -> tuple[str, Params | None]:
+    start, params = starting_params(own.start, {"model": bundle.tokenizer})
+    if own.keep_others and params is None:
+        raise ValueError(
+            "keep_others needs a trained tokenizer to start from: give the model of a run that"
+            " trained one, and start 'model'"
+        )
+    return start, params
 
 
 def _trained(

@@ -134,6 +134,14 @@ BAD = {
         "--pictures keeps files as they are",
     ),
     "no such size": ([*SCENES, "o", "--size", "20"], "sizes must be multiples of stride 8: got"),
+    "scenes from a folder": (
+        [*SCENES, "o", "--data-dir", "tfds", "--download"],
+        "--data-dir and --download: not an option for scenes",
+    ),
+    "pictures in batches": (
+        [*SCENES, "o", "--pictures", "--batch-size", "8"],
+        "--pictures keeps files as they are",
+    ),
     "pictures with a size": (
         [*SCENES, "o", "--pictures", "--size", "32"],
         "--pictures keeps files as they are",

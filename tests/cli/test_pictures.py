@@ -113,7 +113,8 @@ def test_captions_of_many_pictures(run, tiny_folder, wide, tmp_path):
     assert out == f"{wide}: {cv.caption(wide, language='zh')}\n" * 2
     lines = err.splitlines()
     assert len(lines) == 3 and all(line.startswith("cogview2: ") for line in lines)
-    assert [str(name) in line for name, line in zip((cut, gone, tmp_path), lines, strict=True)]
+    named = zip((cut, gone, tmp_path), lines, strict=True)
+    assert all(str(name) in line for name, line in named)
     assert "no such file" in lines[1] and "not a file" in lines[2]
     code, out, err = run("caption", wide, *options)
     assert (code, err) == (0, "")

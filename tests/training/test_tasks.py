@@ -205,7 +205,7 @@ def test_unfit_records_are_refused_with_what_to_prepare(tiny, records, pictures)
     with pytest.raises(ValueError, match=r"strides must be of \(4, 8, 16\): got \(3, 8\)"):
         tokenizer_task(tiny, pictures, FEW, TokenizerOptions(strides=(8, 3)))
     with pytest.raises(
-        ValueError, match="keep_others needs a trained tokenizer, which the model lacks"
+        ValueError, match="keep_others needs a trained tokenizer to start from: give"
     ):
         tokenizer_task(tiny, pictures, FEW, TokenizerOptions("nothing", keep_others=True))
     remat = Execution(training=Training(remat="all"))
