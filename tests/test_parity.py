@@ -183,25 +183,28 @@ def test_arrays_that_are_missing_or_unknown_are_told(small):
 
 
 @pytest.mark.parametrize(
-    ("name", "check"),
+    ("file", "name", "check"),
     [
-        ("t2i/two_languages/second/pos", "t2i/two_languages/second: positions"),
-        ("i2t/one_language/attn_mask", "i2t/one_language: mask"),
-        ("text/loss_mask", "text: loss mask"),
+        ("coglm_masks", "t2i/two_languages/second/pos", "t2i/two_languages/second: positions"),
+        ("coglm_masks", "i2t/one_language/attn_mask", "i2t/one_language: mask"),
+        ("coglm_masks", "text/loss_mask", "text: loss mask"),
+        ("editing", "crops", "crops"),
+        ("editing", "masks_60", "masks of 60×60 cells"),
+        ("editing", "case_mask", "sequence: mask"),
     ],
 )
-def test_one_wrong_integer_fails(tmp_path, name, check):
-    shutil.copy(GOLDEN / "coglm_masks.npz", tmp_path)
+def test_one_wrong_integer_fails(tmp_path, file, name, check):
+    shutil.copy(GOLDEN / f"{file}.npz", tmp_path)
 
     def change(array):
         array = array.copy()
         array.flat[-1] = ~array.flat[-1]
         return array
 
-    damage(tmp_path, "coglm_masks", name, change)
+    damage(tmp_path, file, name, change)
     result = run(tmp_path)
     assert result.exit_code == 1
-    assert line_of(result, f"coglm_masks: {check}").split()[-4:-2] == ["equal", "FAIL"]
+    assert line_of(result, f"{file}: {check}").split()[-4:-2] == ["equal", "FAIL"]
     assert sum("FAIL" in line for line in result.output.splitlines()) == 1
 
 
@@ -307,6 +310,17 @@ def test_sizes_come_from_the_file():
     assert (iterative.text_slots, iterative.grid, iterative.window) == (10, (12, 12), (5, 7))
     assert (iterative.order, iterative.rounds) == (((1, 2), (-1, 0)), 2)
     assert iterative.num_positions == 700
+
+    edits = configs.editing(
+        dict(
+            masks_20=np.empty((3, 5, 5)),
+            masks_60=np.empty((3, 10, 10)),
+            case_text=np.array([600, 520, 897]),
+            case_positions=np.append([0, 1, 2, 299], 300 + np.arange(25)),
+        )
+    )
+    assert (edits.grid, edits.coglm.grid, edits.coglm.image_position) == ((10, 10), (5, 5), 300)
+    assert edits.coglm.vocabulary.start_of_image == 897
 
 
 def test_weights_are_those_of_their_seed_and_tag():

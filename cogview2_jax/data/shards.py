@@ -279,8 +279,11 @@ def _read_report(folder: Path, manifest: Manifest, shard: int) -> dict[str, Any]
     file = _report_file(folder, manifest, shard)
     try:
         report: dict[str, Any] = json.loads(file.read_bytes())
-        return {"records": int(report["records"]), "refused": list(report["refused"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        refused = [Refusal(**one)._asdict() for one in report["refused"]]
+        if not all(isinstance(one["kind"], str) for one in refused):
+            raise TypeError("a kind is a text")
+        return {"records": int(report["records"]), "refused": refused}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(
             f"{file} is missing or damaged: delete {manifest.shard_file(folder, shard).name},"
             " and prepare will make both again"

@@ -31,12 +31,8 @@ def picture_size(config: DirectSRConfig) -> tuple[int, int]:
     return config.grid[0] * TOKEN_STRIDE, config.grid[1] * TOKEN_STRIDE
 
 
-def plan(box: Box, picture: tuple[int, int], config: DirectSRConfig) -> Edit:
-    """The crop of a picture around `box`, and the coarse cells with their centre in the box.
-
-    `picture` is its height and width. Raises ValueError for a box that is empty, leaves the
-    picture, contains no cell's centre, or is much longer than the picture's shorter side.
-    """
+def checked_box(box: Box) -> Box:
+    """`box` as floats. Raises ValueError for one that is empty or leaves the picture."""
     try:
         top, left, bottom, right = (float(edge) for edge in box)
         valid = 0 <= top < bottom <= 1 and 0 <= left < right <= 1
@@ -47,6 +43,16 @@ def plan(box: Box, picture: tuple[int, int], config: DirectSRConfig) -> Edit:
             "box must be (top, left, bottom, right) with 0 <= top < bottom <= 1"
             f" and 0 <= left < right <= 1: got {box}"
         )
+    return top, left, bottom, right
+
+
+def plan(box: Box, picture: tuple[int, int], config: DirectSRConfig) -> Edit:
+    """The crop of a picture around `box`, and the coarse cells with their centre in the box.
+
+    `picture` is its height and width. Raises ValueError for a box that is empty, leaves the
+    picture, contains no cell's centre, or is much longer than the picture's shorter side.
+    """
+    top, left, bottom, right = checked_box(box)
     model, grid = picture_size(config), config.coglm.grid
     edges = (top, bottom), (left, right)
     fits = min(side / ours for side, ours in zip(picture, model, strict=True))

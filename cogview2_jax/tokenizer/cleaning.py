@@ -32,6 +32,12 @@ class TextError(ValueError):
         self.kind = kind
 
 
+def require_text(text: object) -> None:
+    """Raises TextError for anything but a text, such as a list of prompts where one belongs."""
+    if not isinstance(text, str):
+        raise TextError(f"text must be one string: got {type(text).__name__}")
+
+
 def require_unicode(text: str) -> None:
     """Raises TextError for half of a surrogate pair, which has no UTF-8 form."""
     try:
@@ -49,6 +55,7 @@ def clean(text: str) -> str:
     are format characters (zero-width joiners, direction marks, soft hyphens), variation selectors
     and control characters. Raises TextError for half of a surrogate pair and for NUL.
     """
+    require_text(text)
     if text.isascii() and text.isprintable():
         return text
     require_unicode(text)

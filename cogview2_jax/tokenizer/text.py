@@ -20,7 +20,7 @@ import sentencepiece as spm
 
 from cogview2_jax.config import Vocabulary
 from cogview2_jax.files import read_file
-from cogview2_jax.tokenizer.cleaning import TextError, clean, require_unicode
+from cogview2_jax.tokenizer.cleaning import TextError, clean, require_text, require_unicode
 
 MARK = "▁"  # what SentencePiece writes for the space before a word
 LINE_BREAK = "<n>"
@@ -124,6 +124,7 @@ def encode(
     `max_tokens` ids or `MOST_CHARACTERS`, for a text without a word unless `allow_empty`, and for
     text that is not Unicode.
     """
+    require_text(text)
     if len(text) > MOST_CHARACTERS:
         raise TextError(
             f"text must have at most {MOST_CHARACTERS:,} characters: got {len(text):,}", "long"

@@ -72,11 +72,6 @@ def tokenizer_task(
     shapes = jax.eval_shape(init, jax.random.key(0))
     trained = _trained(shapes, strides, own.keep_others, config)
     data = _crop_data(pictures, side, options, own, execution)
-
-    def marked(pixels: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        # The flag is part of the batch: it changes no shape, so the step is compiled only once.
-        return pixels, np.full(len(pixels), step >= begin)
-
     loss = functools.partial(
         hvqvae_loss,
         strides=strides,
@@ -102,14 +97,13 @@ def tokenizer_task(
         params=params,
         trained=None if all(jax.tree.leaves(trained)) else trained,
         loss=_of_crops(loss, pixel_weights),
-        read=lambda step: marked(data.crops[step], step),
-        read_validation=lambda step: marked(data.validation[step], begin),
+        read=lambda step: _batch(data.crops[step], step >= begin),
+        read_validation=lambda step: _batch(data.validation[step], True),
         validation_batches=len(data.validation),
         ids_of=functools.partial(record_numbers, data.records, options),
         tokens_per_sample=sum((side // stride) ** 2 for stride in strides),
         flops_per_sample=metrics.tokenizer_flops_per_sample(config, side, strides),
-        settings=_settings(data.records, options, own)
-        | {"start": start, "side": side, "strides": list(strides)},
+        settings=_settings(data.records, options, own, start, side, strides),
         put=functools.partial(_put, clusters=own.clusters),
         sampler=lambda prompts: samples.reconstructions(data.crops[0][:8], strides, config),
         extra=lambda params: init_statistics(params["codebook"]),
@@ -117,6 +111,11 @@ def tokenizer_task(
         before_step=before_step,
         watch=None if own.keep_others else watch_usage(),
     )
+
+
+def _batch(pixels: np.ndarray, quantize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Crops, and whether to quantise them. That changes no shape, so nothing is compiled anew."""
+    return pixels, np.full(len(pixels), quantize)
 
 
 def _of_crops(
@@ -159,12 +158,20 @@ def _crop_data(
 
 
 def _settings(
-    records: reading.Records, options: Options, own: TokenizerOptions
+    records: reading.Records,
+    options: Options,
+    own: TokenizerOptions,
+    start: str,
+    side: int,
+    strides: tuple[int, ...],
 ) -> checkpoint.Settings:
     return {
         "records": checkpoint.describe(records.manifest),
         **reading.split_settings(options.validation),
         **checkpoint.describe(own),
+        "start": start,
+        "side": side,
+        "strides": list(strides),
         "clusters": None,  # of the model, not of the run
     }
 

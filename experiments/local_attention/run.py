@@ -61,27 +61,7 @@ class Case:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="two small grids, two windows")
-    size.add_argument("--acceptance", action="store_true", help="what the verdicts need")
-    size.add_argument("--grids", type=int, nargs="+", help="sides, instead of the usual ones")
-    parser.add_argument("--out", type=Path, help="write the record and the plot here")
-    parser.add_argument("--repeats", type=int, help="5 of each; in acceptance 15, quickly 3")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, help="8 on a CPU, else 48")
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--dtype", help="float32 on a CPU, else bfloat16")
-    parser.add_argument(
-        "--memory-limit-gb",
-        type=float,
-        help="leave out what needs more, apart from inputs and outputs; 2 on a CPU, else 80 %% of "
-        "the device's memory",
-    )
-    parser.add_argument(
-        "--minutes", type=float, help="start no case later; 9 on a GPU, else no limit"
-    )
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv)
 
     on_cpu = jax.default_backend() == "cpu"
     setting = Setting(
@@ -144,6 +124,30 @@ def main(argv: list[str] | None = None) -> int:
             report.write_plot(arguments.out / "plot.png", setting, results)
     unmet = arguments.acceptance and not all(verdict.holds for verdict in verdicts)
     return int(bool(failed) or unmet)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="two small grids, two windows")
+    size.add_argument("--acceptance", action="store_true", help="what the verdicts need")
+    size.add_argument("--grids", type=int, nargs="+", help="sides, instead of the usual ones")
+    parser.add_argument("--out", type=Path, help="write the record and the plot here")
+    parser.add_argument("--repeats", type=int, help="5 of each; in acceptance 15, quickly 3")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, help="8 on a CPU, else 48")
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--dtype", help="float32 on a CPU, else bfloat16")
+    parser.add_argument(
+        "--memory-limit-gb",
+        type=float,
+        help="leave out what needs more, apart from inputs and outputs; 2 on a CPU, else 80 %% of "
+        "the device's memory",
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="start no case later; 9 on a GPU, else no limit"
+    )
+    return parser.parse_args(argv)
 
 
 def cases(
@@ -215,18 +219,7 @@ def measure(
         else:
             skipped.append(f"{name} on {describe(case)}: {needed / 2**30:.1f} GiB of temporaries")
 
-    def prepare(name: str) -> Program | Exception:
-        try:
-            return compile_one(name, case, inputs)
-        except Exception as error:  # of any kind: the other implementations are still measured
-            return error
-
-    # jax compiles in parallel, except on a CPU, where one compilation already uses many threads.
-    by_jax = [name for name in affordable if name != FLEX]
-    workers = 1 if jax.default_backend() == "cpu" else len(by_jax)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        prepared = dict(zip(by_jax, pool.map(prepare, by_jax), strict=True))
-    prepared.update({name: prepare(name) for name in affordable if name not in by_jax})
+    prepared = compile_all(affordable, case, inputs)
     programs: dict[str, Program] = {}
     expected = None
     # The XLA form first: the others are compared with it.
@@ -284,6 +277,23 @@ def measure(
         for name in case.names
         if name in programs
     ]
+
+
+def compile_all(names: list[str], case: Case, inputs: Inputs) -> dict[str, Program | Exception]:
+    """Each implementation compiled, or what it raised."""
+
+    def prepare(name: str) -> Program | Exception:
+        try:
+            return compile_one(name, case, inputs)
+        except Exception as error:  # of any kind: the other implementations are still measured
+            return error
+
+    # jax compiles in parallel, except on a CPU, where one compilation already uses many threads.
+    by_jax = [name for name in names if name != FLEX]
+    workers = 1 if jax.default_backend() == "cpu" else len(by_jax)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        prepared = dict(zip(by_jax, pool.map(prepare, by_jax), strict=True))
+    return prepared | {name: prepare(name) for name in names if name not in by_jax}
 
 
 def compile_one(name: str, case: Case, inputs: Inputs) -> Program:

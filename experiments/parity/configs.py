@@ -121,3 +121,24 @@ def pretraining(golden: Golden) -> CogLMConfig:
     records = [golden[name] for name in golden if name.startswith("sample/")]
     cells = len(records[0]) - published.text_slots - 1
     return CogLMConfig(grid=square(cells))
+
+
+def editing(golden: Golden) -> DirectSRConfig:
+    """The geometry of the recorded edits; the file has no network."""
+    coarse, fine = (int(golden[name].shape[-1]) for name in ("masks_20", "masks_60"))
+    base = CogLMConfig(grid=(coarse, coarse))
+    if "case_text" in golden and "case_positions" in golden:
+        text, positions = golden["case_text"].reshape(-1), golden["case_positions"].reshape(-1)
+        start = int(text[-1])  # the prompt ends with its own `<start_of_image>`
+        # Image ids end where the lowest id of the text is, or before.
+        num_image = int(text.min())
+        base = CogLMConfig(
+            vocabulary=Vocabulary(
+                num_image, start + 3, pad=num_image, unknown=num_image, first_chinese=num_image
+            ),
+            grid=(coarse, coarse),
+            max_text=len(text),
+            num_positions=int(positions.max()) + 1,
+            image_position=int(positions.max()) + 1 - coarse**2,
+        )
+    return DirectSRConfig(base, ratio=fine // coarse)

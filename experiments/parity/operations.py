@@ -1,6 +1,7 @@
-"""Checks of what needs no network: training samples, local attention, sampling.
+"""Checks of what needs no network: training samples, local attention, sampling, editing.
 
-Inputs (records, drawn choices, queries, logits) come from the file; masks and numbers are ours.
+Inputs (records, drawn choices, queries, logits, boxes) come from the file; masks and numbers are
+ours.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,9 @@ import scipy.special
 from cogview2_jax.config import ClusterSampling, CogLMConfig
 from cogview2_jax.data.records import english_texts
 from cogview2_jax.decoding import sampling
+from cogview2_jax.networks import inputs
+from cogview2_jax.pipeline import patch_completion
+from cogview2_jax.pipeline.editing import picture_size
 from cogview2_jax.training import coglm_samples
 from experiments.parity import configs
 from experiments.parity.golden import Check, Golden, Outcome, close, equal, guarded
@@ -214,3 +218,44 @@ def _chi_square(name: str, drawn: np.ndarray, probabilities: np.ndarray) -> Chec
         return Check(name, 0.0, 0.0, True, "0 degrees of freedom")
     limit = float(scipy.special.chdtri(degrees, 1e-5))  # the 99.999 % point
     return Check(name, statistic, limit, statistic <= limit, f"{degrees} degrees of freedom")
+
+
+# --- editing.npz ----------------------------------------------------------------------------------
+
+
+def check_editing(golden: Golden) -> Iterator[Outcome]:
+    """Crops and masks of every recorded box, and the recorded sequence."""
+    boxes = ("boxes", "crops", "masked_rows_and_columns", "masks_20", "masks_60")
+    yield from guarded("boxes", golden, boxes, _edited_boxes)
+    names = ("text", "image", "sequence", "mask", "positions", "text_bias")
+    case = ("masks_20", "masks_60", "case", *(f"case_{name}" for name in names))
+    yield from guarded("sequence", golden, case, _editing_sequence)
+
+
+def _edited_boxes(golden: Golden) -> Iterator[Outcome]:
+    config = configs.editing(golden)
+    side = picture_size(config)[0]
+    masked = [patch_completion.masked_pixels(box, side) for box in golden["boxes"].tolist()]
+    yield equal("masked rows and columns", masked, golden["masked_rows_and_columns"])
+    crops = [patch_completion.crop_around(pixels, side) for pixels in masked]
+    yield equal("crops", crops, golden["crops"])
+    for name, cells in (("masks_20", config.coglm.grid[0]), ("masks_60", config.grid[0])):
+        masks = [
+            patch_completion.cells_of(pixels, crop, cells)
+            for pixels, crop in zip(masked, crops, strict=True)
+        ]
+        yield equal(f"masks of {cells}×{cells} cells", masks, golden[name])
+
+
+def _editing_sequence(golden: Golden) -> Iterator[Outcome]:
+    config = configs.editing(golden).coglm
+    mask = golden["masks_20"][golden["case"].item()]
+    recorded = golden["case_text"].reshape(-1)
+    text, image = recorded[:-1].tolist(), golden["case_image"].reshape(-1)
+    made = patch_completion.sequence(mask, text, image, config, slots=len(recorded))
+    yield equal("sequence: tokens", made.tokens, golden["case_sequence"])
+    yield equal("sequence: positions", made.positions, golden["case_positions"])
+    yield equal("sequence: mask", made.mask, golden["case_mask"])
+    upweight = float(golden["case_text_bias"].max())
+    bias = inputs.text_key_bias(jnp.asarray(made.is_text), upweight)
+    yield equal("sequence: up-weighting", bias, golden["case_text_bias"])

@@ -30,6 +30,7 @@ CHECKS: Mapping[str, Callable[[Golden], Iterator[Outcome]]] = {
     "hvqvae": networks.check_hvqvae,
     "local_attention": operations.check_local_attention,
     "sampling": operations.check_sampling,
+    "editing": operations.check_editing,
 }
 
 

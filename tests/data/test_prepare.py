@@ -157,6 +157,17 @@ def test_a_folder_of_version_0_1_goes_on(make, tiny, captions_file, tmp_path):
     assert (tmp_path / manifests.MANIFEST).read_text() == content
 
 
+@pytest.mark.parametrize(
+    "refused", ["0", ["no refusal"], [{"input": 0}], [{**dict.fromkeys(shards.Refusal._fields, 1)}]]
+)
+def test_a_damaged_report_of_a_shard_is_named(tmp_path, refused):
+    prepare.prepare_pictures(sources.Scenes(2), tmp_path)
+    (file,) = tmp_path.glob("records-*.json")
+    file.write_text(json.dumps({"records": 2, "refused": refused}))
+    with pytest.raises(ValueError, match=f"{file.name} is missing or damaged: delete"):
+        prepare.prepare_pictures(sources.Scenes(2), tmp_path)
+
+
 HALF_PAIR = "a small green star \ud83d"
 
 

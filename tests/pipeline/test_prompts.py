@@ -35,3 +35,9 @@ def test_a_language_that_the_text_model_lacks_is_refused(tiny):
         caption_ids(model, vocabulary, "zh")
     with pytest.raises(ValueError, match="language must be en or zh: got 'fr'"):
         caption_ids(model, vocabulary, "fr")
+
+
+def test_a_prompt_that_is_no_text_is_refused(tiny):
+    for prompt in (["a star"], {}, None, 1, b"a star"):
+        with pytest.raises(ValueError, match="text must be one string: got"):
+            text.encode_prompt(tiny.text_model, prompt, tiny.coglm_config.vocabulary, 12)
