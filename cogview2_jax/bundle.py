@@ -7,9 +7,8 @@
 A bundle that is still being trained may lack networks; each is there entirely or not at all. The
 cluster labels come with the tokenizer, and the file of weights with the first network.
 
-Nothing in it is code: the weights are read by `safetensors`, which runs none. Reading is strict: an
-unknown, missing or ill-shaped field or tensor is refused in one line that names the file, what is
-wrong with it and what to do.
+Nothing in it is code, and none is run. Reading is strict: an unknown, missing or ill-shaped field or
+tensor is refused in one line that names the file, what is wrong with it and what to do.
 """
 
 import contextlib
@@ -138,12 +137,13 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
 def load(
     path: str | os.PathLike[str] | None = None,
     networks: Collection[str] | None = None,
-    execution: Execution = Execution(),
+    execution: Execution | None = Execution(),
 ) -> Bundle:
     """The bundle in the folder `path`, or the one that ships with the package.
 
     Reads the named `networks`, which must all be there; by default those that are there, at least
-    one. The trees of the others are empty. Parameters are put on the devices by `place`.
+    one. The trees of the others are empty. `place` puts the parameters on the devices; without an
+    `execution` they stay NumPy arrays.
 
     Raises FileNotFoundError for a missing folder or file and ValueError for a damaged or
     ill-fitting one and for missing networks, each in one line.
@@ -171,7 +171,7 @@ def load(
             what = f"a cluster label of {wrong[0]}, not from 0 to {size - 1}"
             raise ValueError(f"{folder / WEIGHTS} is damaged ({what}): {ADVICE}")
         bundle = bundle._replace(cluster_labels=labels.astype(np.int32))
-    return place(bundle, execution)
+    return bundle if execution is None else place(bundle, execution)
 
 
 def place(bundle: Bundle, execution: Execution) -> Bundle:
@@ -195,7 +195,7 @@ def place(bundle: Bundle, execution: Execution) -> Bundle:
         if not tree:
             return tree
         dtype = jax.numpy.dtype(execution.precision.params if name in axes_of else "float32")
-        # On the host if it is there: on the device, each shape would compile a program.
+        # On the host: on the device, each shape would compile a program.
         tree = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype != dtype else leaf, tree)
         if sharding is None:
             return jax.device_put(tree)

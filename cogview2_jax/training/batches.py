@@ -58,10 +58,10 @@ def require_layout(layout: RecordLayout, config: CogLMConfig, fine_cells: int = 
             f"the records have {layout.stride} pixels per token and the model has {TOKEN_STRIDE}:"
             f" prepare them with --stride {TOKEN_STRIDE}"
         )
-    found = layout.cells(layout.sizes[0])
-    if found != config.num_image_tokens:
+    side = layout.sizes[0] // layout.stride
+    if (side, side) != config.grid:
         raise ValueError(
-            f"the records' first size has {found} tokens and the base model {config.grid}:"
+            f"the records' first size has {side * side} tokens and the base model {config.grid}:"
             f" prepare them with --size {config.grid[0] * layout.stride}"
         )
     if fine_cells and fine_cells not in (layout.cells(size) for size in layout.sizes[1:]):

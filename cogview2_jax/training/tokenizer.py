@@ -207,6 +207,10 @@ def _trained(
     used: Params = image_tokenizer.used_by(shapes, strides, config)
     if keep_others:
         others = tuple(stride for stride in config.strides if stride not in strides)
+        if not others:
+            raise ValueError(
+                "keep_others needs a stride that is not trained: give the strides to train"
+            )
         kept = image_tokenizer.used_by(shapes, others, config)
         used = jax.tree.map(lambda ours, theirs: ours and not theirs, used, kept)
     return used

@@ -25,7 +25,7 @@ from cogview2_jax.training.options import (
     Options,
     TokenizerOptions,
 )
-from cogview2_jax.training.run import going_on, run
+from cogview2_jax.training.run import going_on, run, settings_of
 from cogview2_jax.training.step import init_state
 from cogview2_jax.training.super_resolution import direct_sr_task, iterative_sr_task
 from cogview2_jax.training.tokenizer import tokenizer_task
@@ -204,6 +204,8 @@ def test_unfit_records_are_refused_with_what_to_prepare(tiny, records, pictures)
         coglm_task(tiny, records, FEW)
     with pytest.raises(ValueError, match=r"strides must be of \(4, 8, 16\): got \(3, 8\)"):
         tokenizer_task(tiny, pictures, FEW, TokenizerOptions(strides=(8, 3)))
+    with pytest.raises(ValueError, match="keep_others needs a stride that is not trained"):
+        tokenizer_task(tiny, pictures, FEW, TokenizerOptions(keep_others=True))
     with pytest.raises(
         ValueError, match="keep_others needs a trained tokenizer to start from: give"
     ):
@@ -239,6 +241,18 @@ def test_a_short_folder_trains_and_validates(tiny, tmp_path):
 
 def test_the_bundle_that_ships_is_what_the_commands_start_from():
     assert bundles.networks_in() == bundles.NETWORKS
+
+
+def test_a_run_resumes_with_other_rematerialisation(tiny, records):
+    """It saves memory and changes no result, so it is what to try when a step does not fit."""
+    build, own = TASKS["coglm"]
+    plain, repeated = (
+        settings_of(build(tiny, records, FEW, own, Execution(training=training)), FEW)
+        for training in (Training(), Training(remat="all"))
+    )
+    assert plain == repeated
+    less = build(tiny, records, FEW, own, Execution(training=Training(dropout=0.1)))
+    assert settings_of(less, FEW) != plain
 
 
 def test_placing_the_codebook_compiles_no_step_anew(tiny, pictures):
