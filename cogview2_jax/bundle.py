@@ -7,8 +7,8 @@
 A bundle that is still being trained may lack networks; each is there entirely or not at all. The
 cluster labels come with the tokenizer, and the file of weights with the first network.
 
-Nothing in it is code, and none is run. Reading is strict: an unknown, missing or ill-shaped field or
-tensor is refused in one line that names the file, what is wrong with it and what to do.
+Nothing in it is code, and none is run. Reading is strict: an unknown, missing or ill-shaped field
+or tensor is refused in one line that names the file, what is wrong with it and what to do.
 """
 
 import contextlib
