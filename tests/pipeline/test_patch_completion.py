@@ -203,7 +203,7 @@ def test_small_and_wrong_boxes_are_refused(box, message):
 
 def test_only_square_pictures():
     with pytest.raises(ValueError, match="square grid of at least 2 × 2 .* got 4 × 6"):
-        patch_completion.plan((0, 0, 1, 1), DirectSRConfig(SMALL))
+        patch_completion.plan((0, 0, 1, 1), DirectSRConfig(SMALL, text_slots=8))
     with pytest.raises(ValueError, match="got 1 × 1"):
         patch_completion.plan((0, 0, 1, 1), geometry(1, 3))
 
