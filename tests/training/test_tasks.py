@@ -255,6 +255,16 @@ def test_a_run_resumes_with_other_rematerialisation(tiny, records):
     assert settings_of(less, FEW) != plain
 
 
+@pytest.mark.parametrize(("strides", "side"), [((8,), 64), ((4,), 32), ((4, 8), 64), ((), 128)])
+def test_crops_are_eight_tokens_of_the_largest_trained_stride(strides, side, tiny, pictures):
+    """So that training stride 8 alone takes crops of 64 pixels, and not of 128."""
+    options = dataclasses.replace(FEW, validation=0.0)
+    task = tokenizer_task(tiny, pictures, options, TokenizerOptions(strides=strides))
+    pixels, _ = task.read(0)
+    assert pixels.shape == (options.batch_size, side, side, 3)
+    assert task.settings["side"] == side
+
+
 def test_placing_the_codebook_compiles_no_step_anew(tiny, pictures):
     options = dataclasses.replace(FEW, validation=0.0)
     own = TokenizerOptions("nothing", side=32, settle=0.5)
