@@ -137,13 +137,12 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
 def load(
     path: str | os.PathLike[str] | None = None,
     networks: Collection[str] | None = None,
-    execution: Execution | None = Execution(),
+    execution: Execution = Execution(),
 ) -> Bundle:
     """The bundle in the folder `path`, or the one that ships with the package.
 
     Reads the named `networks`, which must all be there; by default those that are there, at least
-    one. The trees of the others are empty. `place` puts the parameters on the devices; without an
-    `execution` they stay NumPy arrays.
+    one. The trees of the others are empty. Parameters are put on the devices by `place`.
 
     Raises FileNotFoundError for a missing folder or file and ValueError for a damaged or
     ill-fitting one and for missing networks, each in one line.
@@ -171,7 +170,7 @@ def load(
             what = f"a cluster label of {wrong[0]}, not from 0 to {size - 1}"
             raise ValueError(f"{folder / WEIGHTS} is damaged ({what}): {ADVICE}")
         bundle = bundle._replace(cluster_labels=labels.astype(np.int32))
-    return bundle if execution is None else place(bundle, execution)
+    return place(bundle, execution)
 
 
 def place(bundle: Bundle, execution: Execution) -> Bundle:

@@ -220,14 +220,6 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 }
 
 
-def test_without_an_execution_parameters_stay_on_the_host(tiny, tiny_folder):
-    loaded = bundles.load(tiny_folder, execution=None)
-    for name in bundles.NETWORKS:
-        tree = getattr(loaded, name)
-        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree))
-        jax.tree.map(np.testing.assert_array_equal, tree, getattr(tiny, name))
-
-
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_bundle_is_refused_in_one_line(name, tiny_folder, tmp_path):
     damage, message = DAMAGES[name]

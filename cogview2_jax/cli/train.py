@@ -199,8 +199,7 @@ def _train(
     _hush()
     with common.refusing(), lock.hold(out):
         options = going_on(options, out)
-        # On the host: the run puts what it trains on the devices.
-        bundle = bundles.load(folder, bundles.networks_in(folder), execution=None)
+        bundle = bundles.load(folder, bundles.networks_in(folder))
         task = build(bundle, source, options, own_options, execution)
         sample = task.sampler(prompts) if loop.sample_every else None
         with _refusing_what_a_step_raises():
