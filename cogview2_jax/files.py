@@ -1,4 +1,4 @@
-"""Reading files whose names a user gives: none makes a command wait, or fill the memory."""
+"""Reading files that a user names: none makes a command wait, or fill the memory."""
 
 import os
 import stat

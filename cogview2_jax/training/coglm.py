@@ -11,7 +11,7 @@ import numpy as np
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.networks import coglm
 from cogview2_jax.sharding import Execution
-from cogview2_jax.training import batches, checkpoint, samples
+from cogview2_jax.training import batches, checkpoint
 from cogview2_jax.training.batches import Rows
 from cogview2_jax.training.losses import coglm_loss
 from cogview2_jax.training.options import CogLMOptions, Options
@@ -59,9 +59,6 @@ def coglm_task(
         )
         return *found, ()
 
-    def put(bundle: Bundle, params: Params) -> Bundle:
-        return bundle._replace(coglm=params)
-
     # Refuses impossible options before anything is compiled.
     sample(np.random.default_rng(0), data.rows(0))
     return transformer_task(
@@ -78,6 +75,6 @@ def coglm_task(
         trained=None,
         loss=loss,
         tokens_per_sample=length,
-        put=put,
-        sampler=functools.partial(samples.of_prompts, bundle, put, "base"),
+        bundle=bundle,
+        stage="base",
     )

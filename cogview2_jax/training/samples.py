@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.config import HVQVAEConfig
 from cogview2_jax.pipeline.cogview import CogView
+from cogview2_jax.pipeline.settings import STAGES
 from cogview2_jax.tokenizer import image as image_tokenizer
 from cogview2_jax.training.processes import on_host
 
@@ -32,8 +33,8 @@ def of_prompts(
     """
     if not prompts:
         raise ValueError("sample_every needs a prompt to draw: give --prompt")
-    needed = {"base": (), "direct": ("coglm",), "full": ("coglm", "direct")}[stage]
-    for network in ("tokenizer", *needed):
+    *before, _, tokenizer = STAGES[stage]  # the one between them is in training
+    for network in (tokenizer, *before):
         bundle.params(network)
 
     def draw(params: Params) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.networks import direct_sr, inputs, iterative_sr
 from cogview2_jax.sharding import Execution
-from cogview2_jax.training import batches, checkpoint, samples
+from cogview2_jax.training import batches, checkpoint
 from cogview2_jax.training.losses import direct_sr_loss, iterative_sr_loss
 from cogview2_jax.training.options import DirectSROptions, IterativeSROptions, Options
 from cogview2_jax.training.task import (
@@ -60,9 +60,6 @@ def direct_sr_task(
         )
         return *found, ()
 
-    def put(bundle: Bundle, params: Params) -> Bundle:
-        return bundle._replace(direct=params)
-
     axes = direct_sr.parameter_axes(config)
     return transformer_task(
         "direct SR",
@@ -78,8 +75,8 @@ def direct_sr_task(
         trained=direct_sr.added_parameters(axes) if own.freeze_base else None,
         loss=loss,
         tokens_per_sample=config.num_prefix + config.num_image_tokens,
-        put=put,
-        sampler=functools.partial(samples.of_prompts, bundle, put, "direct"),
+        bundle=bundle,
+        stage="direct",
     )
 
 
@@ -122,9 +119,6 @@ def iterative_sr_task(
         )
         return *found, ()
 
-    def put(bundle: Bundle, params: Params) -> Bundle:
-        return bundle._replace(iterative=params)
-
     return transformer_task(
         "iterative SR",
         config,
@@ -139,6 +133,6 @@ def iterative_sr_task(
         trained=None,
         loss=loss,
         tokens_per_sample=config.text_slots + config.num_image_tokens,
-        put=put,
-        sampler=functools.partial(samples.of_prompts, bundle, put, "full"),
+        bundle=bundle,
+        stage="full",
     )

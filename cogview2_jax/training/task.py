@@ -22,8 +22,9 @@ from cogview2_jax.config import (
 )
 from cogview2_jax.data import reading
 from cogview2_jax.data.records import RecordLayout
+from cogview2_jax.pipeline.settings import STAGES
 from cogview2_jax.sharding import Execution
-from cogview2_jax.training import checkpoint, metrics
+from cogview2_jax.training import checkpoint, metrics, samples
 from cogview2_jax.training.batches import Rows
 from cogview2_jax.training.loop import process_rows
 from cogview2_jax.training.losses import Mean, Metrics
@@ -141,11 +142,18 @@ def transformer_task(
     options: Options,
     sample: Callable[[np.random.Generator, Rows], Any],
     settings: checkpoint.Settings,
+    bundle: Bundle,
+    stage: str,
     **given: Any,
 ) -> Task:
     """The task of a transformer; `sample` turns rows of records into a batch, and `given` are the
-    other fields of `Task`.
+    other fields of `Task`. `stage` is the first stage of the pipeline that the transformer runs in.
     """
+    trained = STAGES[stage][-2]  # the tokenizer comes last
+
+    def put(bundle: Bundle, params: Params) -> Bundle:
+        replaced: dict[str, Any] = {trained: params}
+        return bundle._replace(**replaced)
 
     def read(step: int) -> Any:
         return sample(np.random.default_rng((options.seed, 0, step)), data.rows(step))
@@ -166,6 +174,8 @@ def transformer_task(
             **reading.split_settings(options.validation),
             **settings,
         },
+        put=put,
+        sampler=functools.partial(samples.of_prompts, bundle, put, stage),
         **given,
     )
 

@@ -98,6 +98,14 @@ def test_it_trains_from_nothing_and_goes_on(network, tiny, records, pictures, tm
         run(again, dataclasses.replace(longer, schedule_steps=8), tmp_path)
 
 
+@pytest.mark.parametrize("network", ["coglm", "direct", "iterative"])
+def test_a_bundle_takes_what_was_trained_in_its_place(network, tiny, records):
+    trained = {"of": network}
+    made = task_of(network, tiny, records, FEW).put(tiny, trained)
+    changed = [name for name in tiny._fields if getattr(made, name) is not getattr(tiny, name)]
+    assert changed == [network] and getattr(made, network) is trained
+
+
 @pytest.mark.parametrize("network", ["direct", "iterative"])
 def test_super_resolution_starts_from_coglm(network, tiny, records):
     task = task_of(network, tiny, records, FEW, "coglm")
