@@ -49,6 +49,16 @@ def complain(words: str) -> None:
 # --- Checks before anything is computed -----------------------------------------------------------
 
 
+def require_module(name: str, extra: str) -> None:
+    """Raises ClickException for a module that is not installed, with the extra that has it."""
+    import importlib.util
+
+    if importlib.util.find_spec(name) is None:
+        raise click.ClickException(
+            f"{name} is not installed: `pip install 'cogview2-jax[{extra}]'` installs it"
+        )
+
+
 @contextlib.contextmanager
 def refusing(what: str = "") -> Iterator[None]:
     """Turns expected errors inside into the one line that the user sees."""

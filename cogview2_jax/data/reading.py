@@ -108,7 +108,7 @@ def tokens(
     Raises ValueError for a batch that the processes cannot split equally and for records that
     cannot be split, and as `Records` does.
     """
-    records = _opened(folder)
+    records = opened(folder)
     if records.manifest.layout is None:
         raise ValueError(f"{records.folder} holds pictures, not tokens")
 
@@ -169,7 +169,7 @@ def record_numbers(
     With the arguments of `tokens` or `pictures`, these are the records of their batches, row by
     row.
     """
-    part = _part(_opened(folder), validation_share, validation)
+    part = _part(opened(folder), validation_share, validation)
     dataset = _shuffled(part, seed, epochs, batch_size)
     numbers: np.ndarray = _batches(dataset, batch_size, process_index, process_count)[step]
     return numbers
@@ -196,7 +196,7 @@ def pictures(
     its shorter side, resized to `side`; with `mirror`, half of them are mirrored. The random
     choices depend only on the seed and the place in the data. The rest is as in `tokens`.
     """
-    records = _opened(folder)
+    records = opened(folder)
     if records.manifest.kind != manifests.PICTURES:
         raise ValueError(f"{records.folder} holds {records.manifest.kind}, not pictures")
     if side < 1 or (smallest is not None and smallest < 1):
@@ -226,7 +226,8 @@ def random_crop(
     return np.ascontiguousarray(made[:, ::-1]) if mirror and rng.random() < 0.5 else made
 
 
-def _opened(folder: Path | Records) -> Records:
+def opened(folder: Path | Records) -> Records:
+    """The records of a folder, or those given."""
     return folder if isinstance(folder, Records) else Records(folder)
 
 

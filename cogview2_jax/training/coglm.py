@@ -18,6 +18,7 @@ from cogview2_jax.training.options import CogLMOptions, Options
 from cogview2_jax.training.task import (
     Params,
     Task,
+    TokenData,
     starting_params,
     token_data,
     transformer_task,
@@ -27,7 +28,7 @@ from cogview2_jax.training.task import (
 
 def coglm_task(
     bundle: Bundle,
-    records: Path,
+    records: Path | TokenData,
     options: Options,
     own: CogLMOptions = CogLMOptions(),
     execution: Execution = Execution(),

@@ -17,6 +17,7 @@ from cogview2_jax.training.options import DirectSROptions, IterativeSROptions, O
 from cogview2_jax.training.task import (
     Params,
     Task,
+    TokenData,
     starting_params,
     token_data,
     transformer_task,
@@ -26,7 +27,7 @@ from cogview2_jax.training.task import (
 
 def direct_sr_task(
     bundle: Bundle,
-    records: Path,
+    records: Path | TokenData,
     options: Options,
     own: DirectSROptions = DirectSROptions(),
     execution: Execution = Execution(),
@@ -82,7 +83,7 @@ def direct_sr_task(
 
 def iterative_sr_task(
     bundle: Bundle,
-    records: Path,
+    records: Path | TokenData,
     options: Options,
     own: IterativeSROptions = IterativeSROptions(),
     execution: Execution = Execution(),

@@ -90,8 +90,12 @@ class TokenData(NamedTuple):
     ids_of: Callable[[int], list[int]]
 
 
-def token_data(folder: Path, options: Options, execution: Execution) -> TokenData:
-    """The records in `folder`. Raises ValueError, in one line, where there are none."""
+def token_data(folder: Path | TokenData, options: Options, execution: Execution) -> TokenData:
+    """The records in `folder`, or those given. Raises ValueError, in one line, where there are
+    none.
+    """
+    if isinstance(folder, TokenData):
+        return folder
     part, parts = process_rows(execution.sharding, options.batch_size)
     records = reading.Records(folder)
     tokens = functools.partial(

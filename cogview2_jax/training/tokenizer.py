@@ -39,7 +39,7 @@ Array = jax.Array
 
 def tokenizer_task(
     bundle: Bundle,
-    pictures: Path,
+    pictures: Path | reading.Records,
     options: Options,
     own: TokenizerOptions = TokenizerOptions(),
     execution: Execution = Execution(),
@@ -144,9 +144,13 @@ class _CropData(NamedTuple):
 
 
 def _crop_data(
-    pictures: Path, side: int, options: Options, own: TokenizerOptions, execution: Execution
+    pictures: Path | reading.Records,
+    side: int,
+    options: Options,
+    own: TokenizerOptions,
+    execution: Execution,
 ) -> _CropData:
-    records = reading.Records(pictures)
+    records = reading.opened(pictures)
     part, parts = process_rows(execution.sharding, options.batch_size)
     crops_of = functools.partial(
         reading.pictures, records, options.batch_size, side, validation_share=options.validation

@@ -1,0 +1,1 @@
+"""A bundle trained on open illustrations with English and Chinese names."""

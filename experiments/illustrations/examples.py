@@ -1,0 +1,135 @@
+"""Pictures and captions of illustrations as examples to train on: varied in size and place, and in
+frames of two things.
+"""
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cogview2_jax.data import illustrations
+from cogview2_jax.data.illustrations import Item
+from experiments.illustrations.presets import COARSE_PIXELS, FINE_PIXELS
+
+VARIANTS = 4  # of each picture: itself, and smaller ones somewhere else
+CAPTIONS = 2  # in each language, of each variant
+FRAMES = 2.0  # frames of two things, for each picture
+SMALLEST = 0.7  # of a variant, of the picture's side
+
+
+class Collection(NamedTuple):
+    """`pictures` uint8 [n, FINE_PIXELS, FINE_PIXELS, 3], and what each shows."""
+
+    pictures: np.ndarray
+    items: list[Item]
+
+    def indices(self, split: str) -> np.ndarray:
+        return np.flatnonzero([item.split == split for item in self.items])
+
+
+class Example(NamedTuple):
+    picture: np.ndarray  # uint8 [FINE_PIXELS, FINE_PIXELS, 3]
+    captions: list[str]
+
+
+def read(folder: Path) -> Collection:
+    """The pictures of a folder as `gather` makes it, at FINE_PIXELS a side."""
+    items = illustrations.read_index(folder)
+
+    def one(item: Item) -> np.ndarray:
+        with Image.open(folder / item.file) as picture:
+            side = (FINE_PIXELS, FINE_PIXELS)
+            return np.asarray(picture.convert("RGB").resize(side, Image.Resampling.LANCZOS))
+
+    return Collection(np.stack(_in_parallel(one, items)), items)
+
+
+def to_train(collection: Collection, share: float = 1.0) -> list[Example]:
+    """Every picture of the train split, in its own size and place and in others, and frames of two.
+
+    `share` of each, for a trial.
+    """
+    known = collection.indices("train")
+    known = known[: max(64, round(share * len(known)))]
+    jobs = [(int(number), variant) for number in known for variant in range(VARIANTS)]
+
+    def one(job: tuple[int, int]) -> Example:
+        number, variant = job
+        rng = np.random.default_rng((51, number, variant))
+        picture = collection.pictures[number]
+        return Example(
+            varied(picture, rng) if variant else picture,
+            [
+                caption
+                for _ in range(CAPTIONS)
+                for caption in illustrations.captions(collection.items[number], rng).values()
+            ],
+        )
+
+    return _in_parallel(one, jobs) + frames(collection, known, round(FRAMES * len(known)), seed=52)
+
+
+def to_validate(collection: Collection) -> list[Example]:
+    """The pictures of the validation split as they are."""
+    rng = np.random.default_rng(53)
+    return [
+        Example(
+            collection.pictures[number],
+            list(illustrations.captions(collection.items[number], rng).values()),
+        )
+        for number in collection.indices("validation")
+    ]
+
+
+def frames(collection: Collection, known: np.ndarray, number: int, *, seed: int) -> list[Example]:
+    """Frames of two of the pictures `known`."""
+    items = [collection.items[index] for index in known]
+
+    def one(index: int) -> Example:
+        rng = np.random.default_rng((seed, index))
+        frame = illustrations.draw_frame(items, rng)
+        first, second = (
+            Image.fromarray(collection.pictures[known[place]])
+            for place in (frame.first, frame.second)
+        )
+        whole = illustrations.compose(first, second, frame.relation, rng, FINE_PIXELS)
+        return Example(np.asarray(whole), list(frame.captions.values()))
+
+    return _in_parallel(one, range(number))
+
+
+def reduced(pictures: np.ndarray) -> np.ndarray:
+    """Pictures uint8 [n, FINE_PIXELS, FINE_PIXELS, 3] at COARSE_PIXELS a side."""
+    ratio = FINE_PIXELS // COARSE_PIXELS
+
+    def one(picture: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(picture).reduce(ratio))
+
+    return np.stack(_in_parallel(one, pictures))
+
+
+def as_png(picture: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, "PNG")
+    return content.getvalue()
+
+
+def varied(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture smaller, at a random place on white."""
+    side = int(rng.integers(round(SMALLEST * FINE_PIXELS), FINE_PIXELS + 1))
+    x, y = (int(value) for value in rng.integers(FINE_PIXELS - side + 1, size=2))
+    canvas = Image.new("RGB", (FINE_PIXELS, FINE_PIXELS), "white")
+    canvas.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS), (x, y))
+    return np.asarray(canvas)
+
+
+def _in_parallel(
+    function: Callable[[Any], Any], values: Sequence[Any] | np.ndarray | range
+) -> list[Any]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(function, values))

@@ -1,0 +1,297 @@
+"""Train all five parts of the illustrations bundle from zero, resumably.
+
+\b
+    python -m experiments.illustrations.train --pictures DIR
+
+Text model, image tokenizer, CogLM, direct and iterative super-resolution, each by the task that
+`cogview2 train` runs, on the pictures that `gather` has made. Everything is under --work; after an
+interruption the same command resumes from the last checkpoint. The finished bundle is written to
+--out.
+
+Pictures and tokens are held in memory (about 2 GB for 2,000 pictures), so that a GPU need not wait.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from cogview2_jax import bundle as bundles
+from cogview2_jax.bundle import Bundle
+from cogview2_jax.config import Precision
+from cogview2_jax.data.records import RecordLayout, text_part
+from cogview2_jax.networks import inputs
+from cogview2_jax.pipeline import stages
+from cogview2_jax.sharding import Execution
+from cogview2_jax.tokenizer import image as image_tokenizer
+from cogview2_jax.tokenizer import text
+from cogview2_jax.tokenizer.clusters import cluster_codebook
+from cogview2_jax.training.batches import FineSample
+from cogview2_jax.training.coglm import coglm_task
+from cogview2_jax.training.loop import keep_freed_memory
+from cogview2_jax.training.options import (
+    CogLMOptions,
+    DirectSROptions,
+    IterativeSROptions,
+    LoopOptions,
+    Options,
+    TokenizerOptions,
+)
+from cogview2_jax.training.run import run as run_task
+from cogview2_jax.training.super_resolution import direct_sr_task, iterative_sr_task
+from cogview2_jax.training.task import Task
+from cogview2_jax.training.tokenizer import tokenizer_task
+from experiments.illustrations import examples, memory, presets
+from experiments.illustrations.examples import Example
+
+# Muon at these rates on matrices and convolutions, AdamW at a tenth of them on the rest.
+TOKENIZER = Options(
+    4000, 64, 0.02, warmup=0.02, final_rate=0.0, optimizer="muon", weight_decay=0.0, seed=101
+)
+COGLM = Options(
+    6000, 512, 0.02, warmup=0.03, final_rate=0.0, optimizer="muon", seed=61, average=0.999
+)
+DIRECT = Options(3000, 64, 0.015, warmup=0.03, final_rate=0.0, optimizer="muon", seed=71)
+ITERATIVE = Options(2000, 64, 0.015, warmup=0.03, final_rate=0.0, optimizer="muon", seed=81)
+# Of direct SR's coarse input tokens, the share that is redrawn, in a half of the pictures: the base
+# stage makes mistakes, which direct SR must learn to correct from the text and the other cells.
+NOISE = 0.15
+# Share of pictures, in training iterative SR, with anchors from direct SR instead of the true ones.
+DRAFTED_SHARE = 0.75
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_PARTS = ("tokenizer", "coglm", "direct", "iterative")
+
+
+@click.command(help=__doc__)
+@click.option("--pictures", type=_FOLDER, required=True, help="As `gather` makes them.")
+@click.option("--work", type=_FOLDER, default=Path("runs/illustrations"), show_default=True)
+@click.option("--out", type=_FOLDER, default=Path("runs/illustrations/bundle"), show_default=True)
+@click.option(
+    "--tokenizer", type=_FOLDER, help="A bundle with a trained tokenizer to take it from."
+)
+@click.option("--until", type=click.Choice(_PARTS), default=_PARTS[-1], show_default=True)
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Of all steps, for a trial.",
+)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+def main(pictures: Path, work: Path, out: Path, tokenizer: Path | None, **how: Any) -> None:
+    keep_freed_memory()
+    bundles.save(out, train(pictures, work, tokenizer, **how))
+    click.echo(f"the bundle is at {out}")
+
+
+def train(
+    pictures: Path, work: Path, tokenizer: Path | None, *, until: str, share: float, dtype: str
+) -> Bundle:
+    """The bundle, from zero or from what `work` holds already."""
+    execution = Execution(Precision(compute=jnp.dtype(dtype)))
+    done = _PARTS[: _PARTS.index(until) + 1]
+
+    def fewer(options: Options) -> Options:
+        return dataclasses.replace(options, num_steps=max(2, round(share * options.num_steps)))
+
+    def run(task: Task, options: Options, name: str) -> Any:
+        return run_task(task, options, work / name, LoopOptions(save_every=2000, log_every=100))
+
+    collection = examples.read(pictures)
+    bundle = _untrained(pictures)
+    if tokenizer:
+        trained = bundles.load(tokenizer, ("tokenizer",))
+        params, labels = trained.tokenizer, trained.cluster_labels
+    else:
+        options = fewer(TOKENIZER)
+        params = run(_tokenizer_task(bundle, collection, options), options, "tokenizer")
+        labels = cluster_codebook(np.asarray(params["codebook"]), presets.NUM_CLUSTERS)
+    bundle = bundle._replace(tokenizer=params, cluster_labels=labels)
+    if "coglm" not in done:
+        return bundle
+
+    rows, unseen, layout = _records(bundle, collection, share)
+    data = functools.partial(memory.token_data, rows, unseen, layout, name="illustrations")
+    options = fewer(COGLM)
+    tasks = CogLMOptions(start="nothing", patch_size=4, num_patches=3, text_ratio=0.0)
+    task = coglm_task(bundle, data(options), options, tasks, execution)
+    bundle = bundle._replace(coglm=run(task, options, "coglm"))
+    if "direct" not in done:
+        return bundle
+
+    options = fewer(DIRECT)
+    own = DirectSROptions("coglm")
+    task = direct_sr_task(bundle, data(options), options, own, execution)
+    bundle = bundle._replace(direct=run(_with_noise(task), options, "direct"))
+    if "iterative" not in done:
+        return bundle
+
+    options = fewer(ITERATIVE)
+    drafts = _drafts(bundle, rows, layout, execution)
+    task = iterative_sr_task(bundle, data(options), options, IterativeSROptions("coglm"), execution)
+    bundle = bundle._replace(iterative=run(_with_drafts(task, drafts), options, "iterative"))
+    return bundle
+
+
+def _untrained(pictures: Path) -> Bundle:
+    model = text.load_text_model(pictures / "text.model")
+    vocabulary = text.vocabulary_for(model, presets.TOKENIZER.codebook_size)
+    description = bundles.Description(
+        presets.coglm_config(vocabulary),
+        presets.direct_sr_config(vocabulary),
+        presets.iterative_sr_config(vocabulary),
+        presets.TOKENIZER,
+        presets.SAMPLING,
+        made_with={},
+    )
+    return bundles.untrained(description, model)
+
+
+# --- The tokenizer --------------------------------------------------------------------------------
+
+
+def _tokenizer_task(bundle: Bundle, collection: examples.Collection, options: Options) -> Task:
+    """The tokenizer on crops: half of them whole pictures made small, half parts of large ones."""
+    large = collection.pictures[collection.indices("train")]
+    small = examples.reduced(large)
+    side = presets.COARSE_PIXELS
+    records = memory.InMemory(
+        [examples.as_png(picture) for picture in small[:512]], None, {"source": "illustrations"}
+    )
+    own = TokenizerOptions(
+        side=side, decay=0.97, commitment=0.5, strides=(presets.STRIDE,), start="nothing"
+    )
+    task = tokenizer_task(bundle, records, options, own)
+    begin = int(own.settle * options.planned_steps)
+
+    def read(step: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng((options.seed, 3, step))
+        numbers = rng.integers(len(large), size=options.batch_size)
+        crops = small[numbers]
+        for row in range(options.batch_size // 2):
+            y, x = rng.integers(presets.FINE_PIXELS - side + 1, size=2)
+            crops[row] = large[numbers[row], y : y + side, x : x + side]
+        return crops, np.full(len(crops), step >= begin)
+
+    return task._replace(read=read)
+
+
+# --- Token records --------------------------------------------------------------------------------
+
+
+def _records(
+    bundle: Bundle, collection: examples.Collection, share: float
+) -> tuple[np.ndarray, np.ndarray, RecordLayout]:
+    """Token records to train on and to validate on, int32 [n, length], and their layout."""
+    config = bundle.coglm_config
+    layout = RecordLayout.of(config, presets.STRIDE, presets.FINE_PIXELS)
+
+    def rows_of(made: list[Example]) -> np.ndarray:
+        fine = np.stack([example.picture for example in made])
+        tokens = np.concatenate(
+            [_tokens(bundle, examples.reduced(fine)), _tokens(bundle, fine)], axis=1
+        )
+        found = []
+        for example, ids in zip(made, tokens, strict=True):
+            for caption in example.captions:
+                words = text.encode(bundle.text_model, caption, config.vocabulary)
+                part = text_part([words], layout.text_slots, config.vocabulary)
+                found.append(np.concatenate([part, ids]))
+        return np.stack(found).astype(np.int32)
+
+    train = rows_of(examples.to_train(collection, share))
+    unseen = rows_of(examples.to_validate(collection))
+    return train, unseen, layout
+
+
+def _tokens(bundle: Bundle, pictures: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """Image tokens int32 [n, cells] of pictures uint8 [n, y, x, 3]."""
+    found = []
+    for begin in tqdm(range(0, len(pictures), batch_size), desc="tokens"):
+        batch = pictures[begin : begin + batch_size]
+        filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
+        ids = image_tokenizer.to_tokens(
+            bundle.tokenizer, filled, stride=presets.STRIDE, config=bundle.tokenizer_config
+        )
+        found.append(np.asarray(ids)[: len(batch)])
+    return np.concatenate(found)
+
+
+def _replacing(task: Task, change: Callable[[int, FineSample], FineSample]) -> Task:
+    def read(step: int) -> FineSample:
+        return change(step, task.read(step))
+
+    return task._replace(read=read)
+
+
+def _with_noise(task: Task) -> Task:
+    """The task with some coarse tokens of every second picture drawn at random."""
+
+    def change(step: int, sample: FineSample) -> FineSample:
+        rng = np.random.default_rng((76, step))
+        shape = sample.seen.shape
+        noisy = (rng.random(shape) < NOISE) & (rng.random((shape[0], 1)) < 0.5)
+        other = rng.permuted(sample.seen.reshape(-1)).reshape(shape)
+        return sample._replace(seen=np.where(noisy, other, sample.seen))
+
+    return _replacing(task, change)
+
+
+def _with_drafts(task: Task, drafts: np.ndarray) -> Task:
+    """The task with `drafts`, int32 [records, cells], as input for a share of the pictures."""
+
+    def change(step: int, sample: FineSample) -> FineSample:
+        numbers = np.array(task.ids_of(step))
+        drafted = np.random.default_rng((75, step)).random((len(numbers), 1)) < DRAFTED_SHARE
+        return sample._replace(seen=np.where(drafted, drafts[numbers], sample.seen))
+
+    return _replacing(task, change)
+
+
+def _drafts(
+    bundle: Bundle,
+    rows: np.ndarray,
+    layout: RecordLayout,
+    execution: Execution,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Input tokens for iterative SR, int32 [records, fine cells]: at the anchors those that direct
+    SR draws, elsewhere the true ones.
+    """
+    config = bundle.direct_config
+    anchors = inputs.lopar_order(bundle.iterative_config).reshape(-1) < 1
+    fine = rows[:, layout.columns(presets.FINE_PIXELS)]
+    coarse = rows[:, layout.columns(presets.COARSE_PIXELS)]
+    vocabulary = config.coglm.vocabulary
+    pad = vocabulary.pad
+    texts = [row[: int(np.argmax(row == pad))][: config.text_slots] for row in rows]
+    words, is_text = inputs.left_padded(texts, config.text_slots, vocabulary)
+    made = fine.copy()
+    for begin in tqdm(range(0, len(rows), batch_size), desc="drafts"):
+        chosen = np.arange(begin, begin + batch_size) % len(rows)
+        drawn = stages.super_resolve_direct(
+            bundle.direct,
+            words[chosen],
+            is_text[chosen],
+            coarse[chosen],
+            jax.random.split(jax.random.key(begin), batch_size),
+            bundle.cluster_labels,
+            config=config,
+            sampling=presets.SAMPLING,
+            num_clusters=presets.NUM_CLUSTERS,
+            execution=execution,
+        )
+        made[chosen] = np.where(anchors, drawn, fine[chosen])
+    return made
+
+
+if __name__ == "__main__":
+    main()
