@@ -30,7 +30,7 @@ _init = nn.initializers.normal(0.02)
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, [n, b, t, h, d] (inside the layer scan: [b, t, h, d])."""
+    """Keys and values of one layer, [b, h, t, d]: contiguous for each head, as they are read."""
 
     keys: Array
     values: Array
@@ -137,6 +137,25 @@ def dense_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | Non
     return jnp.einsum("bhst,bthd->bshd", weights, v)
 
 
+def cached_attention(q: Array, cache: KVCache, mask: Array, bias: Array) -> Array:
+    """`dense_attention` of queries [b, s, h, d] over a cache [b, h, t, d]."""
+    scores = jnp.einsum("bshd,bhtd->bhst", q, cache.keys, preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5 + bias[:, None, None, :]
+    scores = jnp.where(mask[:, None], scores, MASKED_SCORE)
+    weights = nn.softmax(scores).astype(cache.values.dtype)
+    return jnp.einsum("bhst,bhtd->bshd", weights, cache.values)
+
+
+def _written(cache: KVCache, k: Array, v: Array, start: Array | int) -> KVCache:
+    """The cache with keys and values [b, s, h, d] written from slot `start` on."""
+
+    def one(old: Array, new: Array) -> Array:
+        new = jnp.swapaxes(new, 1, 2).astype(old.dtype)
+        return jax.lax.dynamic_update_slice(old, new, (0, 0, start, 0))
+
+    return KVCache(one(cache.keys, k), one(cache.values, v))
+
+
 def dense_attention_with_lse(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
     """As `dense_attention`, with the log-sum-exp of the scores: out [b, s, h, d], lse float32
     [b, h, s]. `mask` bool [b or 1, t] is the same for every query.
@@ -165,12 +184,11 @@ class DenseAttention(nn.Module):
         self, x: Array, context: DenseContext, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
         q, k, v = QKV(self.config, self.execution, name="qkv")(x)
-        if cache is not None:
-            corner = (0, context.start, 0, 0)
-            k = jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), corner)
-            v = jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), corner)
-            cache = KVCache(k, v)
-        out = dense_attention(q, k, v, context.mask, context.bias)
+        if cache is None:
+            out = dense_attention(q, k, v, context.mask, context.bias)
+        else:
+            cache = _written(cache, k, v, context.start)
+            out = cached_attention(q, cache, context.mask, context.bias)
         out = rearrange(out, "b s h d -> b s (h d)")
         return output_projection(self.config, self.execution.precision, "dense")(out), cache
 

@@ -15,6 +15,7 @@ from cogview2_jax.sharding import Execution, logical_axes
 
 Array = jax.Array
 Params = dict
+Cache = tuple[KVCache, ...]  # one of each layer
 
 
 def network(
@@ -111,32 +112,54 @@ def apply(
     return logits(params, hidden, config=config, ids=ids, execution=execution)
 
 
+def unstacked(params: Params) -> Params:
+    """Parameters as `extend` reads them without a copy: see `transformer.unstacked`."""
+    return transformer.unstacked(params)
+
+
 def init_cache(
     config: CogLMConfig, batch: int, length: int, execution: Execution = Execution()
-) -> KVCache:
-    """Empty keys and values for `length` tokens, in the compute dtype."""
+) -> Cache:
+    """Empty keys and values for `length` tokens, in the compute dtype, for each layer."""
     sizes = config.transformer
-    shape = (sizes.num_layers, batch, length, sizes.num_heads, sizes.head_dim)
+    shape = (batch, sizes.num_heads, length, sizes.head_dim)
     dtype = execution.precision.compute
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return tuple(
+        KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(sizes.num_layers)
+    )
 
 
 def extend(
     params: Params,
-    cache: KVCache,
+    cache: Cache,
     inputs: NetworkInput,
     index: Array | int,
     *,
     config: CogLMConfig,
     bias: Array,
     execution: Execution = Execution(),
-) -> tuple[Array, KVCache]:
+) -> tuple[Array, Cache]:
     """Run tokens [b, s] after those in the cache: hidden [b, s, e] and the updated cache.
 
     `inputs.mask` [b or 1, s, length] and `bias` [b or 1, length] span the whole cache. The new keys
     and values are written at slots `index` to `index + s − 1`, which must be in the cache: past its
-    end `dynamic_update_slice` moves the start and overwrites earlier slots.
+    end `dynamic_update_slice` moves the start and overwrites earlier slots. `params` should be
+    those of `unstacked`, made once: stacked ones are taken apart in every call.
     """
     context = DenseContext(inputs.mask, bias, index)
     model = network(config, execution)
-    return model.apply({"params": params}, inputs.tokens, inputs.positions, context, cache)
+    return transformer.by_layers(model, params, inputs.tokens, inputs.positions, context, cache)
+
+
+def word_rows(params: Params, ids: tuple[int, int]) -> Array:
+    """The rows of the word table for `next_logits`, [v, e]: those of the half-open range `ids`.
+
+    The barrier keeps a loop from slicing the table anew at every step.
+    """
+    rows: Array = jax.lax.optimization_barrier(params["word_embeddings"][ids[0] : ids[1]])
+    return rows
+
+
+def next_logits(hidden: Array, rows: Array, *, execution: Execution = Execution()) -> Array:
+    """`logits` of hidden states [b, e] for `word_rows`: float32 [b, v]."""
+    return transformer.tied_logits(hidden, execution.constrain(rows, None, None))

@@ -15,6 +15,7 @@ from cogview2_jax.networks.inputs import NetworkInput
 from cogview2_jax.sharding import Execution, Sharding, constrain
 
 Array = jax.Array
+Params = dict
 _init = nn.initializers.normal(0.02)
 _REMAT_POLICIES = {
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -123,14 +124,20 @@ class Transformer(nn.Module):
         """Tokens int [b, s], positions int [b or 1, s] → hidden states [b, s, e] after the final
         LayerNorm, and the updated cache.
         """
+        x, cache = self.layers(self.embed(tokens, positions), context, cache)
+        return self.final_layernorm(x), cache
+
+    def embed(self, tokens: Array, positions: Array) -> Array:
+        """What the first layer is given, [b, s, e]."""
         table = jnp.concatenate(self.positions) if len(self.positions) > 1 else self.positions[0]
         x = self._looked_up(tokens) + table[positions]
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))
-        x = self.execution.constrain(
-            x.astype(self.execution.precision.compute), "batch", None, None
-        )
-        x, cache = self.layers(x, context, cache)
-        return self.final_layernorm(x), cache
+        x = x.astype(self.execution.precision.compute)
+        return self.execution.constrain(x, "batch", None, None)
+
+    def normalised(self, x: Array) -> Array:
+        """Hidden states [b, s, e] after the last layer, normalised."""
+        return self.final_layernorm(x)
 
     def _looked_up(self, tokens: Array) -> Array:
         """Rows of the word table, [b, s, e].
@@ -153,6 +160,49 @@ class Transformer(nn.Module):
             hidden = self.execution.constrain(hidden, "batch", "tokens", None)
         embeddings = self.word_embeddings[start:stop].astype(hidden.dtype)
         return _tied_logits(hidden, embeddings, self.execution.sharding)
+
+
+def unstacked(params: Params) -> Params:
+    """Parameters with one tree for each layer, "layers" being a tuple, instead of one stack.
+
+    For decoding: a program that reads one layer of a stack copies it first, at every token.
+    Unstacked parameters are returned as they are.
+    """
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        return params
+    number = jax.tree.leaves(layers)[0].shape[0]
+    each = tuple(jax.tree.map(lambda leaf, n=n: leaf[n], layers) for n in range(number))
+    return params | {"layers": each}
+
+
+def by_layers(
+    model: Transformer,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    context: Any,
+    caches: tuple[Any, ...],
+) -> tuple[Array, tuple[Any, ...]]:
+    """As `Transformer.__call__`, over `unstacked` parameters and a cache for each layer, in a
+    Python loop: each cache is an array of its own, which the compiler can update in place.
+    """
+    params = unstacked(params)
+    outer = {"params": {name: tree for name, tree in params.items() if name != "layers"}}
+    x = model.apply(outer, tokens, positions, method="embed")
+    block = Block(model.config, model.execution, model.attention)
+    written = []
+    for layer, cache in zip(params["layers"], caches, strict=True):
+        x, cache = block.apply({"params": layer}, x, context, cache)
+        written.append(cache)
+    return model.apply(outer, x, method="normalised"), tuple(written)
+
+
+def tied_logits(hidden: Array, words: Array) -> Array:
+    """Hidden states [..., e] times rows [v, e] of the word table: float32 [..., v]."""
+    return jnp.einsum(
+        "...e,ve->...v", hidden, words.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
 
 
 def hidden_states(

@@ -4,7 +4,7 @@ import dataclasses
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
@@ -15,7 +15,7 @@ from cogview2_jax.bundle import Bundle
 from cogview2_jax.checks import check_count, check_temperature
 from cogview2_jax.config import TOKEN_STRIDE, Grid
 from cogview2_jax.keys import one_key
-from cogview2_jax.networks import inputs
+from cogview2_jax.networks import coglm, inputs
 from cogview2_jax.pipeline import editing, settings
 from cogview2_jax.pipeline.editing import Box
 from cogview2_jax.pipeline.prompts import (
@@ -62,9 +62,14 @@ class CogView:
 
     bundle: Bundle
     execution: Execution = Execution()
+    # CogLM's parameters, one tree for each layer.
+    _decoding_params: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bundle", bundles.place(self.bundle, self.execution))
+        # Once, outside the decoding programs: each would take the stack apart again.
+        layers = jax.jit(coglm.unstacked)(self.bundle.coglm) if self.bundle.coglm else {}
+        object.__setattr__(self, "_decoding_params", layers)
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -118,7 +123,7 @@ class CogView:
 
         def draw(candidate: int) -> Array:
             return decode_image(
-                self.bundle.params("coglm"),
+                self._decoding(),
                 *tokens.base,
                 keys(candidate),
                 self.bundle.cluster_labels,
@@ -183,7 +188,7 @@ class CogView:
 
         def draw(candidate: int) -> Array:
             return decode_infilling(
-                self.bundle.params("coglm"),
+                self._decoding(),
                 # The first four fields are those of the network's input.
                 inputs.NetworkInput(*(of_each(array) for array in filling[:4])),
                 of_each(filling.slot_of_cell),
@@ -231,7 +236,7 @@ class CogView:
             (self._picture_tokens(picture, config.grid), np.array([language == "en"]), keys)
         )
         ids = decode_caption(
-            self.bundle.params("coglm"),
+            self._decoding(),
             image,
             english,
             allowed,
@@ -272,6 +277,10 @@ class CogView:
             "sampling": dataclasses.replace(self.bundle.sampling, candidates=1),
             "num_clusters": self.bundle.num_clusters,
         }
+
+    def _decoding(self) -> Any:
+        self.bundle.params("coglm")  # refuses a model without it
+        return self._decoding_params
 
     def _last_stage(self, asked: str | None) -> str:
         if asked is not None:

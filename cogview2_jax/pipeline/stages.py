@@ -21,7 +21,6 @@ from cogview2_jax.decoding import loops
 from cogview2_jax.decoding.sampling import greedy, sample_clusters, sample_top_k
 from cogview2_jax.keys import fold_in_all, key_batch
 from cogview2_jax.networks import coglm, direct_sr, inputs, iterative_sr
-from cogview2_jax.networks.attention import KVCache
 from cogview2_jax.sharding import Execution
 
 Array = jax.Array
@@ -206,6 +205,7 @@ def _fill(
     as False.
     """
     known = given.tokens
+    params = coglm.unstacked(params)
     tokens = jnp.maximum(known, 0)  # the placeholder of an unknown token is never visible
     batch, length = tokens.shape
     cache = coglm.init_cache(config, batch, length, execution)
@@ -220,11 +220,12 @@ def _fill(
         bias=bias,
         execution=execution,
     )
-    logits = functools.partial(coglm.logits, params, config=config, ids=ids, execution=execution)
+    rows = coglm.word_rows(params, ids)
+    logits = functools.partial(coglm.next_logits, rows=rows, execution=execution)
 
     def step(
-        carry: tuple[KVCache, Array], tokens: Array, i: Array
-    ) -> tuple[Array, tuple[KVCache, Array]]:
+        carry: tuple[coglm.Cache, Array], tokens: Array, i: Array
+    ) -> tuple[Array, tuple[coglm.Cache, Array]]:
         cache, state = carry
         slot = first + i
         hidden, cache = coglm.extend(

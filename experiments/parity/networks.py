@@ -16,7 +16,6 @@ import numpy as np
 from cogview2_jax.config import CogLMConfig, Sampling, TransformerConfig
 from cogview2_jax.decoding import loops, sampling
 from cogview2_jax.networks import coglm, direct_sr, inputs, iterative_sr
-from cogview2_jax.networks.attention import KVCache
 from cogview2_jax.published import names
 from cogview2_jax.tokenizer import image as image_tokenizer
 from cogview2_jax.tokenizer.hvqvae import HVQVAE
@@ -122,8 +121,8 @@ def _logits_by_cache(
     @jax.jit
     def run(params: Params, network_input: inputs.NetworkInput, bias: jax.Array) -> jax.Array:
         def extend(
-            cache: KVCache, first: jax.Array, tokens: jax.Array, mask: jax.Array
-        ) -> tuple[jax.Array, KVCache]:
+            cache: coglm.Cache, first: jax.Array, tokens: jax.Array, mask: jax.Array
+        ) -> tuple[jax.Array, coglm.Cache]:
             count = tokens.shape[1]
             positions = jax.lax.dynamic_slice_in_dim(network_input.positions, first, count, 1)
             part = inputs.NetworkInput(tokens, positions, mask)

@@ -84,6 +84,17 @@ def test_cached_is_full(params, extend, chunks):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
 
 
+def test_unstacked_parameters_give_the_same_and_are_unstacked_once(params, extend):
+    whole = inputs_of([TEXT], IMAGE[:1])
+    bias = inputs.text_key_bias(whole.is_text, 1.4)
+    each = coglm.unstacked(params)
+    assert len(each["layers"]) == SMALL.transformer.num_layers
+    assert coglm.unstacked(each) is each
+    cache = coglm.init_cache(SMALL, 1, whole.tokens.shape[1])
+    stacked, unstacked = (extend(tree, cache, whole, 0, bias=bias) for tree in (params, each))
+    jax.tree.map(np.testing.assert_array_equal, stacked, unstacked)
+
+
 @pytest.fixture(scope="module")
 def extend():
     return jax.jit(functools.partial(coglm.extend, config=SMALL))
@@ -227,7 +238,7 @@ def test_bfloat16_is_close_to_float32(params):
         lambda params, execution: image_logits(params, network_input, execution=execution), params
     )
     half = Precision(jnp.bfloat16, jnp.bfloat16)
-    assert coglm.init_cache(SMALL, 1, 4, Execution(half)).keys.dtype == jnp.bfloat16
+    assert coglm.init_cache(SMALL, 1, 4, Execution(half))[0].keys.dtype == jnp.bfloat16
     fresh = jax.eval_shape(lambda key: coglm.init_params(key, SMALL, half), jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype(jnp.bfloat16)}
 
