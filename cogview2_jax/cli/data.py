@@ -270,7 +270,7 @@ def gather_command(out: Path, packages: Path, seed: int) -> None:
 
     Fetches open emoji sets and Unicode's names with the npm client (50 MB) and draws them on white,
     256 pixels a side, into OUT/pictures. OUT/index.json says what each shows and what is held out,
-    refused.jsonl what was left out, CREDITS.md whose pictures they are. The same command goes on
+    refused.jsonl what was left out, CREDITS.md who made the pictures. The same command resumes
     after an interruption.
     """
     from tqdm import tqdm

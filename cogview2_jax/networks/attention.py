@@ -128,22 +128,24 @@ def dense_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | Non
 
     `mask` bool [b or 1, s, t]; `bias` float32 [b or 1, t], added to every score of a key.
     """
-    scores = jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5
-    if bias is not None:
-        scores = scores + bias[:, None, None, :]
-    scores = jnp.where(mask[:, None], scores, MASKED_SCORE)
-    weights = nn.softmax(scores).astype(v.dtype)
+    products = jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32)
+    weights = _weights(products, q.shape[-1], mask, bias).astype(v.dtype)
     return jnp.einsum("bhst,bthd->bshd", weights, v)
 
 
 def cached_attention(q: Array, cache: KVCache, mask: Array, bias: Array) -> Array:
     """`dense_attention` of queries [b, s, h, d] over a cache [b, h, t, d]."""
-    scores = jnp.einsum("bshd,bhtd->bhst", q, cache.keys, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5 + bias[:, None, None, :]
-    scores = jnp.where(mask[:, None], scores, MASKED_SCORE)
-    weights = nn.softmax(scores).astype(cache.values.dtype)
+    products = jnp.einsum("bshd,bhtd->bhst", q, cache.keys, preferred_element_type=jnp.float32)
+    weights = _weights(products, q.shape[-1], mask, bias).astype(cache.values.dtype)
     return jnp.einsum("bhst,bhtd->bshd", weights, cache.values)
+
+
+def _weights(products: Array, dim: int, mask: Array, bias: Array | None) -> Array:
+    """Softmax over the keys of the products q·k, [b, h, s, t]."""
+    scores = products * dim**-0.5
+    if bias is not None:
+        scores = scores + bias[:, None, None, :]
+    return nn.softmax(jnp.where(mask[:, None], scores, MASKED_SCORE))
 
 
 def _written(cache: KVCache, k: Array, v: Array, start: Array | int) -> KVCache:

@@ -162,4 +162,4 @@ def word_rows(params: Params, ids: tuple[int, int]) -> Array:
 
 def next_logits(hidden: Array, rows: Array, *, execution: Execution = Execution()) -> Array:
     """`logits` of hidden states [b, e] for `word_rows`: float32 [b, v]."""
-    return transformer.tied_logits(hidden, execution.constrain(rows, None, None))
+    return transformer.tied_logits(hidden, rows, execution.sharding)

@@ -135,10 +135,6 @@ class Transformer(nn.Module):
         x = x.astype(self.execution.precision.compute)
         return self.execution.constrain(x, "batch", None, None)
 
-    def normalised(self, x: Array) -> Array:
-        """Hidden states [b, s, e] after the last layer, normalised."""
-        return self.final_layernorm(x)
-
     def _looked_up(self, tokens: Array) -> Array:
         """Rows of the word table, [b, s, e].
 
@@ -158,8 +154,7 @@ class Transformer(nn.Module):
         """Hidden states [..., e] → float32 logits [..., stop − start] of ids start to stop − 1."""
         if hidden.ndim == 3:
             hidden = self.execution.constrain(hidden, "batch", "tokens", None)
-        embeddings = self.word_embeddings[start:stop].astype(hidden.dtype)
-        return _tied_logits(hidden, embeddings, self.execution.sharding)
+        return tied_logits(hidden, self.word_embeddings[start:stop], self.execution.sharding)
 
 
 def unstacked(params: Params) -> Params:
@@ -195,14 +190,8 @@ def by_layers(
     for layer, cache in zip(params["layers"], caches, strict=True):
         x, cache = block.apply({"params": layer}, x, context, cache)
         written.append(cache)
-    return model.apply(outer, x, method="normalised"), tuple(written)
-
-
-def tied_logits(hidden: Array, words: Array) -> Array:
-    """Hidden states [..., e] times rows [v, e] of the word table: float32 [..., v]."""
-    return jnp.einsum(
-        "...e,ve->...v", hidden, words.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    hidden = model.apply(outer, x, method=lambda module, x: module.final_layernorm(x))
+    return hidden, tuple(written)
 
 
 def hidden_states(
@@ -218,6 +207,11 @@ def hidden_states(
         {"params": params}, inputs.tokens, inputs.positions, context, None, rngs=rngs
     )
     return hidden
+
+
+def tied_logits(hidden: Array, embeddings: Array, sharding: Sharding | None) -> Array:
+    """Hidden states [..., e] times rows [v, e] of the word table: float32 [..., v]."""
+    return _tied_logits(hidden, embeddings.astype(hidden.dtype), sharding)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

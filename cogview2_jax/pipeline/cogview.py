@@ -1,10 +1,11 @@
 """A bundle with the whole pipeline as methods: strings and pictures in and out."""
 
 import dataclasses
+import functools
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -62,14 +63,9 @@ class CogView:
 
     bundle: Bundle
     execution: Execution = Execution()
-    # CogLM's parameters, one tree for each layer.
-    _decoding_params: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bundle", bundles.place(self.bundle, self.execution))
-        # Once, outside the decoding programs: each would take the stack apart again.
-        layers = jax.jit(coglm.unstacked)(self.bundle.coglm) if self.bundle.coglm else {}
-        object.__setattr__(self, "_decoding_params", layers)
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -123,7 +119,7 @@ class CogView:
 
         def draw(candidate: int) -> Array:
             return decode_image(
-                self._decoding(),
+                self._decoding_params,
                 *tokens.base,
                 keys(candidate),
                 self.bundle.cluster_labels,
@@ -188,7 +184,7 @@ class CogView:
 
         def draw(candidate: int) -> Array:
             return decode_infilling(
-                self._decoding(),
+                self._decoding_params,
                 # The first four fields are those of the network's input.
                 inputs.NetworkInput(*(of_each(array) for array in filling[:4])),
                 of_each(filling.slot_of_cell),
@@ -236,7 +232,7 @@ class CogView:
             (self._picture_tokens(picture, config.grid), np.array([language == "en"]), keys)
         )
         ids = decode_caption(
-            self._decoding(),
+            self._decoding_params,
             image,
             english,
             allowed,
@@ -278,9 +274,12 @@ class CogView:
             "num_clusters": self.bundle.num_clusters,
         }
 
-    def _decoding(self) -> Any:
-        self.bundle.params("coglm")  # refuses a model without it
-        return self._decoding_params
+    @functools.cached_property
+    def _decoding_params(self) -> Any:
+        """CogLM's parameters, one tree for each layer. Made once, outside the decoding programs:
+        each would take the stack apart again.
+        """
+        return jax.jit(coglm.unstacked)(self.bundle.params("coglm"))
 
     def _last_stage(self, asked: str | None) -> str:
         if asked is not None:

@@ -2,7 +2,6 @@
 frames of two things.
 """
 
-import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from PIL import Image
 
 from cogview2_jax.data import illustrations
 from cogview2_jax.data.illustrations import Item
+from cogview2_jax.tokenizer.pictures import open_picture
 from experiments.illustrations.presets import COARSE_PIXELS, FINE_PIXELS
 
 VARIANTS = 4  # of each picture: itself, and smaller ones somewhere else
@@ -42,9 +42,9 @@ def read(folder: Path) -> Collection:
     items = illustrations.read_index(folder)
 
     def one(item: Item) -> np.ndarray:
-        with Image.open(folder / item.file) as picture:
-            side = (FINE_PIXELS, FINE_PIXELS)
-            return np.asarray(picture.convert("RGB").resize(side, Image.Resampling.LANCZOS))
+        picture = open_picture(folder / item.file)
+        side = (FINE_PIXELS, FINE_PIXELS)
+        return np.asarray(picture.resize(side, Image.Resampling.LANCZOS))
 
     return Collection(np.stack(_in_parallel(one, items)), items)
 
@@ -111,12 +111,6 @@ def reduced(pictures: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(picture).reduce(ratio))
 
     return np.stack(_in_parallel(one, pictures))
-
-
-def as_png(picture: np.ndarray) -> bytes:
-    content = io.BytesIO()
-    Image.fromarray(picture).save(content, "PNG")
-    return content.getvalue()
 
 
 def varied(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:

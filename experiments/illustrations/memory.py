@@ -38,7 +38,9 @@ class InMemory(reading.Records):
 def token_data(
     rows: np.ndarray, validation: np.ndarray, layout: RecordLayout, options: Options, name: str
 ) -> TokenData:
-    """Rows int32 [n, length], of which each batch takes a random part, and those to validate on."""
+    """Training data from `rows`, int32 [n, length]: each batch takes some at random. `validation`
+    holds the rows to validate on.
+    """
     contents = [row.astype("<i4").tobytes() for row in rows]
     records = InMemory(contents, layout, {"source": name})
     size = options.batch_size

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from cogview2_jax import bundle as bundles
 from cogview2_jax.bundle import Bundle
+from cogview2_jax.cli.sheets import png
 from cogview2_jax.config import Precision
 from cogview2_jax.data.records import RecordLayout, text_part
 from cogview2_jax.networks import inputs
@@ -33,7 +34,8 @@ from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import image as image_tokenizer
 from cogview2_jax.tokenizer import text
 from cogview2_jax.tokenizer.clusters import cluster_codebook
-from cogview2_jax.training.batches import FineSample
+from cogview2_jax.training import batches
+from cogview2_jax.training.batches import FineSample, Rows
 from cogview2_jax.training.coglm import coglm_task
 from cogview2_jax.training.loop import keep_freed_memory
 from cogview2_jax.training.options import (
@@ -164,7 +166,7 @@ def _tokenizer_task(bundle: Bundle, collection: examples.Collection, options: Op
     small = examples.reduced(large)
     side = presets.COARSE_PIXELS
     records = memory.InMemory(
-        [examples.as_png(picture) for picture in small[:512]], None, {"source": "illustrations"}
+        [png(picture) for picture in small[:512]], None, {"source": "illustrations"}
     )
     own = TokenizerOptions(
         side=side, decay=0.97, commitment=0.5, strides=(presets.STRIDE,), start="nothing"
@@ -268,20 +270,16 @@ def _drafts(
     """
     config = bundle.direct_config
     anchors = inputs.lopar_order(bundle.iterative_config).reshape(-1) < 1
-    fine = rows[:, layout.columns(presets.FINE_PIXELS)]
-    coarse = rows[:, layout.columns(presets.COARSE_PIXELS)]
-    vocabulary = config.coglm.vocabulary
-    pad = vocabulary.pad
-    texts = [row[: int(np.argmax(row == pad))][: config.text_slots] for row in rows]
-    words, is_text = inputs.left_padded(texts, config.text_slots, vocabulary)
-    made = fine.copy()
+    rng = np.random.default_rng(0)  # would choose between two texts; each record has one
+    made = rows[:, layout.columns(presets.FINE_PIXELS)].copy()
     for begin in tqdm(range(0, len(rows), batch_size), desc="drafts"):
         chosen = np.arange(begin, begin + batch_size) % len(rows)
+        sample = batches.direct_sr(rng, Rows(rows[chosen], 0, batch_size), layout, config)
         drawn = stages.super_resolve_direct(
             bundle.direct,
-            words[chosen],
-            is_text[chosen],
-            coarse[chosen],
+            sample.text,
+            sample.is_text,
+            sample.seen,
             jax.random.split(jax.random.key(begin), batch_size),
             bundle.cluster_labels,
             config=config,
@@ -289,7 +287,7 @@ def _drafts(
             num_clusters=presets.NUM_CLUSTERS,
             execution=execution,
         )
-        made[chosen] = np.where(anchors, drawn, fine[chosen])
+        made[chosen] = np.where(anchors, drawn, sample.fine)
     return made
 
 

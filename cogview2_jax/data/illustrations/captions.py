@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from cogview2_jax.data.illustrations.index import Item
+from cogview2_jax.pipeline.settings import LANGUAGES
 
-LANGUAGES = ("en", "zh")
 STYLE_WORDS: Mapping[str, Mapping[str, str]] = {
     "3d": {"en": "3D", "zh": "立体"},
     "flat": {"en": "flat", "zh": "扁平"},
@@ -27,28 +27,22 @@ _SINGLE = {
     ),
     "zh": ("{thing}，{style}", "{style}的{thing}", "{thing}的{style}图", "{style}{thing}"),
 }
-RELATIONS = ("left", "right", "above", "below")
-_FRAME = {
-    "en": {
-        "left": "{a} to the left of {b}, {style}",
-        "right": "{a} to the right of {b}, {style}",
-        "above": "{a} above {b}, {style}",
-        "below": "{a} below {b}, {style}",
-    },
-    "zh": {
-        "left": "{b}左边的{a}，{style}",
-        "right": "{b}右边的{a}，{style}",
-        "above": "{b}上方的{a}，{style}",
-        "below": "{b}下方的{a}，{style}",
-    },
+RELATION_WORDS: Mapping[str, Mapping[str, str]] = {
+    "left": {"en": "to the left of", "zh": "左边"},
+    "right": {"en": "to the right of", "zh": "右边"},
+    "above": {"en": "above", "zh": "上方"},
+    "below": {"en": "below", "zh": "下方"},
 }
+"""Where one thing is from another, in each language."""
+RELATIONS = tuple(RELATION_WORDS)
+_FRAME = {"en": "{a} {relation} {b}, {style}", "zh": "{b}{relation}的{a}，{style}"}
 _INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 def single_captions(item: Item, language: str) -> list[str]:
     """Every caption of one thing in a language. The first is the shortest: "panda, 3D"."""
     style = STYLE_WORDS[item.style][language]
-    thing = item.english if language == "en" else item.chinese
+    thing = _name(item, language)
     return [
         template.format(
             thing=thing, a_thing=with_article(thing), style=style, a_style=with_article(style)
@@ -71,14 +65,7 @@ def frame_captions(
     """
     if rng.random() < 0.5:
         first, second, relation = second, first, _INVERSE[relation]
-    return {
-        language: _FRAME[language][relation].format(
-            a=_named(first, language),
-            b=_named(second, language),
-            style=STYLE_WORDS[first.style][language],
-        )
-        for language in LANGUAGES
-    }
+    return {language: _of_frame(first, second, relation, language) for language in LANGUAGES}
 
 
 def every_caption(items: list[Item]) -> Iterator[str]:
@@ -86,9 +73,8 @@ def every_caption(items: list[Item]) -> Iterator[str]:
     for item in items:
         for language in LANGUAGES:
             yield from single_captions(item, language)
-            name = _named(item, language)
-            for template in _FRAME[language].values():
-                yield template.format(a=name, b=name, style=STYLE_WORDS[item.style][language])
+            for relation in RELATIONS:
+                yield _of_frame(item, item, relation, language)
 
 
 def with_article(words: str) -> str:
@@ -96,5 +82,17 @@ def with_article(words: str) -> str:
     return ("an " if words[:1].lower() in "aeiou" and words else "a ") + words
 
 
-def _named(item: Item, language: str) -> str:
-    return with_article(item.english) if language == "en" else item.chinese
+def _of_frame(first: Item, second: Item, relation: str, language: str) -> str:
+    a, b = (_name(item, language) for item in (first, second))
+    if language == "en":
+        a, b = with_article(a), with_article(b)
+    return _FRAME[language].format(
+        a=a,
+        b=b,
+        relation=RELATION_WORDS[relation][language],
+        style=STYLE_WORDS[first.style][language],
+    )
+
+
+def _name(item: Item, language: str) -> str:
+    return item.english if language == "en" else item.chinese

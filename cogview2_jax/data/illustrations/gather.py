@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from cogview2_jax.data.illustrations.captions import STYLE_WORDS, every_caption
+from cogview2_jax.data.illustrations.captions import RELATION_WORDS, STYLE_WORDS, every_caption
 from cogview2_jax.data.illustrations.index import (
     CREDITS,
     FORMAT,
@@ -30,13 +30,13 @@ from cogview2_jax.data.illustrations.packages import (
     NAMES,
     STYLES,
     Pictures,
-    archive,
     every_package,
     fetch,
     read_names,
 )
 from cogview2_jax.data.manifest import write_durably
 from cogview2_jax.errors import one_line
+from cogview2_jax.pipeline.settings import LANGUAGES
 from cogview2_jax.tokenizer import text
 
 KINDS = {
@@ -75,7 +75,6 @@ def gather(
     seed: int = 0,
     unseen_things: int = 30,
     validation: float = 0.03,
-    fetch_missing: bool = True,
     progress: Callable[[int], object] = lambda number: None,
     begin: Callable[[int], object] = lambda total: None,
 ) -> Report:
@@ -86,11 +85,9 @@ def gather(
     Raises OSError or ValueError, in one line, for packages that are missing or damaged and a folder
     that is not writable.
     """
-    if fetch_missing:
-        for package in every_package():
-            fetch(packages, package)
-    sources = {style: Pictures(archive(packages, package)) for style, package in STYLES.items()}
-    things, refused = _things(sources, packages)
+    files = {package.name: fetch(packages, package) for package in every_package()}
+    sources = {style: Pictures(files[package.name]) for style, package in STYLES.items()}
+    things, refused = _things(sources, files)
     items = _split(things, seed, unseen_things, validation)
     begin(len(items))
     for style in STYLES:
@@ -118,11 +115,11 @@ def gather(
 
 
 def _things(
-    sources: dict[str, Pictures], packages: Path
+    sources: dict[str, Pictures], files: dict[str, Path]
 ) -> tuple[list[_Thing], list[dict[str, str]]]:
     """The things that have names in both languages and enough styles, and what is left out."""
-    files = {package.name: archive(packages, package) for package in NAMES}
-    english, chinese = (read_names(files, language) for language in ("en", "zh"))
+    names = read_names(files, LANGUAGES)
+    english, chinese = (names[language] for language in LANGUAGES)
     named = sources["cartoon"]
     codes = {name: code for code, name in named.names.items()}
     things, refused, taken = [], [], set()
@@ -208,5 +205,5 @@ def _write(
 def _text_model(items: list[Item]) -> bytes:
     """A text model of all words of all captions. A Chinese name is one word."""
     words = {item.chinese for item in items} | {of["zh"] for of in STYLE_WORDS.values()}
-    words |= {"左边", "右边", "上方", "下方"}
+    words |= {of["zh"] for of in RELATION_WORDS.values()}
     return text.train_text_model(every_caption(items), words=sorted(words))

@@ -9,7 +9,7 @@ import io
 import json
 import subprocess
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from cogview2_jax.errors import first_line
+from cogview2_jax.tokenizer.pictures import open_picture
 
 SIDE = 256  # pixels of a gathered picture
 _FLAT = "@iconify-json/fluent-emoji-flat"
@@ -106,30 +107,39 @@ class Pictures:
     def draw(self, code: str) -> Image.Image:
         """The picture at SIDE pixels on white. Raises KeyError where there is none."""
         if self._webp:
-            return _on_white(Image.open(io.BytesIO(self._webp[code])))
-        icon = self._svg["icons"][self.names[code]]
-        return _rendered(icon, self._svg)
+            content = self._webp[code]
+        else:
+            content = _rendered(self._svg["icons"][self.names[code]], self._svg)
+        with Image.open(io.BytesIO(content)) as drawn:
+            # Resized while transparent: a few pictures have other sides.
+            picture = drawn.convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        return open_picture(picture)
 
 
-def read_names(files: Mapping[str, Path], language: str) -> dict[str, str]:
-    """The CLDR name of every emoji in a language: character(s) → name."""
-    found: dict[str, str] = {}
+def read_names(files: Mapping[str, Path], languages: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The CLDR name of every emoji in each language: language → code point → name."""
+    found: dict[str, dict[str, str]] = {language: {} for language in languages}
     for package, folder in _ANNOTATIONS.items():
-        content = json.loads(_files(files[package])[f"{folder}/{language}/annotations.json"])
-        for emoji, names in content[folder]["annotations"].items():
-            if "tts" in names:
-                found.setdefault(_code("-".join(f"{ord(c):04x}" for c in emoji)), names["tts"][0])
+        paths = {language: f"{folder}/{language}/annotations.json" for language in languages}
+        contents = _files(files[package], paths.values())
+        for language, path in paths.items():
+            for emoji, names in json.loads(contents[path])[folder]["annotations"].items():
+                if "tts" in names:
+                    code = _code("-".join(f"{ord(letter):04x}" for letter in emoji))
+                    found[language].setdefault(code, names["tts"][0])
     return found
 
 
-def _files(archive: Path) -> dict[str, bytes]:
-    """The files of a package by their paths in it."""
+def _files(archive: Path, wanted: Collection[str] | None = None) -> dict[str, bytes]:
+    """The files of a package by their paths in it: those `wanted`, or all."""
     try:
         with tarfile.open(archive) as tar:
+            found = ((member.name.partition("/")[2], member) for member in tar if member.isfile())
             return {
-                member.name.partition("/")[2]: content.read()
-                for member in tar
-                if member.isfile() and (content := tar.extractfile(member)) is not None
+                path: content.read()
+                for path, member in found
+                if wanted is None or path in wanted
+                if (content := tar.extractfile(member)) is not None
             }
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{archive} is damaged ({first_line(error)}): fetch it again") from error
@@ -140,7 +150,8 @@ def _code(name: str) -> str:
     return "-".join(part.lower() for part in name.split("-") if part.lower() != "fe0f")
 
 
-def _rendered(icon: dict[str, Any], of: dict[str, Any]) -> Image.Image:
+def _rendered(icon: dict[str, Any], of: dict[str, Any]) -> bytes:
+    """An icon as the content of a PNG file."""
     import resvg_py
 
     width, height = (icon.get(key, of.get(key, 16)) for key in ("width", "height"))
@@ -150,15 +161,4 @@ def _rendered(icon: dict[str, Any], of: dict[str, Any]) -> Image.Image:
         f' viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">'
         f"{icon['body']}</svg>"
     )
-    content = resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE)
-    return _on_white(Image.open(io.BytesIO(bytes(content))))
-
-
-def _on_white(picture: Image.Image) -> Image.Image:
-    picture = picture.convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    whole = Image.new("RGBA", picture.size, "white")
-    whole.alpha_composite(picture)
-    return whole.convert("RGB")
-
-
-Progress = Callable[[int], object]
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))
