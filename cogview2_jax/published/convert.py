@@ -1,8 +1,7 @@
 """Published checkpoints → a bundle, tensor by tensor.
 
 Everything is checked before a number is read: the files, their sizes against model_config.json, all
-names and shapes. Then each tensor is read, put into our axes and dtype, and written; at most one is
-in memory at a time, and of the word table a block of rows.
+names and shapes. Then each tensor is read, put into our axes and dtype, and written (`writing.py`).
 """
 
 import contextlib
@@ -10,10 +9,10 @@ import json
 import math
 import os
 import shutil
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,11 +33,10 @@ from cogview2_jax.errors import one_line
 from cogview2_jax.published import checkpoints, names
 from cogview2_jax.published.checkpoints import Checkpoint, Settings
 from cogview2_jax.published.torch_files import TorchFile
+from cogview2_jax.published.writing import DTYPES, Entry, Progress, converted, write_safetensors
 from cogview2_jax.tokenizer import text
 
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _MOST_PADDING = 1023  # rows of the word table; more mean that text model or labels are others
-Progress = Callable[[int, int], None]  # bytes written now, bytes of all
 
 
 class Converted(NamedTuple):
@@ -204,98 +202,38 @@ def _require_fit(source: Path, opened: _Opened) -> None:
         raise ValueError(f"{source} does not fit its configuration: {'; '.join(problems)}")
 
 
-# --- Writing --------------------------------------------------------------------------------------
-
-
-class _Entry(NamedTuple):
-    """One array of the file of weights."""
-
-    name: str
-    kind: str  # as safetensors calls the dtype
-    shape: tuple[int, ...]
-    bytes: int
-    blocks: Callable[[], Iterator[np.ndarray]]
-
-
 def _write(target: Path, opened: _Opened, dtype: str, progress: Progress) -> None:
     entries = list(_entries(opened, dtype))
     # In the target's folder, so that the last step is a rename within one file system.
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True)
-        needed, free = sum(each.bytes for each in entries), shutil.disk_usage(partial).free
+        unfinished.mkdir(parents=True)
+        needed, free = sum(each.bytes for each in entries), shutil.disk_usage(unfinished).free
         if needed > free:
             raise OSError(f"{target} needs {needed:,} bytes, and {free:,} are free")
         content = json.dumps(bundles.to_json(opened.description), indent=2) + "\n"
-        (partial / bundles.CONFIG).write_text(content, "utf-8")
-        (partial / bundles.TEXT_MODEL).write_bytes(opened.text_model.serialized_model_proto())
-        with (partial / bundles.WEIGHTS).open("xb") as file:
-            _write_safetensors(file, entries, progress)
-        partial.rename(target)
+        (unfinished / bundles.CONFIG).write_text(content, "utf-8")
+        (unfinished / bundles.TEXT_MODEL).write_bytes(opened.text_model.serialized_model_proto())
+        with (unfinished / bundles.WEIGHTS).open("xb") as file:
+            write_safetensors(file, entries, progress)
+        unfinished.rename(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _entries(opened: _Opened, dtype: str) -> Iterator[_Entry]:
+def _entries(opened: _Opened, dtype: str) -> Iterator[Entry]:
     kind = np.dtype(jax.numpy.dtype(dtype))
     labels = opened.labels
-    yield _Entry(bundles.CLUSTER_LABELS, "I32", labels.shape, labels.nbytes, lambda: iter([labels]))
+    yield Entry(
+        bundles.CLUSTER_LABELS, "I32", labels.shape, labels.nbytes, lambda _: iter([labels])
+    )
     for network, checkpoint in opened.checkpoints.items():
         for leaf in names.leaves(opened.config(network)):
-
-            def blocks(
-                leaf: names.Leaf = leaf, of: Checkpoint = checkpoint
-            ) -> Iterator[np.ndarray]:
-                return _converted(leaf, of, kind)
-
             size = math.prod(leaf.shape) * kind.itemsize
-            yield _Entry(f"{network}/{leaf.path}", DTYPES[dtype], leaf.shape, size, blocks)
-
-
-def _write_safetensors(file: BinaryIO, entries: Sequence[_Entry], progress: Progress) -> None:
-    """A header that says where each array is, and their bytes one behind the other."""
-    header, place = {}, 0
-    for each in entries:
-        header[each.name] = {
-            "dtype": each.kind,
-            "shape": list(each.shape),
-            "data_offsets": [place, place + each.bytes],
-        }
-        place += each.bytes
-    described = json.dumps(header).encode()
-    described += b" " * (-len(described) % 8)
-    file.write(struct.pack("<Q", len(described)) + described)
-    for each in entries:
-        begun = file.tell()
-        for block in each.blocks():
-            file.write(block.reshape(-1).view(np.uint8).data)
-            progress(block.nbytes, place)
-        if file.tell() - begun != each.bytes:
-            raise AssertionError(f"{each.name} has {file.tell() - begun} bytes, not {each.bytes}")
-
-
-def _converted(leaf: names.Leaf, checkpoint: Checkpoint, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The bytes of a parameter in order, as arrays in our axes. Raises ValueError for numbers that
-    are not finite in this dtype.
-    """
-    for name in leaf.names:
-        blocks, left = checkpoint.blocks(name), leaf.published_shape[0]
-        if leaf.axes != tuple(range(len(leaf.axes))):
-            whole = list(blocks)
-            blocks = iter([whole[0] if len(whole) == 1 else np.concatenate(whole)])
-        for block in blocks:
-            # The word table may have more rows than there are tokens. All are read, for the
-            # checksum.
-            ours = _cast(block[:left], dtype)
-            left -= len(ours)
-            if not np.isfinite(ours).all():
-                where = checkpoint.files[0].path
-                raise ValueError(f"{where}: {name!r} has numbers that are not finite in {dtype}")
-            yield np.ascontiguousarray(ours.transpose(leaf.axes))
-
-
-def _cast(block: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if block.dtype == dtype:
-        return block
-    with np.errstate(over="ignore"):
-        return block.astype(dtype)
+            yield Entry(
+                f"{network}/{leaf.path}",
+                DTYPES[dtype],
+                leaf.shape,
+                size,
+                partial(converted, leaf, checkpoint, kind),
+            )

@@ -23,7 +23,7 @@ from cogview2_jax.files import require_file
 from cogview2_jax.published.pickles import DAMAGE, STORAGES, Interpreter, RefusedError
 
 ADVICE = "copy or download it again"
-BLOCK = 16 << 20  # bytes that are read at once
+BLOCK = 1 << 20  # bytes that are read at once: they stay in a core's cache
 _MOST_PICKLE = 256 << 20  # bytes of data.pkl; a published one has less than one million
 _MOST_NUMBER = 1 << 62  # no size, offset or stride is larger
 
