@@ -2,7 +2,7 @@
 
     config.json          every configuration dataclass, the format's version, what made it
     text.model           the SentencePiece model
-    weights.safetensors  parameters as float16, names joined with "/", and the cluster labels
+    weights.safetensors  parameters in any float dtype, names joined with "/", and cluster labels
 
 A bundle that is still being trained may lack networks; each is there entirely or not at all. The
 cluster labels come with the tokenizer, and the file of weights with the first network.
@@ -13,7 +13,6 @@ or tensor is refused in one line that names the file, what is wrong with it and 
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import os
 import shutil
@@ -27,7 +26,6 @@ import safetensors
 import sentencepiece as spm
 from safetensors.numpy import save_file
 
-from cogview2_jax import __version__
 from cogview2_jax.config import (
     CogLMConfig,
     DirectSRConfig,
@@ -35,8 +33,9 @@ from cogview2_jax.config import (
     IterativeSRConfig,
     Sampling,
 )
-from cogview2_jax.description import ADVICE, CONFIGS, check_description
+from cogview2_jax.description import ADVICE, CONFIGS, check_description, require_one_codebook
 from cogview2_jax.description import Description as Description
+from cogview2_jax.description import made_with as made_with
 from cogview2_jax.description import parse_description as parse_description
 from cogview2_jax.description import to_json as to_json
 from cogview2_jax.errors import first_line, one_line
@@ -66,7 +65,7 @@ class Bundle(NamedTuple):
     iterative: Params
     tokenizer: Params
     text_model: spm.SentencePieceProcessor
-    cluster_labels: np.ndarray  # int32 [codebook_size], the cluster of each image token
+    cluster_labels: np.ndarray  # int32 [num_image], the cluster of each image token
 
     def params(self, network: str) -> Params:
         """The parameters of one of `NETWORKS`. Raises ValueError where they are still to be
@@ -102,9 +101,8 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
     path = Path(path).absolute()
     if path.exists() and not _may_be_replaced(path):
         raise FileExistsError(f"{path} is there and is no bundle: give another folder")
-    made_with = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     configs: dict[str, Any] = {name: getattr(bundle, name) for name in CONFIGS}
-    description = Description(**configs, made_with=made_with | {"cogview2_jax": __version__})
+    description = Description(**configs, made_with=made_with())
     check_description(description, path)
     _check_text_model(bundle.text_model, bundle.coglm_config, path)
     tensors = _tensors(bundle)
@@ -160,12 +158,13 @@ def load(
     if missing := [name for name in NETWORKS if name in networks and name not in there]:
         what = f"lacks {', '.join(missing)}" + ("" if shapes else f" (no file {WEIGHTS})")
         raise ValueError(f"bundle {folder} {what}: `{TRAINED_BY[missing[0]]}` trains {missing[0]}")
+    require_one_codebook(description, networks, folder)
     tensors = _read_tensors(folder, [name for name in shapes if _head(name) in networks])
     trees: dict[str, Any] = _nest(tensors)
     bundle = bundle._replace(**trees)
     if CLUSTER_LABELS in shapes:
         (labels,) = _read_tensors(folder, [CLUSTER_LABELS]).values()
-        size = description.tokenizer_config.codebook_size
+        size = description.coglm_config.vocabulary.num_image
         if wrong := [label for label in (labels.min(), labels.max()) if not 0 <= label < size]:
             what = f"a cluster label of {wrong[0]}, not from 0 to {size - 1}"
             raise ValueError(f"{folder / WEIGHTS} is damaged ({what}): {ADVICE}")
@@ -319,7 +318,7 @@ def expected_shapes(
     except Exception as error:  # jax and flax raise what their layers happen to raise
         raise ValueError(f"no networks of these sizes: {first_line(error)}") from error
     shapes = {name: tuple(leaf.shape) for name, leaf in _flat(like)}
-    return shapes | {CLUSTER_LABELS: (tokenizer_config.codebook_size,)}
+    return shapes | {CLUSTER_LABELS: (coglm_config.vocabulary.num_image,)}
 
 
 # --- Checks ---------------------------------------------------------------------------------------
@@ -374,7 +373,8 @@ def _read_tensors(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
         for name in names:
             tensors[name] = stored.get_tensor(name)
             kind = np.integer if name == CLUSTER_LABELS else np.floating
-            if not np.issubdtype(dtype := tensors[name].dtype, kind):
+            # jax's test: to NumPy, bfloat16 is no float.
+            if not jax.numpy.issubdtype(dtype := tensors[name].dtype, kind):
                 what = f"tensor {name!r} must be {kind.__name__}: got {dtype}"
                 raise ValueError(f"{file} is damaged ({what}): {ADVICE}")
             if not np.isfinite(tensors[name]).all():

@@ -5,12 +5,14 @@ configurations that do not fit each other.
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cogview2_jax import __version__
 from cogview2_jax.config import (
     TOKEN_STRIDE,
     CogLMConfig,
@@ -37,6 +39,12 @@ class Description(NamedTuple):
     made_with: dict[str, str]  # package -> version
 
 
+def made_with() -> dict[str, str]:
+    """The versions that a model is made with, for its config.json."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
+    return versions | {"cogview2_jax": __version__}
+
+
 def to_json(description: Description) -> dict[str, Any]:
     """The content of config.json, which `parse_description` reads."""
     configs = {name: dataclasses.asdict(getattr(description, name)) for name in CONFIGS}
@@ -60,12 +68,12 @@ def parse_description(content: Mapping[str, Any], file: Path, advice: str = ADVI
         _require_keys(content, {"format", "made_with", *CONFIGS}, "the file")
         types = typing.get_type_hints(Description)
         configs = {name: _from_json(types[name], content[name], name) for name in CONFIGS}
-        made_with = content["made_with"]
-        if not isinstance(made_with, dict):
+        versions = content["made_with"]
+        if not isinstance(versions, dict):
             raise ValueError("made_with must be an object")
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file} is not valid ({one_line(error)}): {advice}") from error
-    description = Description(**configs, made_with=made_with)
+    description = Description(**configs, made_with=versions)
     check_description(description, file)
     return description
 
@@ -78,7 +86,6 @@ def check_description(description: Description, where: Path) -> None:
         "direct_config.coglm.vocabulary": (direct.coglm.vocabulary, coglm.vocabulary),
         "iterative_config.grid": (iterative.grid, direct.grid),
         "iterative_config.vocabulary": (iterative.vocabulary, coglm.vocabulary),
-        "tokenizer_config.codebook_size": (tokenizer.codebook_size, coglm.vocabulary.num_image),
         "the length of sampling.iterative_top_k": (
             len(sampling.iterative_top_k),
             iterative.rounds,
@@ -87,10 +94,29 @@ def check_description(description: Description, where: Path) -> None:
     for name, (found, expected) in pairs.items():
         if found != expected:
             raise ValueError(f"{where}: {name} must be {expected}: got {found}")
+    codes, num_image = tokenizer.codebook_size, coglm.vocabulary.num_image
+    if codes > num_image:
+        raise ValueError(
+            f"{where}: tokenizer_config.codebook_size must be at most {num_image}, the number of"
+            f" image tokens: got {codes}"
+        )
     if TOKEN_STRIDE not in tokenizer.strides:
         raise ValueError(
             f"{where}: the strides of tokenizer_config must have {TOKEN_STRIDE}, which all"
             f" networks are drawn with: got {tokenizer.strides}"
+        )
+
+
+def require_one_codebook(description: Description, networks: Collection[str], where: Path) -> None:
+    """Raises ValueError if the tokenizer is used with another of `networks` and lacks codes for
+    some of its image tokens. A bundle may hold such a pair, to be used one by one.
+    """
+    codes = description.tokenizer_config.codebook_size
+    num_image = description.coglm_config.vocabulary.num_image
+    if codes != num_image and "tokenizer" in networks and len(set(networks)) > 1:
+        raise ValueError(
+            f"{where}: the tokenizer has {codes} codes, the other networks draw {num_image} image"
+            " tokens: take them from one model"
         )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `cogview2 generate`, `caption`, `infill`, `init`, `info`, `data`, `train`.
+"""The command line: `cogview2 generate`, `caption`, `infill`, `init`, `info`, `convert`, …
 
 A user's mistake ends in one line on stderr and exit code 2, before anything is computed or written.
 Exit code 1 means that some of several inputs could not be used, and the others were. Files appear
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import click
 
 from cogview2_jax import __version__, errors
-from cogview2_jax.cli import common, data, model, pictures, train
+from cogview2_jax.cli import common, convert, data, model, pictures, train
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,6 +59,7 @@ Examples:
   cogview2 caption pictures/*.png
   cogview2 info
   cogview2 init --out model
+  cogview2 convert downloads model --dtype bfloat16
   cogview2 data prepare photos/captions.jsonl --out records
   cogview2 train coglm records --steps 200 --out run
 """,
@@ -80,5 +81,6 @@ cli.add_command(pictures.caption_command)
 cli.add_command(pictures.infill_command)
 cli.add_command(model.init)
 cli.add_command(model.info)
+cli.add_command(convert.convert_command)
 cli.add_command(data.data_group)
 cli.add_command(train.train_group)

@@ -1,1 +1,1 @@
-"""The published checkpoints: tensor names and their parameters."""
+"""The published checkpoints: reading their files, their tensor names, and `convert`."""

@@ -7,9 +7,10 @@ another shape and one that the network does not have are each a ValueError with 
 Dtypes are kept.
 """
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from cogview2_jax.networks import iterative_sr as iterative_sr_network
 from cogview2_jax.tokenizer import image
 
 Tensors = Mapping[str, np.ndarray]
+Shaped = Mapping[str, Any]  # anything with a shape
 Params = dict
 Rules = tuple[tuple[str, str], ...]
 
@@ -58,36 +60,80 @@ _HVQVAE: Rules = (
     (r"/norm/(scale|bias)$", r"/\1"),  # flax's GroupNorm is one level deeper
 )
 # Training state of the published codebook, not used by encoding or decoding.
-_HVQVAE_BUFFERS = ("quantize.cluster_size", "quantize.embed_avg")
+HVQVAE_BUFFERS = ("quantize.cluster_size", "quantize.embed_avg")
+WORD_TABLE = "transformer.word_embeddings.weight"
+_INIT: dict[type, Any] = {
+    CogLMConfig: coglm_network.init_params,
+    DirectSRConfig: direct_sr_network.init_params,
+    IterativeSRConfig: iterative_sr_network.init_params,
+    HVQVAEConfig: image.init_params,
+}
+
+
+class Leaf(NamedTuple):
+    """One array of a parameter tree, and the published tensors that it is made of."""
+
+    path: str  # in the tree, "layers/attention/dense/kernel"
+    shape: tuple[int, ...]
+    names: tuple[str, ...]  # one tensor; where the tree stacks layers, one for each layer
+    stacked: bool
+    published_shape: tuple[int, ...]  # of each tensor
+    axes: tuple[int, ...]  # that each tensor is transposed by: its axes in our order
+
+
+@functools.lru_cache(maxsize=8)
+def leaves(config: Any) -> tuple[Leaf, ...]:
+    """Every parameter of the network of this configuration, with its published names."""
+    init_params, rules = _INIT[type(config)], _TRANSFORMER
+    if isinstance(config, HVQVAEConfig):
+        # Published decoders are numbered in the order of `decoder_multipliers`, ours have strides.
+        decoders = enumerate(config.strides[::-1])
+        rules = (*((f"^decoder_{stride}", f"decs/{at}") for at, stride in decoders), *_HVQVAE)
+    tree = jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return tuple(
+        _leaf(jax.tree_util.keystr(path, simple=True, separator="/"), like.shape, rules)
+        for path, like in found
+    )
+
+
+def cut_of(name: str) -> str | None:
+    """How a transformer's tensor is divided among model-parallel ranks.
+
+    "rows"; "thirds", where each third of the rows (Q, K, V) is cut for itself; "columns"; or None:
+    every rank has the whole.
+    """
+    if name == WORD_TABLE or ".dense_h_to_4h." in name:
+        return "rows"
+    if "query_key_value" in name:
+        return "thirds"
+    by_columns = r"(dense_4h_to_h|\.attention\.dense|\.attention_plus\.dense\.\d+)\.weight$"
+    return "columns" if re.search(by_columns, name) else None
 
 
 def coglm(tensors: Tensors, config: CogLMConfig) -> Params:
     """CogLM's parameters. Raises ValueError, with a tensor's name, for another checkpoint."""
-    return _convert(tensors, coglm_network.init_params, config, _TRANSFORMER)
+    return _convert(tensors, config)
 
 
 def direct_sr(tensors: Tensors, config: DirectSRConfig) -> Params:
     """Direct super-resolution's parameters: as `coglm`, with a second position table and a second
     attention in each layer.
     """
-    return _convert(tensors, direct_sr_network.init_params, config, _TRANSFORMER)
+    return _convert(tensors, config)
 
 
 def iterative_sr(tensors: Tensors, config: IterativeSRConfig) -> Params:
     """Iterative super-resolution's parameters: as `coglm`, with a second position table."""
-    return _convert(tensors, iterative_sr_network.init_params, config, _TRANSFORMER)
+    return _convert(tensors, config)
 
 
 def hvqvae(tensors: Tensors, config: HVQVAEConfig) -> Params:
     """The image tokenizer's parameters. The codebook's moving averages are ignored."""
-    # Published decoders are numbered in the order of `decoder_multipliers`, ours named by stride.
-    decoders = tuple(
-        (f"^decoder_{stride}", f"decs/{index}") for index, stride in enumerate(config.strides[::-1])
-    )
-    return _convert(tensors, image.init_params, config, decoders + _HVQVAE, ignored=_HVQVAE_BUFFERS)
+    return _convert(tensors, config, ignored=HVQVAE_BUFFERS)
 
 
-def transformer_config(tensors: Tensors, num_heads: int) -> TransformerConfig:
+def transformer_config(tensors: Shaped, num_heads: int) -> TransformerConfig:
     """The sizes of any of the three transformers. The number of heads is in no tensor's shape."""
     layers = "transformer.layers.{}.mlp.dense_h_to_4h.weight"
     mlp, hidden = _shape(tensors, layers.format(0))
@@ -99,7 +145,7 @@ def transformer_config(tensors: Tensors, num_heads: int) -> TransformerConfig:
     )
 
 
-def table_sizes(tensors: Tensors) -> tuple[int, int]:
+def table_sizes(tensors: Shaped) -> tuple[int, int]:
     """Rows of a transformer's word and (first) position tables."""
     words, positions = (
         _shape(tensors, f"transformer.{table}_embeddings.weight")[0]
@@ -108,7 +154,7 @@ def table_sizes(tensors: Tensors) -> tuple[int, int]:
     return words, positions
 
 
-def hvqvae_config(tensors: Tensors) -> HVQVAEConfig:
+def hvqvae_config(tensors: Shaped) -> HVQVAEConfig:
     """The image tokenizer's sizes, from its tensors: `ice_image.pt` has no configuration."""
     channels = _shape(tensors, "enc.conv_in.weight")[0]
 
@@ -138,7 +184,7 @@ def hvqvae_config(tensors: Tensors) -> HVQVAEConfig:
     )
 
 
-def _count(tensors: Tensors, name: str) -> int:
+def _count(tensors: Shaped, name: str) -> int:
     """How many tensors have this `name` with 0, 1, … in its braces, until one is missing."""
     count = 0
     while name.format(count) in tensors:
@@ -146,55 +192,52 @@ def _count(tensors: Tensors, name: str) -> int:
     return count
 
 
-def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
+def _shape(tensors: Shaped, name: str) -> tuple[int, ...]:
     if name not in tensors:
         raise ValueError(f"tensor {name!r} is missing from the checkpoint")
     return tuple(tensors[name].shape)
 
 
-def _convert(
-    tensors: Tensors,
-    init_params: Callable[..., Params],
-    config: Any,
-    rules: Rules,
-    ignored: Iterable[str] = (),
-) -> Params:
-    expected = jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
+def _convert(tensors: Tensors, config: Any, ignored: tuple[str, ...] = ()) -> Params:
     taken = set(ignored)
-
-    def leaf(path: Any, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        name = _published_name(jax.tree_util.keystr(path, simple=True, separator="/"), rules)
-        if "{layer}" not in name:
-            taken.add(name)
-            return _take(tensors, name, like.shape)
-        names = [name.format(layer=layer) for layer in range(like.shape[0])]
-        taken.update(names)
-        return np.stack([_take(tensors, name, like.shape[1:]) for name in names])
-
-    params: Params = jax.tree_util.tree_map_with_path(leaf, expected)
+    params: Params = {}
+    for leaf in leaves(config):
+        taken.update(leaf.names)
+        parts = [_take(tensors, name, leaf) for name in leaf.names]
+        *parents, last = leaf.path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = np.stack(parts) if leaf.stacked else parts[0]
     if unknown := sorted(set(tensors) - taken):
         raise ValueError(f"tensor {unknown[0]!r} is not part of the network of this configuration")
     return params
 
 
-def _published_name(path: str, rules: Rules) -> str:
+def _leaf(path: str, shape: tuple[int, ...], rules: Rules) -> Leaf:
+    name = path
     for pattern, replacement in rules:
-        path = re.sub(pattern, replacement, path)
-    return re.sub("/(kernel|scale)$", "/weight", path).replace("/", ".")
+        name = re.sub(pattern, replacement, name)
+    name = re.sub("/(kernel|scale)$", "/weight", name).replace("/", ".")
+    stacked = "{layer}" in name
+    names = tuple(name.format(layer=layer) for layer in range(shape[0])) if stacked else (name,)
+    inner = shape[1:] if stacked else shape
+    # Linear weights [out, in] and convolutions [out, in, h, w] become [in, out] and [h, w, in,
+    # out]; tables of embeddings stay.
+    axes = tuple(range(len(inner)))
+    if "embed" not in name:
+        axes = {2: (1, 0), 4: (2, 3, 1, 0)}.get(len(inner), axes)
+    published = tuple(inner[axis] for axis in np.argsort(axes))
+    return Leaf(path, shape, names, stacked, published, axes)
 
 
-def _take(tensors: Tensors, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor with our axes, of this `shape`: linear [in, out], convolution [h, w, in, out]."""
+def _take(tensors: Tensors, name: str, leaf: Leaf) -> np.ndarray:
+    """The tensor with our axes. Raises ValueError where it is missing or has another shape."""
     if name not in tensors:
         raise ValueError(f"tensor {name!r} is missing from the checkpoint")
     tensor = np.asarray(tensors[name])
-    # Linear weights are transposed, tables of embeddings are not.
-    to_ours: tuple[int, ...] = {2: (1, 0), 4: (2, 3, 1, 0)}.get(
-        len(shape), tuple(range(len(shape)))
-    )
-    if "embed" in name:
-        to_ours = tuple(range(len(shape)))
-    published_shape = tuple(shape[axis] for axis in np.argsort(to_ours))
-    if tensor.shape != published_shape:
-        raise ValueError(f"tensor {name!r} must have shape {published_shape}: got {tensor.shape}")
-    return np.ascontiguousarray(tensor.transpose(to_ours))
+    if tensor.shape != leaf.published_shape:
+        raise ValueError(
+            f"tensor {name!r} must have shape {leaf.published_shape}: got {tensor.shape}"
+        )
+    return np.ascontiguousarray(tensor.transpose(leaf.axes))
