@@ -156,6 +156,39 @@ def test_infill(run, world, tiny_folder, data):
     run(*command, data.draw(PROMPT), picture)
 
 
+@examples(40)
+@given(data=st.data())
+def test_edit(run, world, tiny_folder, data):
+    """Boxes and masks of every kind, and files of lines of which some are no edits."""
+    edges = st.sampled_from(["0", "0.5", "1", "0.01", "0.99", "nan", ""]) | NUMBERS
+    box = data.draw(
+        st.just(["0", "0", "0.5", "1"]) | st.lists(edges, min_size=4, max_size=4).map(list)
+    )
+    chosen = data.draw(options(**DRAWING))
+    picture = data.draw(often([str(world / "plain.png")], inputs_of(world)))
+    command = ["edit", "--bundle", tiny_folder, *chosen]
+    match data.draw(st.sampled_from(["box", "mask", "lines"])):
+        case "box":
+            run(*command, f"--box={','.join(box)}", "--", picture, data.draw(PROMPT))
+        case "mask":
+            mask = data.draw(often([str(world / "plain.png")], inputs_of(world)))
+            run(*command, "--mask", mask, "--", picture, data.draw(PROMPT))
+        case "lines":
+            good = "\t".join(["a star", str(world / "plain.png"), "0", "0", "0.5", "1"])
+            line = "\t".join([data.draw(PROMPT), picture, *box])
+            lines = data.draw(st.permutations([good, line, data.draw(WORDS)]))
+            file = world.parent / "edits.tsv"
+            file.write_bytes("\n".join(lines).encode(errors="surrogatepass"))
+            run(*command, "--lines", data.draw(often([str(file)], inputs_of(world))))
+
+
+@examples(20)
+@given(data=st.data())
+def test_rank(run, world, tiny_folder, data):
+    pictures = data.draw(st.lists(inputs_of(world), max_size=3))
+    run("rank", "--bundle", tiny_folder, "--", data.draw(PROMPT), *pictures)
+
+
 @examples(25)
 @given(data=st.data())
 def test_init(run, world, data):

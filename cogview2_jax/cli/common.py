@@ -68,8 +68,12 @@ def refusing(what: str = "") -> Iterator[None]:
         raise click.ClickException(what + errors.reason(error)) from error
 
 
-def check_model(bundle: Path | None, prompts: Sequence[str] = ()) -> Path:
-    """The bundle's folder, once its configuration, its text model and the prompts are checked."""
+def check_model(
+    bundle: Path | None, prompts: Sequence[str] = (), *, start_token: bool = False
+) -> Path:
+    """The bundle's folder, once its configuration, its text model and the prompts are checked; with
+    `start_token`, a prompt leaves room for one.
+    """
     from cogview2_jax import bundle as bundles
     from cogview2_jax.tokenizer import text
 
@@ -80,7 +84,7 @@ def check_model(bundle: Path | None, prompts: Sequence[str] = ()) -> Path:
     config = description.coglm_config
     for prompt in prompts:
         with refusing(f"prompt {textwrap.shorten(prompt[:200], 40, placeholder='…')!r}: "):
-            text.encode_prompt(model, prompt, config.vocabulary, config.max_text)
+            text.encode_prompt(model, prompt, config.vocabulary, config.max_text - start_token)
     return folder
 
 
@@ -107,6 +111,19 @@ def check_box(folder: Path, box: tuple[float, float, float, float], picture: Ima
     with refusing():
         config = bundles.read_description(folder).direct_config
         editing.plan(box, (picture.height, picture.width), config)
+
+
+def check_part(folder: Path, part: Mapping[str, Any], picture: Image.Image) -> None:
+    """Raises ClickException for a `box` or `mask` that the model in `folder` cannot edit in this
+    picture.
+    """
+    from cogview2_jax import bundle as bundles
+    from cogview2_jax.pipeline import patch_completion
+
+    with refusing():
+        config = bundles.read_description(folder).direct_config
+        size = picture.height, picture.width
+        patch_completion.plan_part(part.get("box"), part.get("mask"), size, config)
 
 
 def candidates(folder: Path, asked: int | None) -> int:

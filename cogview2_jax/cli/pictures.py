@@ -17,10 +17,10 @@ from cogview2_jax.pipeline import settings
 MOST_IMAGES = 64  # of one prompt at once: 200 MB of activations a network
 # The progress bar's names of the running networks.
 _PART_OF = {"coglm": "base", "direct": "direct", "iterative": "iterative", "tokenizer": "pixels"}
-_LAST = list(settings.STAGES)[-1]
+LAST_STAGE = list(settings.STAGES)[-1]
 
 
-def _num_images(default: int) -> Callable[[Any], Any]:
+def num_images_option(default: int) -> Callable[[Any], Any]:
     return click.option(
         "--num-images",
         type=click.IntRange(1, MOST_IMAGES),
@@ -31,14 +31,14 @@ def _num_images(default: int) -> Callable[[Any], Any]:
     )
 
 
-_candidates_option = click.option(
+candidates_option = click.option(
     "--candidates",
     type=click.IntRange(1, MOST_IMAGES),
     metavar="N",
     help="Draw each picture N times at the base stage, and keep the one with the highest caption"
     " score for the prompt.  [default: what the bundle says]",
 )
-_seed_option = click.option(
+seed_option = click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
     default=0,
@@ -46,13 +46,13 @@ _seed_option = click.option(
     metavar="N",
     help="The same seed gives the same pictures, with the same model, device and versions.",
 )
-_stage_option = click.option(
+stage_option = click.option(
     "--stage",
     type=click.Choice(tuple(settings.STAGES)),
     help="Last stage to run: the base model (enlarged), direct super-resolution, or direct and"
     " iterative (full).  [default: the last one that the model has networks for]",
 )
-_out_option = click.option(
+out_option = click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("pictures"),
@@ -74,12 +74,12 @@ Examples:
 """
 )
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
-@_num_images(settings.NUM_IMAGES)
-@_seed_option
-@_stage_option
-@_candidates_option
+@num_images_option(settings.NUM_IMAGES)
+@seed_option
+@stage_option
+@candidates_option
 @common.dtype_option
-@_out_option
+@out_option
 @common.overwrite_option
 @common.bundle_option
 def generate(
@@ -104,7 +104,7 @@ def generate(
     folder = common.check_model(bundle, prompts)
     common.check_writable(out)
     chosen = common.choose_stage(folder, stage)
-    names = sheets.stems(prompts, seed, "" if chosen == _LAST else chosen)
+    names = sheets.stems(prompts, seed, "" if chosen == LAST_STAGE else chosen)
     whole = names[0] if len(names) == 1 else f"{names[0]}_and_{len(names) - 1}_more"
     grid = f"{whole}_grid.png"
     rows = [
@@ -239,12 +239,12 @@ Examples:
     metavar="TOP LEFT BOTTOM RIGHT",
     help="What to redraw, as fractions of the whole picture's height and width.",
 )
-@_num_images(settings.NUM_INFILLED)
-@_seed_option
-@_stage_option
-@_candidates_option
+@num_images_option(settings.NUM_INFILLED)
+@seed_option
+@stage_option
+@candidates_option
 @common.dtype_option
-@_out_option
+@out_option
 @common.overwrite_option
 @common.bundle_option
 def infill_command(
@@ -273,7 +273,7 @@ def infill_command(
     common.check_writable(out)
     chosen = common.choose_stage(folder, stage)
     name = f"{sheets.slug(picture.stem)}_{sheets.stems([prompt], seed, '')[0]}"
-    name += "" if chosen == _LAST else f"_{chosen}"
+    name += "" if chosen == LAST_STAGE else f"_{chosen}"
     files = [f"{name}_{i}.png" for i in range(num_images)]
     best_of = common.candidates(folder, candidates)
     description = {

@@ -1,54 +1,32 @@
 """A bundle with the whole pipeline as methods: strings and pictures in and out."""
 
-import dataclasses
-import functools
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from cogview2_jax import bundle as bundles
-from cogview2_jax.bundle import Bundle
 from cogview2_jax.checks import check_count, check_temperature
-from cogview2_jax.config import TOKEN_STRIDE, Grid
+from cogview2_jax.config import TOKEN_STRIDE
 from cogview2_jax.keys import one_key
-from cogview2_jax.networks import coglm, inputs
-from cogview2_jax.pipeline import editing, settings
+from cogview2_jax.networks import inputs
+from cogview2_jax.pipeline import editing, patch_completion, settings
 from cogview2_jax.pipeline.editing import Box
-from cogview2_jax.pipeline.prompts import (
-    PromptTokens,
-    caption_ids,
-    caption_text,
-    image_keys,
-    prompt_tokens,
-)
+from cogview2_jax.pipeline.parts import DIRECT_DRAW, ITERATIVE_DRAW, Parts
+from cogview2_jax.pipeline.prompts import caption_ids, caption_text
 from cogview2_jax.pipeline.reach import last_stage, require_stage, what_is_missing
-from cogview2_jax.pipeline.stages import (
-    caption_score,
-    decode_caption,
-    decode_image,
-    decode_infilling,
-    super_resolve_direct,
-    super_resolve_iterative,
-)
-from cogview2_jax.sharding import Execution
-from cogview2_jax.tokenizer import image as image_tokenizer
+from cogview2_jax.pipeline.stages import decode_caption, decode_image
 from cogview2_jax.tokenizer.pictures import Picture, fit_picture, open_picture
 
 Array = jax.Array
-_Tree = TypeVar("_Tree")
 
 STAGES = tuple(settings.STAGES)
-# Draw numbers above any candidate's, so that no two stages share a key.
-_DIRECT_DRAW, _ITERATIVE_DRAW = 2**32 - 1, 2**32 - 2
 
 
 @dataclass(frozen=True)
-class CogView:
+class CogView(Parts):
     """A bundle with the whole pipeline as methods; made by `cogview2_jax.load`.
 
     Prompts may be English or Chinese. Pictures come in as `open_picture` takes them (paths, bytes,
@@ -60,12 +38,6 @@ class CogView:
     are sharded. Images do not depend on it, except for rounding. The parameters in `bundle` are
     placed accordingly.
     """
-
-    bundle: Bundle
-    execution: Execution = Execution()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "bundle", bundles.place(self.bundle, self.execution))
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -130,12 +102,12 @@ class CogView:
         grids = {"base": self._best_of(tokens, draw, candidates)}
         progress("base")
         if "direct" in stages or "full" in stages:
-            grids["direct"] = self._direct(tokens, grids["base"], keys(_DIRECT_DRAW))
+            grids["direct"] = self._direct(tokens, grids["base"], keys(DIRECT_DRAW))
             progress("direct")
         if "full" in stages:
             everywhere = np.ones(grids["direct"].shape, bool)
             grids["full"] = self._iterative(
-                tokens, grids["direct"], everywhere, keys(_ITERATIVE_DRAW)
+                tokens, grids["direct"], everywhere, keys(ITERATIVE_DRAW)
             )
             progress("iterative")
         made = {stage: self._pixels(grids[stage], stage) for stage in stages}
@@ -167,43 +139,57 @@ class CogView:
         centre in the box are redrawn, and only their fine cells are super-resolved. `stage` and
         `candidates` are as in `generate`.
         """
-        config = self.bundle.coglm_config
         stage = self._last_stage(stage)
         num_images = check_count("num_images", num_images)
         opened = open_picture(picture)
         edit = editing.plan(box, (opened.height, opened.width), self.bundle.direct_config)
         tokens, keys = self._drawing([prompt], key, num_images)
-        rows = len(tokens.english)
-        ids, is_text = (np.asarray(array)[0] for array in tokens.base)
         crop = editing.cut(opened, edit)
-        coarse = self._picture_tokens(crop, config.grid)[0]
-        filling = inputs.infill(edit.mask, ids[is_text].tolist(), coarse, config)
+        filling = inputs.infill(edit.mask, *self._known(tokens, crop), self.bundle.coglm_config)
+        ratio = self.bundle.direct_config.ratio
+        fine = edit.mask.repeat(ratio, axis=0).repeat(ratio, axis=1)
+        made = self._redraw(tokens, tokens, filling, crop, fine, keys, stage, candidates)
+        return editing.paste(opened, made[:num_images], edit)
 
-        def of_each(array: np.ndarray) -> Any:
-            return self._shard_over_mesh(np.repeat(array[None], rows, axis=0))
+    def edit(
+        self,
+        prompt: str,
+        picture: Picture,
+        *,
+        key: Array,
+        box: Box | None = None,
+        mask: Picture | None = None,
+        num_images: int = settings.NUM_EDITED,
+        stage: str | None = None,
+        candidates: int | None = None,
+    ) -> np.ndarray:
+        """The picture with a part redrawn as published: uint8 [num_images, y, x, 3], at its size.
 
-        def draw(candidate: int) -> Array:
-            return decode_infilling(
-                self._decoding_params,
-                # The first four fields are those of the network's input.
-                inputs.NetworkInput(*(of_each(array) for array in filling[:4])),
-                of_each(filling.slot_of_cell),
-                keys(candidate),
-                self.bundle.cluster_labels,
-                config=config,
-                **self._sampling,
-            )
-
-        made = self._best_of(tokens, draw, candidates)
-        if stage != "base":
-            ratio = self.bundle.direct_config.ratio
-            may_change = edit.mask.repeat(ratio, axis=0).repeat(ratio, axis=1).reshape(-1)
-            drawn = self._direct(tokens, made, keys(_DIRECT_DRAW))
-            kept = self._picture_tokens(crop, self.bundle.direct_config.grid)
-            made = np.where(may_change, drawn, kept)
-        if stage == "full":
-            made = self._iterative(tokens, made, of_each(may_change), keys(_ITERATIVE_DRAW))
-        return editing.paste(opened, self._pixels(made, stage)[:num_images], edit)
+        The part is a `box`, as in `infill`, or the white pixels of a `mask` of the picture's size
+        (`patch_completion.picture_mask`). The model sees a square of 20/14 of the part's longer
+        side, as far as the picture allows, and only the pixels of redrawn cells change. A crop no
+        larger than the base model's pictures is drawn by the base stage alone. `prompt` may have
+        one token less than in `generate`. `stage` and `candidates` are as in `generate`. Raises as
+        `patch_completion.plan_mask` for a part that is too thin or too long.
+        """
+        stage = self._last_stage(stage)
+        num_images = check_count("num_images", num_images)
+        opened = open_picture(picture)
+        config = self.bundle.direct_config
+        patch = patch_completion.plan_part(box, mask, (opened.height, opened.width), config)
+        tokens, keys = self._drawing([prompt], key, num_images)
+        read = self._whole_batch(self._tokens([prompt], start_token=True).repeat(num_images))
+        top, left, bottom, right = patch.crop
+        if bottom - top <= config.coglm.grid[0] * TOKEN_STRIDE:
+            stage = STAGES[0]
+        cells = patch.coarse if stage == STAGES[0] else patch.fine
+        part = editing.Edit(top, left, bottom - top, right - left, cells)
+        crop = editing.cut(opened, part)
+        filling = patch_completion.sequence(
+            patch.coarse, *self._known(tokens, crop), self.bundle.coglm_config
+        )
+        made = self._redraw(tokens, read, filling, crop, patch.fine, keys, stage, candidates)
+        return editing.paste(opened, made[:num_images], part, cells_only=True)
 
     def caption(
         self,
@@ -250,36 +236,18 @@ class CogView:
         Returns the pictures' numbers, best first, int [n], and their scores in the order given,
         float32 [n].
         """
-        if not len(pictures):
-            raise ValueError("pictures must have at least one: got none")
-        grid = self.bundle.coglm_config.grid
-        coarse = np.concatenate([self._picture_tokens(picture, grid) for picture in pictures])
-        tokens, coarse = self._whole_batch((self._tokens([prompt]).repeat(len(coarse)), coarse))
-        scores = self._scores(tokens, coarse)[: len(pictures)]
+        scores = self.scores([prompt], pictures)[0]
         return np.argsort(-scores, kind="stable"), scores
 
-    # Parts of the methods above, host arrays in and out.
+    def scores(self, texts: Sequence[str], pictures: Sequence[Picture]) -> np.ndarray:
+        """The likelihood of each text as the caption of each picture: float32 [texts, pictures].
 
-    @property
-    def _size(self) -> tuple[int, int]:
-        return editing.picture_size(self.bundle.direct_config)
-
-    @property
-    def _sampling(self) -> dict[str, Any]:
-        """Arguments that the stages with cluster sampling share."""
-        return {
-            "execution": self.execution,
-            # Static: without this, another number of candidates would compile again.
-            "sampling": dataclasses.replace(self.bundle.sampling, candidates=1),
-            "num_clusters": self.bundle.num_clusters,
-        }
-
-    @functools.cached_property
-    def _decoding_params(self) -> Any:
-        """CogLM's parameters, one tree for each layer. Made once, outside the decoding programs:
-        each would take the stack apart again.
+        A score is the mean log-likelihood of a text's tokens (`stages.caption_score`). Pairs run in
+        batches of one size, so that one compilation serves any number of texts and pictures.
         """
-        return jax.jit(coglm.unstacked)(self.bundle.params("coglm"))
+        if not len(pictures):
+            raise ValueError("pictures must have at least one: got none")
+        return self.token_scores(texts, [self.picture_tokens(picture) for picture in pictures])
 
     def _last_stage(self, asked: str | None) -> str:
         if asked is not None:
@@ -289,116 +257,3 @@ class CogView:
         if last != STAGES[-1]:
             warnings.warn(what_is_missing(STAGES[-1], self.networks), stacklevel=3)
         return last
-
-    def _tokens(self, prompts: Sequence[str]) -> PromptTokens:
-        bundle = self.bundle
-        return prompt_tokens(
-            prompts,
-            bundle.text_model,
-            bundle.coglm_config,
-            bundle.direct_config.text_slots,
-            bundle.iterative_config.text_slots,
-        )
-
-    def _drawing(
-        self, prompts: Sequence[str], key: Array, num_images: int
-    ) -> tuple[PromptTokens, Callable[[int], Array]]:
-        """The tokens of every image of every prompt, and a function: draw number → keys."""
-        key = one_key(key)
-        tokens = self._whole_batch(self._tokens(prompts).repeat(num_images))
-        hashes = np.array([zlib.crc32(prompt.encode()) for prompt in prompts], np.uint32)
-        return tokens, lambda draw: self._whole_batch(
-            image_keys(key, hashes, num_images, np.uint32(draw))
-        )
-
-    def _whole_batch(self, tree: _Tree) -> _Tree:
-        """Arrays [b, …] on the mesh, with the last row repeated until the batch splits evenly."""
-        sharding = self.execution.sharding
-        if sharding is None:
-            return tree
-        parts = sharding.parts("batch")
-
-        def whole(array: Any) -> Any:
-            return array[np.minimum(np.arange(-(-len(array) // parts) * parts), len(array) - 1)]
-
-        return self._shard_over_mesh(jax.tree.map(whole, tree))
-
-    def _shard_over_mesh(self, tree: _Tree) -> _Tree:
-        sharding = self.execution.sharding
-        if sharding is None:
-            return tree
-        placed: _Tree = jax.device_put(tree, sharding.named("batch"))
-        return placed
-
-    def _best_of(
-        self, tokens: PromptTokens, draw: Callable[[int], Array], candidates: int | None
-    ) -> np.ndarray:
-        """Base tokens, int32 [b, cells]: the best of each image's `draw(candidate)`."""
-        if candidates is None:
-            candidates = self.bundle.sampling.candidates
-        candidates = check_count("candidates", candidates)
-        drawn = [draw(candidate) for candidate in range(candidates)]
-        if candidates == 1:
-            return np.asarray(drawn[0])
-        best = np.argmax([self._scores(tokens, np.asarray(coarse)) for coarse in drawn], axis=0)
-        return np.stack(drawn)[best, np.arange(len(best))]
-
-    def _scores(self, tokens: PromptTokens, coarse: np.ndarray) -> np.ndarray:
-        scores = caption_score(
-            self.bundle.params("coglm"),
-            self._shard_over_mesh(coarse),
-            *tokens.base,
-            tokens.english,
-            config=self.bundle.coglm_config,
-            execution=self.execution,
-        )
-        return np.asarray(scores)
-
-    def _direct(self, tokens: PromptTokens, coarse: np.ndarray, keys: Array) -> np.ndarray:
-        fine = super_resolve_direct(
-            self.bundle.params("direct"),
-            *tokens.direct,
-            self._shard_over_mesh(coarse),
-            keys,
-            self.bundle.cluster_labels,
-            config=self.bundle.direct_config,
-            **self._sampling,
-        )
-        return np.asarray(fine)
-
-    def _iterative(
-        self, tokens: PromptTokens, fine: np.ndarray, may_change: np.ndarray, keys: Array
-    ) -> np.ndarray:
-        refined = super_resolve_iterative(
-            self.bundle.params("iterative"),
-            *tokens.iterative,
-            self._shard_over_mesh(fine),
-            self._shard_over_mesh(may_change),
-            keys,
-            config=self.bundle.iterative_config,
-            execution=self.execution,
-            sampling=self.bundle.sampling,
-        )
-        return np.asarray(refined)
-
-    def _pixels(self, ids: np.ndarray, stage: str) -> np.ndarray:
-        """Image tokens of a stage as the tokenizer draws them: uint8 [b, y, x, 3]."""
-        config = self.bundle.coglm_config if stage == "base" else self.bundle.direct_config
-        pictures = image_tokenizer.to_pixels(
-            self.bundle.params("tokenizer"),
-            self._shard_over_mesh(ids),
-            grid=config.grid,
-            stride=TOKEN_STRIDE,
-            config=self.bundle.tokenizer_config,
-        )
-        return np.asarray(pictures)
-
-    def _picture_tokens(self, picture: Picture, grid: Grid) -> np.ndarray:
-        pixels = fit_picture(picture, grid[0] * TOKEN_STRIDE, grid[1] * TOKEN_STRIDE)
-        ids = image_tokenizer.to_tokens(
-            self.bundle.params("tokenizer"),
-            pixels[None],
-            stride=TOKEN_STRIDE,
-            config=self.bundle.tokenizer_config,
-        )
-        return np.asarray(ids)

@@ -23,7 +23,7 @@ class Edit(NamedTuple):
     left: int
     height: int
     width: int
-    mask: np.ndarray  # bool [y, x], the coarse cells to draw
+    mask: np.ndarray  # bool [y, x], the cells to draw: coarse ones from `plan`
 
 
 def picture_size(config: DirectSRConfig) -> tuple[int, int]:
@@ -94,12 +94,15 @@ def cut(picture: Image.Image, edit: Edit) -> np.ndarray:
     return np.asarray(part)[np.ix_(rows - rows[0], columns - columns[0])]
 
 
-def paste(picture: Image.Image, drawn: np.ndarray, edit: Edit) -> np.ndarray:
+def paste(
+    picture: Image.Image, drawn: np.ndarray, edit: Edit, *, cells_only: bool = False
+) -> np.ndarray:
     """Pictures with `drawn` [b, y', x', 3] pasted into the crop: uint8 [b, y, x, 3].
 
     A crop of the size that the model draws is replaced as a whole: the tokenizer has decoded the
     new cells with those around them, so no seam shows. At any other size only the new cells are
-    replaced, and all others keep the resolution of the picture.
+    replaced, and all others keep the resolution of the picture. With `cells_only` that is so at
+    every size.
     """
     original = np.asarray(picture)
     place, inside = [], []
@@ -115,7 +118,7 @@ def paste(picture: Image.Image, drawn: np.ndarray, edit: Edit) -> np.ndarray:
         for length, cells in zip((edit.height, edit.width), edit.mask.shape, strict=True)
     )
     replaced = edit.mask[np.ix_(*pixels)][tuple(inside)]
-    if drawn.shape[1:3] == (edit.height, edit.width):
+    if drawn.shape[1:3] == (edit.height, edit.width) and not cells_only:
         replaced = np.ones_like(replaced)
     made = np.repeat(original[None], len(drawn), axis=0)
     for one, new in zip(made, drawn, strict=True):

@@ -30,8 +30,12 @@ class PromptTokens(NamedTuple):
 
     def repeat(self, number: int) -> "PromptTokens":
         """Each prompt `number` times in a row."""
-        repeated: PromptTokens = jax.tree.map(lambda a: np.repeat(a, number, axis=0), self)
-        return repeated
+        return self.take(np.repeat(np.arange(len(self.english)), number))
+
+    def take(self, rows: np.ndarray) -> "PromptTokens":
+        """The prompts with these numbers, int [b]."""
+        taken: PromptTokens = jax.tree.map(lambda array: array[rows], self)
+        return taken
 
 
 def prompt_tokens(
@@ -40,20 +44,27 @@ def prompt_tokens(
     base: configs.CogLMConfig,
     direct_slots: int,
     iterative_slots: int,
+    *,
+    start_token: bool = False,
 ) -> PromptTokens:
     """Prompts as tokens for every network; super-resolution gets as many as it has slots.
 
+    With `start_token`, a `<start_of_image>` is the last token of each, as in the published editing.
     Raises ValueError, in one line, for no prompt and for one that `text.encode` refuses.
     """
     if not prompts:
         raise ValueError("prompts must have at least one: got none")
     vocabulary = base.vocabulary
-    ids = [text.encode_prompt(model, prompt, vocabulary, base.max_text) for prompt in prompts]
+    most = base.max_text - start_token
+    ids = [text.encode_prompt(model, prompt, vocabulary, most) for prompt in prompts]
+    english = np.array([text.is_english(row, vocabulary) for row in ids])
+    if start_token:
+        ids = [[*row, vocabulary.start_of_image] for row in ids]
     return PromptTokens(
         inputs.right_padded(ids, base.max_text, vocabulary),
         inputs.left_padded([row[:direct_slots] for row in ids], direct_slots, vocabulary),
         inputs.left_padded([row[:iterative_slots] for row in ids], iterative_slots, vocabulary),
-        np.array([text.is_english(row, vocabulary) for row in ids]),
+        english,
     )
 
 

@@ -16,6 +16,8 @@ COMMANDS = [
     (),
     ("generate",),
     ("caption",),
+    ("rank",),
+    ("edit",),
     ("infill",),
     ("init",),
     ("info",),

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cogview2_jax.pipeline import cogview
+from cogview2_jax.pipeline import parts
 from cogview2_jax.pipeline.cogview import CogView
 from cogview2_jax.sharding import Execution, Sharding, make_mesh
 from tests.conftest import tiny_bundle
@@ -20,22 +20,23 @@ PROMPTS = ("a small green star on the left", "左边的绿色星形")
 def drawn(cv: CogView) -> dict[str, Any]:
     """All results of the pipeline, for batches that the mesh does not split evenly."""
     tokens: list[np.ndarray] = []
-    to_pixels = cogview.image_tokenizer.to_pixels
+    to_pixels = parts.image_tokenizer.to_pixels
 
     def seen(params: Any, ids: Any, **options: Any) -> Any:
         tokens.append(np.asarray(ids))
         return to_pixels(params, ids, **options)
 
-    cogview.image_tokenizer.to_pixels = seen
+    parts.image_tokenizer.to_pixels = seen
     try:
         key, picture = jax.random.key(3), np.full((96, 96, 3), 90, np.uint8)
         made = cv.generate_stages(PROMPTS, key, 3, candidates=2)
         filled = cv.infill(PROMPTS[0], picture, (0, 0, 0.5, 1), 2, key=key)
+        edited = cv.edit(PROMPTS[0], picture, box=(0, 0, 0.5, 1), num_images=2, key=key)
     finally:
-        cogview.image_tokenizer.to_pixels = to_pixels
+        parts.image_tokenizer.to_pixels = to_pixels
     return {
-        "tokens": [ids[:rows] for ids, rows in zip(tokens, (6, 6, 6, 2), strict=True)],
-        "pictures": [*made.values(), filled],
+        "tokens": [ids[:rows] for ids, rows in zip(tokens, (6, 6, 6, 2, 2), strict=True)],
+        "pictures": [*made.values(), filled, edited],
         "captions": [cv.caption(picture), cv.caption(picture, language="zh", key=key)],
         "scores": cv.rank(PROMPTS[0], [picture, made["full"][0, 0], made["full"][1, 0]])[1],
     }

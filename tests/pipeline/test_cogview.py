@@ -96,7 +96,7 @@ def test_the_best_candidate_is_kept(cv, tiny, monkeypatch):
         return scored[-1]
 
     monkeypatch.setattr("cogview2_jax.pipeline.cogview.decode_image", draw)
-    monkeypatch.setattr("cogview2_jax.pipeline.cogview.caption_score", score)
+    monkeypatch.setattr("cogview2_jax.pipeline.parts.caption_score", score)
     key = jax.random.key(5)
     made = cv.generate(PROMPT, 2, key=key, stage="base", candidates=3)
     assert len(drawn) == len(scored) == 3

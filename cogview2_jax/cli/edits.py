@@ -1,0 +1,277 @@
+"""`cogview2 edit`: a part of a picture redrawn, or one part for each line of a file."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cogview2_jax import errors
+from cogview2_jax.cli import common, pictures, sheets
+from cogview2_jax.pipeline import settings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from cogview2_jax.pipeline.cogview import CogView
+
+Box = tuple[float, float, float, float]
+_FIELDS = "text, image, h0, w0, h1, w1, with tabs between, and perhaps an id in front"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One edit. The box of a line is one of the square in the middle of its picture."""
+
+    text: str
+    picture: Path
+    box: Box | None = None
+    mask: Path | None = None
+    line: int = 0  # of a file, from 1; 0 on the command line
+    name: str = ""  # of a line: its id, or its number
+
+    def part(self, picture: Image.Image) -> dict[str, Any]:
+        """The part of the opened picture that is redrawn, as arguments of `CogView.edit`."""
+        from cogview2_jax.pipeline import patch_completion
+
+        if self.mask:
+            return {"mask": common.open_picture(self.mask)}
+        if self.line and self.box:
+            size = picture.height, picture.width
+            return {"mask": patch_completion.square_box_mask(self.box, *size)}
+        return {"box": self.box}
+
+    def description(self) -> dict[str, Any]:
+        """What the report says of it."""
+        said: dict[str, Any] = {"text": self.text, "picture": str(self.picture)}
+        said["picture_sha256"] = _sha256(self.picture)
+        if self.mask:
+            said |= {"mask": str(self.mask), "mask_sha256": _sha256(self.mask)}
+        if self.box:
+            said["box"] = self.box
+        return said | ({"line": self.line, "id": self.name} if self.line else {})
+
+
+@dataclass(frozen=True)
+class How:
+    """What the edits of one command share."""
+
+    folder: Path
+    num_images: int
+    seed: int
+    stage: str
+    candidates: int
+    dtype: str
+    out: Path
+    overwrite: bool
+
+    def outputs(self, request: Request) -> tuple[list[str], common.Outputs]:
+        """The pictures' files of an edit, and their writer. Raises as `common.Outputs`."""
+        name = (
+            f"{sheets.slug(request.picture.stem)}_{sheets.stems([request.text], self.seed, '')[0]}"
+        )
+        if request.line:
+            name = f"{sheets.slug(request.name)}_{name}"
+        name += "" if self.stage == pictures.LAST_STAGE else f"_{self.stage}"
+        files = [f"{name}_{i}.png" for i in range(self.num_images)]
+        description = request.description() | {
+            "seed": self.seed,
+            "num_images": self.num_images,
+            "pictures": files,
+            "stage": self.stage,
+            "candidates": self.candidates,
+        }
+        description |= common.circumstances(self.folder, self.dtype)
+        report = f"{name}.json"
+        return files, common.Outputs(self.out, files, report, description, self.overwrite)
+
+    def load(self) -> CogView:
+        return common.load(self.folder, settings.STAGES[self.stage], self.dtype)[0]
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _box(context: click.Context, parameter: click.Parameter, said: str | None) -> Box | None:
+    if said is None:
+        return None
+    try:
+        top, left, bottom, right = (float(edge) for edge in said.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"must be four numbers, Y0,X0,Y1,X1: got {said}", context, parameter
+        ) from None
+    return top, left, bottom, right
+
+
+@click.command(
+    "edit",
+    epilog="""\b
+Examples:
+  cogview2 edit picture.png "a red circle above a blue star" --box 0.5,0,1,1
+  cogview2 edit wide.jpg "a large green star" --mask mask.png --num-images 2
+  cogview2 edit --lines edits.tsv --out edited
+""",
+)
+@click.argument("picture", type=click.Path(path_type=Path), required=False)
+@click.argument("text", required=False)
+@click.option(
+    "--box",
+    callback=_box,
+    metavar="Y0,X0,Y1,X1",
+    help="What to redraw: top, left, bottom and right, as fractions of the whole picture.",
+)
+@click.option(
+    "--mask",
+    type=click.Path(path_type=Path),
+    metavar="PNG",
+    help="What to redraw: the white pixels of a picture of the same size.",
+)
+@click.option(
+    "--lines",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help=f"Many edits, a line each, as published: {_FIELDS}. The box is of the square in the middle"
+    " of the picture.",
+)
+@pictures.num_images_option(settings.NUM_EDITED)
+@pictures.seed_option
+@pictures.stage_option
+@pictures.candidates_option
+@common.dtype_option
+@pictures.out_option
+@common.overwrite_option
+@common.bundle_option
+def edit_command(
+    picture: Path | None,
+    text: str | None,
+    box: Box | None,
+    mask: Path | None,
+    lines: Path | None,
+    bundle: Path | None,
+    stage: str | None,
+    candidates: int | None,
+    **shared: Any,
+) -> None:
+    """Redraw a part of PICTURE as TEXT says, which describes the whole.
+
+    PICTURE may have any shape and size; the results have the same. The model sees a square around
+    the part, and only the part's cells change. Writes the pictures and a JSON file with the
+    settings, for each edit. A line of --lines that cannot be used is named on stderr; the others
+    are done, and the exit code is 1.
+    """
+    if lines is not None and not (picture is None and text is None and box is None and not mask):
+        raise click.UsageError("--lines names pictures, texts and boxes itself: give nothing else")
+    if lines is None:
+        if picture is None or text is None:
+            raise click.UsageError("give PICTURE and TEXT, or --lines FILE")
+        if (box is None) == (mask is None):
+            raise click.UsageError("give --box or --mask, one of them")
+        folder = common.check_model(bundle, (text,), start_token=True)
+    else:
+        folder = common.check_model(bundle)
+    common.check_writable(shared["out"])
+    how = How(
+        folder,
+        stage=common.choose_stage(folder, stage),
+        candidates=common.candidates(folder, candidates),
+        **shared,
+    )
+    if lines is not None:
+        _edit_lines(lines, how)
+        return
+    assert picture is not None and text is not None
+    _edit(Request(text, picture, box, mask), how, None)
+
+
+def _edit(request: Request, how: How, cv: CogView | None) -> CogView:
+    """Do one edit and write its files. Loads the model when it is not yet, and returns it."""
+    begin = time.perf_counter()
+    opened = common.open_picture(request.picture)
+    with common.refusing():
+        part = request.part(opened)
+    common.check_part(how.folder, part, opened)
+    files, outputs = how.outputs(request)
+    cv = cv or how.load()
+    import jax
+
+    with common.refusing():
+        made = cv.edit(
+            request.text,
+            opened,
+            **part,
+            key=jax.random.key(how.seed),
+            num_images=how.num_images,
+            stage=how.stage,
+            candidates=how.candidates,
+        )
+    contents = {file: sheets.png(each) for file, each in zip(files, made, strict=True)}
+    outputs.write(contents, {"total": time.perf_counter() - begin})
+    return cv
+
+
+# --- Files of edits -------------------------------------------------------------------------------
+
+
+def _edit_lines(file: Path, how: How) -> None:
+    from cogview2_jax.files import read_file
+
+    with common.refusing(f"{file}: "):
+        content = read_file(file)
+    cv, done, failed = None, 0, False
+    names: dict[str, int] = {}
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            if not line.strip(b"\xef\xbb\xbf \t\r"):
+                continue
+            request = parse_line(line, number)
+            _require_new(request, names)
+            common.check_model(how.folder, (request.text,), start_token=True)
+            cv = _edit(request, how, cv)
+            done += 1
+        except (click.ClickException, ValueError, OSError) as error:
+            said = (
+                error.message if isinstance(error, click.ClickException) else errors.reason(error)
+            )
+            common.complain(f"{file}: line {number}: {said}")
+            failed = True
+    if not (done or failed):
+        raise click.ClickException(f"{file}: no line with an edit: give lines of {_FIELDS}")
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def parse_line(line: bytes, number: int) -> Request:
+    """An edit from a line of a file: `[id⇥]text⇥image⇥h0⇥w0⇥h1⇥w1` in UTF-8.
+
+    Raises ValueError for another number of fields, edges that are no numbers, and bytes that are no
+    UTF-8.
+    """
+    try:
+        fields = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r").split("\t")
+    except UnicodeDecodeError:
+        raise ValueError("must be UTF-8: save the file so") from None
+    if len(fields) not in (6, 7):
+        raise ValueError(f"must have {_FIELDS}: got {len(fields)} fields")
+    name = fields[0].strip() if len(fields) == 7 else str(number)
+    text, picture, *edges = fields[-6:]
+    try:
+        top, left, bottom, right = (float(edge) for edge in edges)
+    except ValueError:
+        raise ValueError(f"h0, w0, h1, w1 must be numbers: got {', '.join(edges)}") from None
+    if not picture.strip() or not name:
+        raise ValueError(f"must name {'an image' if name else 'its id'}: got an empty field")
+    return Request(text, Path(picture), (top, left, bottom, right), line=number, name=name)
+
+
+def _require_new(request: Request, names: dict[str, int]) -> None:
+    """Raises ValueError for a line whose files would have the names of an earlier line's."""
+    slug = sheets.slug(request.name)
+    if slug in names:
+        raise ValueError(f"has the id of line {names[slug]}, {request.name}: give another id")
+    names[slug] = request.line

@@ -1,0 +1,245 @@
+"""The steps of the pipeline over a bundle's parameters, host arrays in and out."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from cogview2_jax import bundle as bundles
+from cogview2_jax.bundle import Bundle
+from cogview2_jax.checks import check_count
+from cogview2_jax.config import TOKEN_STRIDE, Grid
+from cogview2_jax.keys import one_key
+from cogview2_jax.networks import coglm, inputs
+from cogview2_jax.pipeline import editing, settings
+from cogview2_jax.pipeline.prompts import PromptTokens, image_keys, prompt_tokens
+from cogview2_jax.pipeline.stages import (
+    caption_score,
+    decode_infilling,
+    super_resolve_direct,
+    super_resolve_iterative,
+)
+from cogview2_jax.sharding import Execution
+from cogview2_jax.tokenizer import image as image_tokenizer
+from cogview2_jax.tokenizer.pictures import Picture, fit_picture
+
+Array = jax.Array
+_Tree = TypeVar("_Tree")
+
+# Draw numbers above any candidate's, so that no two stages share a key.
+DIRECT_DRAW, ITERATIVE_DRAW = 2**32 - 1, 2**32 - 2
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A bundle, placed for an `execution`, and the pipeline's steps over its parameters."""
+
+    bundle: Bundle
+    execution: Execution = Execution()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bundle", bundles.place(self.bundle, self.execution))
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return editing.picture_size(self.bundle.direct_config)
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        """Arguments that the stages with cluster sampling share."""
+        return {
+            "execution": self.execution,
+            # Static: without this, another number of candidates would compile again.
+            "sampling": dataclasses.replace(self.bundle.sampling, candidates=1),
+            "num_clusters": self.bundle.num_clusters,
+        }
+
+    @functools.cached_property
+    def _decoding_params(self) -> Any:
+        """CogLM's parameters, one tree for each layer. Made once, outside the decoding programs:
+        each would take the stack apart again.
+        """
+        return jax.jit(coglm.unstacked)(self.bundle.params("coglm"))
+
+    def _tokens(self, prompts: Sequence[str], *, start_token: bool = False) -> PromptTokens:
+        bundle = self.bundle
+        return prompt_tokens(
+            prompts,
+            bundle.text_model,
+            bundle.coglm_config,
+            bundle.direct_config.text_slots,
+            bundle.iterative_config.text_slots,
+            start_token=start_token,
+        )
+
+    def _drawing(
+        self, prompts: Sequence[str], key: Array, num_images: int
+    ) -> tuple[PromptTokens, Callable[[int], Array]]:
+        """The tokens of every image of every prompt, and a function: draw number → keys."""
+        key = one_key(key)
+        tokens = self._whole_batch(self._tokens(prompts).repeat(num_images))
+        hashes = np.array([zlib.crc32(prompt.encode()) for prompt in prompts], np.uint32)
+        return tokens, lambda draw: self._whole_batch(
+            image_keys(key, hashes, num_images, np.uint32(draw))
+        )
+
+    def _whole_batch(self, tree: _Tree) -> _Tree:
+        """Arrays [b, …] on the mesh, with the last row repeated until the batch splits evenly."""
+        sharding = self.execution.sharding
+        if sharding is None:
+            return tree
+        parts = sharding.parts("batch")
+
+        def whole(array: Any) -> Any:
+            return array[np.minimum(np.arange(-(-len(array) // parts) * parts), len(array) - 1)]
+
+        return self._shard_over_mesh(jax.tree.map(whole, tree))
+
+    def _shard_over_mesh(self, tree: _Tree) -> _Tree:
+        sharding = self.execution.sharding
+        if sharding is None:
+            return tree
+        placed: _Tree = jax.device_put(tree, sharding.named("batch"))
+        return placed
+
+    def _known(self, tokens: PromptTokens, crop: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """The prompt's ids and the coarse ones of a crop [y, x, 3], for an infilling sequence."""
+        ids, is_text = (np.asarray(array)[0] for array in tokens.base)
+        return ids[is_text].tolist(), self._picture_tokens(crop, self.bundle.coglm_config.grid)[0]
+
+    def _redraw(
+        self,
+        tokens: PromptTokens,
+        read: PromptTokens,
+        filling: inputs.Infill,
+        crop: np.ndarray,
+        fine: np.ndarray,
+        keys: Callable[[int], Array],
+        stage: str,
+        candidates: int | None,
+    ) -> np.ndarray:
+        """A crop with the missing cells of `filling` drawn, up to `stage`: uint8 [b, y, x, 3].
+
+        Candidates are scored with `tokens`; super-resolution has the prompts `read`, and rewrites
+        the `fine` cells, bool [y, x].
+        """
+
+        def of_each(array: np.ndarray) -> Any:
+            return self._shard_over_mesh(np.repeat(array[None], len(tokens.english), axis=0))
+
+        def draw(candidate: int) -> Array:
+            return decode_infilling(
+                self._decoding_params,
+                # The first four fields are those of the network's input.
+                inputs.NetworkInput(*(of_each(array) for array in filling[:4])),
+                of_each(filling.slot_of_cell),
+                keys(candidate),
+                self.bundle.cluster_labels,
+                config=self.bundle.coglm_config,
+                **self._sampling,
+            )
+
+        made = self._best_of(tokens, draw, candidates)
+        if stage != "base":
+            drawn = self._direct(read, made, keys(DIRECT_DRAW))
+            kept = self._picture_tokens(crop, self.bundle.direct_config.grid)
+            made = np.where(fine.reshape(-1), drawn, kept)
+        if stage == "full":
+            may_change = of_each(fine.reshape(-1))
+            made = self._iterative(read, made, may_change, keys(ITERATIVE_DRAW))
+        return self._pixels(made, stage)
+
+    def _best_of(
+        self, tokens: PromptTokens, draw: Callable[[int], Array], candidates: int | None
+    ) -> np.ndarray:
+        """Base tokens, int32 [b, cells]: the best of each image's `draw(candidate)`."""
+        if candidates is None:
+            candidates = self.bundle.sampling.candidates
+        candidates = check_count("candidates", candidates)
+        drawn = [draw(candidate) for candidate in range(candidates)]
+        if candidates == 1:
+            return np.asarray(drawn[0])
+        best = np.argmax([self._scores(tokens, np.asarray(coarse)) for coarse in drawn], axis=0)
+        return np.stack(drawn)[best, np.arange(len(best))]
+
+    def _scores(self, tokens: PromptTokens, coarse: np.ndarray) -> np.ndarray:
+        scores = caption_score(
+            self.bundle.params("coglm"),
+            self._shard_over_mesh(coarse),
+            *tokens.base,
+            tokens.english,
+            config=self.bundle.coglm_config,
+            execution=self.execution,
+        )
+        return np.asarray(scores)
+
+    def picture_tokens(self, picture: Picture) -> np.ndarray:
+        """A picture as the base model sees it: int32 [cells]. Raises as `open_picture`."""
+        return self._picture_tokens(picture, self.bundle.coglm_config.grid)[0]
+
+    def token_scores(self, texts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
+        """`CogView.scores` of pictures that are `picture_tokens`: float32 [texts, pictures]."""
+        read, coarse = self._tokens(texts), np.stack(images)
+        pairs = np.arange(len(texts) * len(coarse))
+        scores = np.empty(len(pairs), np.float32)
+        for start in range(0, len(pairs), settings.SCORED_AT_ONCE):
+            # The last batch repeats the last pair, so that every batch has one size.
+            batch = np.arange(start, start + settings.SCORED_AT_ONCE).clip(max=pairs[-1])
+            text, picture = np.divmod(batch, len(coarse))
+            rows = self._whole_batch((read.take(text), coarse[picture]))
+            scores[batch] = self._scores(*rows)[: len(batch)]
+        return scores.reshape(len(texts), len(coarse))
+
+    def _direct(self, tokens: PromptTokens, coarse: np.ndarray, keys: Array) -> np.ndarray:
+        fine = super_resolve_direct(
+            self.bundle.params("direct"),
+            *tokens.direct,
+            self._shard_over_mesh(coarse),
+            keys,
+            self.bundle.cluster_labels,
+            config=self.bundle.direct_config,
+            **self._sampling,
+        )
+        return np.asarray(fine)
+
+    def _iterative(
+        self, tokens: PromptTokens, fine: np.ndarray, may_change: np.ndarray, keys: Array
+    ) -> np.ndarray:
+        refined = super_resolve_iterative(
+            self.bundle.params("iterative"),
+            *tokens.iterative,
+            self._shard_over_mesh(fine),
+            self._shard_over_mesh(may_change),
+            keys,
+            config=self.bundle.iterative_config,
+            execution=self.execution,
+            sampling=self.bundle.sampling,
+        )
+        return np.asarray(refined)
+
+    def _pixels(self, ids: np.ndarray, stage: str) -> np.ndarray:
+        """Image tokens of a stage as the tokenizer draws them: uint8 [b, y, x, 3]."""
+        config = self.bundle.coglm_config if stage == "base" else self.bundle.direct_config
+        pictures = image_tokenizer.to_pixels(
+            self.bundle.params("tokenizer"),
+            self._shard_over_mesh(ids),
+            grid=config.grid,
+            stride=TOKEN_STRIDE,
+            config=self.bundle.tokenizer_config,
+        )
+        return np.asarray(pictures)
+
+    def _picture_tokens(self, picture: Picture, grid: Grid) -> np.ndarray:
+        pixels = fit_picture(picture, grid[0] * TOKEN_STRIDE, grid[1] * TOKEN_STRIDE)
+        ids = image_tokenizer.to_tokens(
+            self.bundle.params("tokenizer"),
+            pixels[None],
+            stride=TOKEN_STRIDE,
+            config=self.bundle.tokenizer_config,
+        )
+        return np.asarray(ids)
