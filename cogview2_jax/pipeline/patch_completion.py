@@ -103,8 +103,8 @@ def plan_mask(mask: ArrayLike, config: DirectSRConfig) -> Patch:
         raise ValueError(f"mask must be bool [y, x]: got {masked.dtype} {list(masked.shape)}")
     if not masked.any():
         raise ValueError("mask must have a pixel to redraw: got none")
-    top, bottom = _extent(masked.any(axis=1))
-    left, right = _extent(masked.any(axis=0))
+    top, bottom = _extent(np.any(masked, axis=1))
+    left, right = _extent(np.any(masked, axis=0))
     inside, picture = Pixels(top, left, bottom, right), (masked.shape[0], masked.shape[1])
     longer = max(bottom - top, right - left)
     if longer > rows * min(picture):
