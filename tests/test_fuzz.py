@@ -324,7 +324,7 @@ EVERYWHERE = dict(
     + ("z_loss", "validation", "dropout", "data", "fsdp", "tensor", "save_every", "keep")
 }
 OWN = {
-    "coglm": ("caption_ratio", "text_ratio", "patch_size", "num_patches"),
+    "coglm": ("caption_ratio", "completion_ratio", "text_ratio", "patch_size", "num_patches"),
     "tokenizer": ("side", "stride", "clusters", "settle", "decay", "commitment"),
     "direct-sr": (),
     "iterative-sr": (),

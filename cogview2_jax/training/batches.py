@@ -107,6 +107,8 @@ def coglm(
         patch_size=tasks.patch_size,
         predict_end=tasks.predict_end,
     )
+    if tasks.completion_ratio:
+        _complete(made, rng, rows, choices, config, tasks.completion_ratio)
     for row in np.flatnonzero(rows.of(is_prose)):
         row_rng = np.random.default_rng(rows.of(seeds)[row])
         text = _prose(row_rng, records, prose_from, length, config)
@@ -116,6 +118,31 @@ def coglm(
         for whole, part in zip(made, spans, strict=True):
             whole[row] = part[0]
     return made
+
+
+def _complete(
+    made: TrainingSample,
+    rng: np.random.Generator,
+    rows: Rows,
+    choices: Choices,
+    config: CogLMConfig,
+    share: float,
+) -> None:
+    """Puts samples of completion in the place of a share of those of generation."""
+    drawn, ended = rng.random((2, rows.batch_size)) < [[share], [0.5]]
+    masks = coglm_samples.draw_rectangles(rng, rows.batch_size, config)
+    chosen = np.flatnonzero(rows.of(drawn & ~choices.captioning))
+    if chosen.size:
+        length = made.tokens.shape[1]
+        samples = coglm_samples.completion_samples(
+            rows.records[chosen, :length],
+            rows.of(choices.second)[chosen],
+            rows.of(masks)[chosen],
+            rows.of(ended)[chosen],
+            config,
+        )
+        for whole, part in zip(made, samples, strict=True):
+            whole[chosen] = part
 
 
 def direct_sr(

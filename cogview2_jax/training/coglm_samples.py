@@ -1,4 +1,5 @@
-"""CogLM's training samples: generation, captioning with masked patches, masked spans of text.
+"""CogLM's training samples: generation, captioning with masked patches, masked spans of text, and
+completion of pictures.
 
 A record has the texts and the image tokens of a picture in one row. A sample is the network's input
 made from a record, with labels. NumPy on the host, vectorised over the batch; all random choices
@@ -28,6 +29,7 @@ class LossKind(IntEnum):
     ENGLISH = 3  # a caption's next token
     CHINESE = 4
     SPAN = 5  # the next token of a masked text span
+    COMPLETION = 6  # the next cell to draw, given the text and the rest of the picture
 
 
 class TrainingSample(NamedTuple):
@@ -53,10 +55,7 @@ def generation_samples(
     Every row sees the chosen text; `<start_of_image>` and the image are causal; the other text is
     seen by none. The loss is on all image tokens.
     """
-    spans, width = text_spans(records, config), text_width(records, config)
-    has_second = spans[:, 1, 1] > spans[:, 1, 0]
-    chosen = (np.asarray(second, bool) & has_second).astype(int)
-    begin, end = spans[np.arange(len(records)), chosen].T[..., None]
+    begin, end, width = *_shown_text(records, second, config), text_width(records, config)
     slot = np.arange(records.shape[1])
     is_text = (slot >= begin) & (slot < end)
     tokens = records.astype(np.int32)
@@ -176,6 +175,46 @@ def text_span_samples(
     return _sample(records, positions, labels, mask, in_span * np.int8(LossKind.SPAN))
 
 
+def completion_samples(
+    records: np.ndarray,
+    second: ArrayLike,
+    masks: np.ndarray,
+    ended: ArrayLike,
+    config: CogLMConfig,
+) -> TrainingSample:
+    """A part of a picture from the text and the rest of the picture: the sequence of
+    `inputs.infill`, from which pictures are edited. It is ours: in the published tasks, masked
+    patches do not see the text.
+
+    `records` [b, s]; `second` bool [b], which text is shown where there are two; `masks` bool
+    [b, y, x], the cells to draw, some in every row; `ended` bool [b], whether the text ends with a
+    `<start_of_image>` of its own, as in `patch_completion.sequence`. The loss is on the slots whose
+    next one is to be drawn.
+    """
+    begin, end, width = *_shown_text(records, second, config), text_width(records, config)
+    start_of_image, slot = config.vocabulary.start_of_image, np.arange(records.shape[1])
+    ended = np.asarray(ended, bool)[:, None] & (end < width - 1)  # where there is room for it
+    is_text = (slot >= begin) & (slot < end + ended)
+    masked = np.asarray(masks, bool)
+    in_rest = masked.copy()
+    in_rest[:, :, :-1] |= masked[:, :, 1:]
+    masked, in_rest = masked.reshape(len(records), -1), in_rest.reshape(len(records), -1)
+    cells = np.argsort(in_rest, axis=1, kind="stable")
+    tokens = np.where(ended & (slot == end), start_of_image, records)
+    tokens[:, width - 1] = start_of_image
+    tokens[:, width:] = np.take_along_axis(records[:, width:], cells, 1)
+    positions = np.where(is_text, slot - begin, 0)
+    positions[:, width - 1] = config.image_position - 1
+    positions[:, width:] = config.image_position + cells
+    labels = np.append(tokens[:, 1:], tokens[:, -1:], 1)
+    context = (slot >= width) & (slot < width + (~in_rest).sum(1, keepdims=True))
+    mask = text_then_causal(is_text, width - 1)
+    mask |= context[:, None, :] & (slot >= width)[:, None]
+    kind = np.zeros(tokens.shape, np.int8)
+    kind[:, width - 1 : -1] = np.take_along_axis(masked, cells, 1) * LossKind.COMPLETION
+    return _sample(tokens, positions, labels, mask, kind)
+
+
 # --- The random choices ---------------------------------------------------------------------------
 
 
@@ -235,6 +274,20 @@ def draw_patches(
     return np.stack([order // columns, order % columns], -1)
 
 
+def draw_rectangles(rng: np.random.Generator, batch: int, config: CogLMConfig) -> np.ndarray:
+    """The cells of a rectangle, bool [b, y, x], from a quarter to the whole of each side; every
+    second one has the whole of one side.
+    """
+    whole = rng.integers(4, size=batch)  # 0: all rows, 1: all columns, 2 and 3: neither
+    lines = []
+    for axis, side in enumerate(config.grid):
+        length = rng.integers(max(1, side // 4), side + 1, size=batch)
+        length = np.where(whole == axis, side, length)[:, None]
+        start = (rng.random((batch, 1)) * (side - length + 1)).astype(int)
+        lines.append((np.arange(side) >= start) & (np.arange(side) < start + length))
+    return lines[0][:, :, None] & lines[1][:, None, :]
+
+
 def draw_spans(
     rng: np.random.Generator, batch: int, length: int, *, rate: float = 3.0, ratio: float = 0.15
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -284,6 +337,19 @@ def mixed_samples(
 
 
 # --- Shared parts ---------------------------------------------------------------------------------
+
+
+def _shown_text(
+    records: np.ndarray, second: ArrayLike, config: CogLMConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first column of each record's text, the second one where asked for and there, and the
+    last + 1: int [b, 1] each.
+    """
+    spans = text_spans(records, config)
+    has_second = spans[:, 1, 1] > spans[:, 1, 0]
+    chosen = (np.asarray(second, bool) & has_second).astype(int)
+    begin, end = spans[np.arange(len(records)), chosen].T[..., None]
+    return begin, end
 
 
 def _patches(

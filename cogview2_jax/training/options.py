@@ -247,14 +247,22 @@ class TokenizerOptions:
 
 @dataclass(frozen=True)
 class CogLMOptions:
-    """Options of the base model: its three tasks. Captioning at 0.3 is published; `to_border` and
-    `predict_end` are ours.
+    """Options of the base model: its tasks. Captioning at 0.3 is published; completion, `to_border`
+    and `predict_end` are ours.
     """
 
     start: str | None = setting(None, _START, choices=("model", "nothing"))
     caption_ratio: float = setting(
         0.3,
         "Share of pictures that train captioning and masked patches, instead of generation.",
+        least=0,
+        most=1,
+        metavar="X",
+    )
+    completion_ratio: float = setting(
+        0.0,
+        "Of the other pictures, the share in which only a rectangle is drawn, from the text and the"
+        " rest of the picture: it makes editing follow the text.",
         least=0,
         most=1,
         metavar="X",

@@ -3,7 +3,7 @@ frames of two things.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ from cogview2_jax.data.illustrations import Item
 from cogview2_jax.tokenizer.pictures import open_picture
 from experiments.illustrations.presets import COARSE_PIXELS, FINE_PIXELS
 
-VARIANTS = 4  # of each picture: itself, and smaller ones somewhere else
+VARIANTS = 8  # of each picture: itself, and smaller ones somewhere else
 CAPTIONS = 2  # in each language, of each variant
-FRAMES = 2.0  # frames of two things, for each picture
+FRAMES = 3.0  # frames of two things, for each picture
 SMALLEST = 0.7  # of a variant, of the picture's side
 
 
@@ -49,14 +49,16 @@ def read(folder: Path) -> Collection:
     return Collection(np.stack(_in_parallel(one, items)), items)
 
 
-def to_train(collection: Collection, share: float = 1.0) -> list[Example]:
-    """Every picture of the train split, in its own size and place and in others, and frames of two.
+def to_train(
+    collection: Collection, share: float = 1.0, at_once: int = 1024
+) -> Iterator[list[Example]]:
+    """Every picture of the train split, in its own size and place and in others, and frames of two:
+    in lists of about `at_once`, which are made when they are asked for.
 
     `share` of each, for a trial.
     """
     known = collection.indices("train")
     known = known[: max(64, round(share * len(known)))]
-    jobs = [(int(number), variant) for number in known for variant in range(VARIANTS)]
 
     def one(job: tuple[int, int]) -> Example:
         number, variant = job
@@ -71,7 +73,13 @@ def to_train(collection: Collection, share: float = 1.0) -> list[Example]:
             ],
         )
 
-    return _in_parallel(one, jobs) + frames(collection, known, round(FRAMES * len(known)), seed=52)
+    def frame(index: int) -> Example:
+        return framed(collection, known, np.random.default_rng((52, index)))
+
+    jobs = [(int(number), variant) for number in known for variant in range(VARIANTS)]
+    for make, every in ((one, jobs), (frame, range(round(FRAMES * len(known))))):
+        for begin in range(0, len(every), at_once):
+            yield _in_parallel(make, every[begin : begin + at_once])
 
 
 def to_validate(collection: Collection) -> list[Example]:
@@ -86,21 +94,14 @@ def to_validate(collection: Collection) -> list[Example]:
     ]
 
 
-def frames(collection: Collection, known: np.ndarray, number: int, *, seed: int) -> list[Example]:
-    """Frames of two of the pictures `known`."""
-    items = [collection.items[index] for index in known]
-
-    def one(index: int) -> Example:
-        rng = np.random.default_rng((seed, index))
-        frame = illustrations.draw_frame(items, rng)
-        first, second = (
-            Image.fromarray(collection.pictures[known[place]])
-            for place in (frame.first, frame.second)
-        )
-        whole = illustrations.compose(first, second, frame.relation, rng, FINE_PIXELS)
-        return Example(np.asarray(whole), list(frame.captions.values()))
-
-    return _in_parallel(one, range(number))
+def framed(collection: Collection, known: np.ndarray, rng: np.random.Generator) -> Example:
+    """A frame of two of the pictures `known`."""
+    frame = illustrations.draw_frame([collection.items[index] for index in known], rng)
+    first, second = (
+        Image.fromarray(collection.pictures[known[place]]) for place in (frame.first, frame.second)
+    )
+    whole = illustrations.compose(first, second, frame.relation, rng, FINE_PIXELS)
+    return Example(np.asarray(whole), list(frame.captions.values()))
 
 
 def reduced(pictures: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ class InMemory(reading.Records):
 
 
 def token_data(
-    rows: np.ndarray, validation: np.ndarray, layout: RecordLayout, options: Options, name: str
+    rows: np.ndarray, validation: np.ndarray, *, layout: RecordLayout, options: Options, name: str
 ) -> TokenData:
     """Training data from `rows`, int32 [n, length]: each batch takes some at random. `validation`
     holds the rows to validate on.

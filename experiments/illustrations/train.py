@@ -5,15 +5,15 @@
 
 Text model, image tokenizer, CogLM, direct and iterative super-resolution, each by the task that
 `cogview2 train` runs, on the pictures that `gather` has made. Everything is under --work; after an
-interruption the same command resumes from the last checkpoint. The finished bundle is written to
---out.
+interruption the same command resumes from the last checkpoint. The bundle is written to --out
+after every part.
 
 Pictures and tokens are held in memory (about 2 GB for 2,000 pictures), so that a GPU need not wait.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,14 @@ COGLM = Options(
 )
 DIRECT = Options(3000, 64, 0.015, warmup=0.03, final_rate=0.0, optimizer="muon", seed=71)
 ITERATIVE = Options(2000, 64, 0.015, warmup=0.03, final_rate=0.0, optimizer="muon", seed=81)
+TASKS = CogLMOptions("nothing", patch_size=4, num_patches=3, text_ratio=0.0, completion_ratio=0.35)
 # Of direct SR's coarse input tokens, the share that is redrawn, in a half of the pictures: the base
 # stage makes mistakes, which direct SR must learn to correct from the text and the other cells.
 NOISE = 0.15
 # Share of pictures, in training iterative SR, with anchors from direct SR instead of the true ones.
 DRAFTED_SHARE = 0.75
+# Super-resolution learns from so many of the records: its tasks are local, and drafts cost time.
+NUM_FINE = 32_768
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _PARTS = ("tokenizer", "coglm", "direct", "iterative")
@@ -90,14 +93,15 @@ _PARTS = ("tokenizer", "coglm", "direct", "iterative")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 def main(pictures: Path, work: Path, out: Path, tokenizer: Path | None, **how: Any) -> None:
     keep_freed_memory()
-    bundles.save(out, train(pictures, work, tokenizer, **how))
+    for bundle in train(pictures, work, tokenizer, **how):
+        bundles.save(out, bundle)
     click.echo(f"the bundle is at {out}")
 
 
 def train(
     pictures: Path, work: Path, tokenizer: Path | None, *, until: str, share: float, dtype: str
-) -> Bundle:
-    """The bundle, from zero or from what `work` holds already."""
+) -> Iterator[Bundle]:
+    """The bundle after each part, from zero or from what `work` holds already."""
     execution = Execution(Precision(compute=jnp.dtype(dtype)))
     done = _PARTS[: _PARTS.index(until) + 1]
 
@@ -114,33 +118,42 @@ def train(
         params, labels = trained.tokenizer, trained.cluster_labels
     else:
         options = fewer(TOKENIZER)
-        params = run(_tokenizer_task(bundle, collection, options), options, "tokenizer")
+        task = _tokenizer_task(bundle, collection, options, execution)
+        params = run(task, options, "tokenizer")
         labels = cluster_codebook(np.asarray(params["codebook"]), presets.NUM_CLUSTERS)
     bundle = bundle._replace(tokenizer=params, cluster_labels=labels)
+    yield bundle
     if "coglm" not in done:
-        return bundle
+        return
 
-    rows, unseen, layout = _records(bundle, collection, share)
-    data = functools.partial(memory.token_data, rows, unseen, layout, name="illustrations")
+    rows, unseen, layout = _records(work, bundle, collection, share)
     options = fewer(COGLM)
-    tasks = CogLMOptions(start="nothing", patch_size=4, num_patches=3, text_ratio=0.0)
-    task = coglm_task(bundle, data(options), options, tasks, execution)
+    data = functools.partial(memory.token_data, layout=layout, name="illustrations")
+    task = coglm_task(bundle, data(rows, unseen, options=options), options, TASKS, execution)
     bundle = bundle._replace(coglm=run(task, options, "coglm"))
+    yield bundle
     if "direct" not in done:
-        return bundle
+        return
 
+    rows = np.random.default_rng(54).permutation(rows)[:NUM_FINE]
     options = fewer(DIRECT)
     own = DirectSROptions("coglm")
-    task = direct_sr_task(bundle, data(options), options, own, execution)
+    task = direct_sr_task(bundle, data(rows, unseen, options=options), options, own, execution)
     bundle = bundle._replace(direct=run(_with_noise(task), options, "direct"))
+    yield bundle
     if "iterative" not in done:
-        return bundle
+        return
 
     options = fewer(ITERATIVE)
-    drafts = _drafts(bundle, rows, layout, execution)
-    task = iterative_sr_task(bundle, data(options), options, IterativeSROptions("coglm"), execution)
-    bundle = bundle._replace(iterative=run(_with_drafts(task, drafts), options, "iterative"))
-    return bundle
+    drafts = _drafts(work / "drafts.npy", bundle, rows, layout, execution)
+    task = iterative_sr_task(
+        bundle,
+        data(rows, unseen, options=options),
+        options,
+        IterativeSROptions("coglm"),
+        execution,
+    )
+    yield bundle._replace(iterative=run(_with_drafts(task, drafts), options, "iterative"))
 
 
 def _untrained(pictures: Path) -> Bundle:
@@ -160,7 +173,9 @@ def _untrained(pictures: Path) -> Bundle:
 # --- The tokenizer --------------------------------------------------------------------------------
 
 
-def _tokenizer_task(bundle: Bundle, collection: examples.Collection, options: Options) -> Task:
+def _tokenizer_task(
+    bundle: Bundle, collection: examples.Collection, options: Options, execution: Execution
+) -> Task:
     """The tokenizer on crops: half of them whole pictures made small, half parts of large ones."""
     large = collection.pictures[collection.indices("train")]
     small = examples.reduced(large)
@@ -171,7 +186,7 @@ def _tokenizer_task(bundle: Bundle, collection: examples.Collection, options: Op
     own = TokenizerOptions(
         side=side, decay=0.97, commitment=0.5, strides=(presets.STRIDE,), start="nothing"
     )
-    task = tokenizer_task(bundle, records, options, own)
+    task = tokenizer_task(bundle, records, options, own, execution)
     begin = int(own.settle * options.planned_steps)
 
     def read(step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -190,7 +205,7 @@ def _tokenizer_task(bundle: Bundle, collection: examples.Collection, options: Op
 
 
 def _records(
-    bundle: Bundle, collection: examples.Collection, share: float
+    work: Path, bundle: Bundle, collection: examples.Collection, share: float
 ) -> tuple[np.ndarray, np.ndarray, RecordLayout]:
     """Token records to train on and to validate on, int32 [n, length], and their layout."""
     config = bundle.coglm_config
@@ -209,15 +224,17 @@ def _records(
                 found.append(np.concatenate([part, ids]))
         return np.stack(found).astype(np.int32)
 
-    train = rows_of(examples.to_train(collection, share))
-    unseen = rows_of(examples.to_validate(collection))
-    return train, unseen, layout
+    file = work / "records.npy"
+    if not file.exists():
+        parts = examples.to_train(collection, share)
+        _save(file, np.concatenate([rows_of(part) for part in tqdm(parts, desc="records")]))
+    return np.load(file), rows_of(examples.to_validate(collection)), layout
 
 
 def _tokens(bundle: Bundle, pictures: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """Image tokens int32 [n, cells] of pictures uint8 [n, y, x, 3]."""
     found = []
-    for begin in tqdm(range(0, len(pictures), batch_size), desc="tokens"):
+    for begin in range(0, len(pictures), batch_size):
         batch = pictures[begin : begin + batch_size]
         filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
         ids = image_tokenizer.to_tokens(
@@ -259,6 +276,7 @@ def _with_drafts(task: Task, drafts: np.ndarray) -> Task:
 
 
 def _drafts(
+    file: Path,
     bundle: Bundle,
     rows: np.ndarray,
     layout: RecordLayout,
@@ -268,6 +286,8 @@ def _drafts(
     """Input tokens for iterative SR, int32 [records, fine cells]: at the anchors those that direct
     SR draws, elsewhere the true ones.
     """
+    if file.exists():
+        return np.load(file)
     config = bundle.direct_config
     anchors = inputs.lopar_order(bundle.iterative_config).reshape(-1) < 1
     rng = np.random.default_rng(0)  # would choose between two texts; each record has one
@@ -288,7 +308,14 @@ def _drafts(
             execution=execution,
         )
         made[chosen] = np.where(anchors, drawn, sample.fine)
+    _save(file, made)
     return made
+
+
+def _save(file: Path, array: np.ndarray) -> None:
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, array)
+    partial.rename(file)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ def collection():
 
 
 def test_examples_show_what_is_known_and_nothing_held_out(collection):
-    made = examples.to_train(collection)
+    parts = list(examples.to_train(collection, at_once=10))
+    assert all(len(part) <= 10 for part in parts)
+    made = sum(parts, [])
     assert len(made) == 6 * examples.VARIANTS + round(6 * examples.FRAMES)
     words = " ".join(caption for example in made for caption in example.captions)
     assert "thing 5" in words and "thing 6" not in words and "thing 7" not in words
@@ -34,7 +36,7 @@ def test_examples_show_what_is_known_and_nothing_held_out(collection):
     first = made[0]
     assert (first.picture == collection.pictures[0]).all()
     assert len(first.captions) == 2 * examples.CAPTIONS
-    again = examples.to_train(collection)
+    again = sum(examples.to_train(collection), [])
     assert all((a.picture == b.picture).all() for a, b in zip(made, again, strict=True))
     (unseen,) = examples.to_validate(collection)
     assert "thing 7" in unseen.captions[0] and "东西7" in unseen.captions[1]
@@ -59,7 +61,8 @@ def test_records_in_memory_are_read_as_those_of_a_folder():
     vocabulary = Vocabulary(16, 40, 20, 17, 30, as_published=False)
     layout = RecordLayout(text_slots=3, stride=8, sizes=(16,), vocabulary=vocabulary)
     rows = np.arange(10 * layout.length, dtype=np.int32).reshape(10, -1)
-    data = memory.token_data(rows[:8], rows[8:], layout, Options(5, 4, seed=3), "test")
+    options = Options(5, 4, seed=3)
+    data = memory.token_data(rows[:8], rows[8:], layout=layout, options=options, name="test")
     batch = data.rows(2)
     assert (batch.records == rows[data.ids_of(2)]).all() and batch.batch_size == 4
     assert (data.rows(2).records == batch.records).all()

@@ -7,6 +7,7 @@ import pytest
 from cogview2_jax.config import CogLMConfig, TransformerConfig, Vocabulary
 from cogview2_jax.data.records import english_texts, make_record, text_spans
 from cogview2_jax.networks import inputs
+from cogview2_jax.pipeline import patch_completion
 from cogview2_jax.training import coglm_samples
 from tests.common import IMAGE, SMALL, TEXT, load
 
@@ -158,6 +159,54 @@ def test_a_mixed_batch_is_its_parts():
         part = captions if is_caption else generation
         for ours, theirs in zip(made, part, strict=True):
             np.testing.assert_array_equal(ours[row], theirs[row])
+
+
+def test_completion_samples_are_the_sequences_that_edits_are_decoded_from():
+    records = small_records()
+    width = SMALL.text_slots + 1
+    rng = np.random.default_rng(3)
+    masks = coglm_samples.draw_rectangles(rng, len(records), SMALL)
+    second, ended = np.array([False, True, False, True]), np.array([False, False, True, True])
+    made = coglm_samples.completion_samples(records, second, masks, ended, SMALL)
+    spans = text_spans(records, SMALL)
+    for row, record in enumerate(records):
+        which = int(second[row] and spans[row, 1, 1] > spans[row, 1, 0])
+        words = record[slice(*spans[row, which])]
+        image, config = record[width:].reshape(SMALL.grid), SMALL
+        fits = ended[row] and len(words) < width - 1
+        sequence = patch_completion.sequence if fits else inputs.infill
+        expected = sequence(masks[row], words, image, config, slots=width - 1)
+        # The second text stays where it is in the record: the others move to the first slots.
+        shown = np.append(np.flatnonzero(made.mask[row, 0]), np.arange(width - 1, len(record)))
+        there = np.append(np.flatnonzero(expected.mask[0]), np.arange(width - 1, len(record)))
+        np.testing.assert_array_equal(made.positions[row][shown], expected.positions[there])
+        np.testing.assert_array_equal(
+            made.mask[row][np.ix_(shown, shown)], expected.mask[np.ix_(there, there)]
+        )
+        assert made.mask[row].sum() == expected.mask.sum()
+        given = expected.tokens >= 0
+        np.testing.assert_array_equal(
+            made.tokens[row][shown][given[there]], expected.tokens[there][given[there]]
+        )
+        # Put back into the raster, the tokens are the picture's; each drawn one is a label once.
+        np.testing.assert_array_equal(made.tokens[row][expected.slot_of_cell], record[width:])
+        np.testing.assert_array_equal(
+            np.flatnonzero(made.loss_mask[row]) + 1, np.flatnonzero(~given)
+        )
+        np.testing.assert_array_equal(
+            made.labels[row][made.loss_mask[row]], record[width:][expected.cells][~given[width:]]
+        )
+        assert masks[row].sum() == made.loss_mask[row].sum()
+
+
+def test_rectangles_have_all_sizes_and_often_a_whole_side():
+    config = CogLMConfig()
+    masks = coglm_samples.draw_rectangles(np.random.default_rng(0), 2000, config)
+    rows, columns = masks.any(2).sum(1), masks.any(1).sum(1)
+    np.testing.assert_array_equal(masks.sum((1, 2)), rows * columns)
+    assert rows.min() == columns.min() == 5 and rows.max() == columns.max() == 20
+    assert 0.5 < ((rows == 20) | (columns == 20)).mean() < 0.6
+    assert masks.any(0).all() and not masks.all(0).any()
 
 
 def test_pads_are_keys_for_nobody():
