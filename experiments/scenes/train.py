@@ -127,7 +127,7 @@ def train(work: Path, share: float = 1.0) -> Bundle:
     # Relations. With both orders of naming two objects equally likely, neither the order nor the
     # word "above" alone is informative, and 3,000 steps did not learn the two together. So at first
     # the object further up or left is always named first.
-    tasks = CogLMOptions(patch_size=4, num_patches=3)
+    tasks = CogLMOptions(patch_size=4, num_patches=3, completion_ratio=0.4)
     coglm = functools.partial(run, coglm_task)
     in_order = records(scene_inputs.InOrder(part(NUM_SCENES)), bundle, "records_in_order")
     from_zero = dataclasses.replace(tasks, start="nothing")
