@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from cogview2_jax.networks import attention
+from cogview2_jax.published import convert
 from cogview2_jax.tokenizer import text
 from experiments.parity import configs
 from experiments.parity.golden import Check, Golden, close, equal, seeded_weights
 from experiments.parity.run import CHECKS, main
 from pallas_kernels import local_attention_2d_with_lse
 from tests.common import GOLDEN
+from tests.published import published_files
 
 
 def run(directory: Path, *options: str) -> Result:
@@ -329,3 +333,34 @@ def test_weights_are_those_of_their_seed_and_tag():
     name = "mixins.attention_plus.query_key_value.0.weight"
     drawn = np.random.RandomState(zlib.crc32(f"7/dsr/{name}".encode())).standard_normal((192, 64))
     np.testing.assert_array_equal(weights[name], (0.12 * drawn).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted")
+    convert.convert(published_files.write_all(folder / "files", ranks=2), folder / "model")
+    return folder / "model"
+
+
+def test_a_bundle_has_the_recorded_weights(converted, tmp_path):
+    shutil.copy(GOLDEN / "hvqvae.npz", tmp_path)
+    result = run(tmp_path, "--bundle", str(converted))
+    assert result.exit_code == 0, result.output
+    assert "pass" in line_of(result, "hvqvae: weights of the bundle")
+    with safe_open(converted / "weights.safetensors", framework="numpy") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+    tensors["tokenizer/decoder_8/conv_out/bias"][1] += 0.01
+    changed = shutil.copytree(converted, tmp_path / "changed")
+    save_file(tensors, changed / "weights.safetensors")
+    result = run(tmp_path, "--bundle", str(changed))
+    assert result.exit_code == 1
+    assert "FAIL" in line_of(result, "hvqvae: weights of the bundle")
+    assert "FAIL" in line_of(result, "hvqvae: stride 8: pictures")
+    del tensors["tokenizer/codebook"]
+    save_file(tensors, changed / "weights.safetensors")
+    assert "lacks tensor 'tokenizer/codebook'" in run(tmp_path, "--bundle", str(changed)).output
+
+
+def test_a_bundle_goes_with_recorded_files(converted):
+    result = CliRunner().invoke(main, ["--bundle", str(converted)])
+    assert result.exit_code == 2

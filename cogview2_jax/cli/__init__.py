@@ -1,5 +1,5 @@
 """The command line: `cogview2 generate`, `caption`, `rank`, `edit`, `infill`, `init`, `info`,
-`convert`, `data` and `train`.
+`convert`, `export`, `data` and `train`.
 
 A user's mistake ends in one line on stderr and exit code 2, before anything is computed or written.
 Exit code 1 means that some of several inputs could not be used, and the others were. Files appear
@@ -85,5 +85,6 @@ cli.add_command(pictures.infill_command)
 cli.add_command(model.init)
 cli.add_command(model.info)
 cli.add_command(convert.convert_command)
+cli.add_command(convert.export_command)
 cli.add_command(data.data_group)
 cli.add_command(train.train_group)

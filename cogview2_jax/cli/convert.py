@@ -1,4 +1,4 @@
-"""`cogview2 convert`: the published checkpoints become a model of this package."""
+"""`cogview2 convert` and `cogview2 export`: from the published files to a model, and back."""
 
 from __future__ import annotations
 
@@ -111,5 +111,49 @@ def convert_command(
         f"{'vocabulary':12s}{vocabulary.num_image:,} image tokens, {vocabulary.num_text:,} text"
         " pieces"
     )
+    for note in made.notes:
+        common.complain(note)
+
+
+@click.command(
+    name="export",
+    epilog="""\b
+Examples:
+  cogview2 export model published
+  cogview2 export model published --ranks 2
+  cogview2 convert published again          # the same numbers, bit for bit
+""",
+)
+@click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Model-parallel files of each transformer.",
+)
+def export_command(model: Path, target: Path, ranks: int) -> None:
+    """Write the model in the folder MODEL as files in the published layout, in the new folder DST.
+
+    They are what `cogview2 convert`, torch and the published code read. The numbers stay as they
+    are; networks that the model lacks are left out. After an error there is nothing at DST.
+    """
+    common.check_writable(target.absolute().parent)
+    from tqdm import tqdm
+
+    from cogview2_jax.published import export
+
+    bar = tqdm(unit="B", unit_scale=True, desc="exporting", disable=None, file=sys.stderr)
+
+    def progress(now: int, total: int) -> None:
+        bar.total = total
+        bar.update(now)
+
+    with common.refusing(), bar:
+        made = export.export(model, target, ranks=ranks, progress=progress)
+    for file in made.files:
+        click.echo(file)
     for note in made.notes:
         common.complain(note)

@@ -1,12 +1,14 @@
 """Checks of the four networks, one function for each recorded file.
 
 Inputs (texts, images, masks, weights) come from the file; layouts, numbers and tokens are ours.
+With a `bundle`, the weights are those of that folder (see `stored`).
 Every network runs under jit, in few shapes.
 """
 
 import json
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +32,7 @@ from experiments.parity.golden import (
     guarded,
     seeded_weights,
 )
+from experiments.parity.stored import params_of
 
 Params = dict
 
@@ -37,12 +40,14 @@ Params = dict
 # --- coglm.npz ------------------------------------------------------------------------------------
 
 
-def check_coglm(golden: Golden) -> Iterator[Outcome]:
+def check_coglm(golden: Golden, bundle: Path | None = None) -> Iterator[Outcome]:
     """Text → image by one pass and by the cache, captioning, infilling."""
     tensors = seeded_weights(golden)
     config = configs.coglm(golden, tensors)
     yield equal("config", _sizes(config.transformer), golden["config"][:3])
-    params = jax.device_put(names.coglm(tensors, config))
+    params, checks = params_of("coglm", names.coglm(tensors, config), bundle)
+    yield from checks
+    params = jax.device_put(params)
     for name, needs, check in (
         ("text to image", _TEXT_TO_IMAGE, _text_to_image),
         ("cached decode", ("decode_tokens", "decode_step_logits"), _cached_decode),
@@ -210,12 +215,14 @@ def _infilling(golden: Golden, params: Params, config: CogLMConfig) -> Iterator[
 # --- direct_sr.npz --------------------------------------------------------------------------------
 
 
-def check_direct_sr(golden: Golden) -> Iterator[Outcome]:
+def check_direct_sr(golden: Golden, bundle: Path | None = None) -> Iterator[Outcome]:
     """Layout, logits of the recorded queries and the most probable token of every query."""
     tensors = seeded_weights(golden)
     config = configs.direct_sr(golden, tensors)
     yield equal("config", _sizes(config.coglm.transformer), golden["config"][:3])
-    params = jax.device_put(names.direct_sr(tensors, config))
+    params, checks = params_of("direct", names.direct_sr(tensors, config), bundle)
+    yield from checks
+    params = jax.device_put(params)
 
     coarse = golden["low_res_tokens"]
     texts = _texts(golden["text"], len(coarse), config.text_slots)
@@ -243,12 +250,14 @@ def _texts(recorded: np.ndarray, batch: int, slots: int) -> list[list[int]]:
 # --- iterative_sr.npz -----------------------------------------------------------------------------
 
 
-def check_iterative_sr(golden: Golden) -> Iterator[Outcome]:
+def check_iterative_sr(golden: Golden, bundle: Path | None = None) -> Iterator[Outcome]:
     """Layout and order, logits of two rounds, tokens after every round of `loops.lopar`."""
     tensors = seeded_weights(golden)
     config = configs.iterative_sr(golden, tensors)
     yield equal("config", _sizes(config.transformer), golden["config"][:3])
-    params = jax.device_put(names.iterative_sr(tensors, config))
+    params, checks = params_of("iterative", names.iterative_sr(tensors, config), bundle)
+    yield from checks
+    params = jax.device_put(params)
 
     start, after = golden["start_tokens"], golden["step_tokens"]
     mask_token = config.vocabulary.start_of_image
@@ -320,7 +329,7 @@ def _without_ties(made: np.ndarray, recorded: np.ndarray, logits: np.ndarray) ->
 # --- hvqvae.npz -----------------------------------------------------------------------------------
 
 
-def check_hvqvae(golden: Golden) -> Iterator[Outcome]:
+def check_hvqvae(golden: Golden, bundle: Path | None = None) -> Iterator[Outcome]:
     """Features, and at every stride ids, commitment loss and pictures."""
     tensors = seeded_weights(golden)
     config = names.hvqvae_config(tensors)
@@ -329,7 +338,9 @@ def check_hvqvae(golden: Golden) -> Iterator[Outcome]:
     # The published file also has these; the converter must ignore them.
     buffers = json.loads(str(golden["buffers"])) if "buffers" in golden else {}
     tensors |= {name: np.zeros(shape, np.float32) for name, shape in buffers.items()}
-    params = jax.device_put(names.hvqvae(tensors, config))
+    params, checks = params_of("tokenizer", names.hvqvae(tensors, config), bundle)
+    yield from checks
+    params = jax.device_put(params)
     images = jnp.asarray(golden["images"].transpose(0, 2, 3, 1))
     recorded = {
         stride: jnp.asarray(golden[f"ids_rate{stride}"])

@@ -1,9 +1,11 @@
 """Are the networks the published ones, number by number?
 
-    python -m experiments.parity.run --golden DIR [--text-model FILE] [--json FILE]
+    python -m experiments.parity.run --golden DIR [--bundle DIR] [--text-model FILE] [--json FILE]
 
 Runs every check that the recorded files of DIR allow, and with a text model those of its ids, and
-prints a table. Exit code 1 if a check fails, 2 if there is nothing to check.
+prints a table. With a bundle, that `cogview2 convert` made from published files of the same seeded
+weights, the networks have its weights. Exit code 1 if a check fails, 2 if there is nothing to
+check.
 """
 
 import itertools
@@ -22,7 +24,7 @@ import jax
 from experiments.parity import networks, operations, texts
 from experiments.parity.golden import Check, Golden, Outcome, Skipped, failure, guarded
 
-CHECKS: Mapping[str, Callable[[Golden], Iterator[Outcome]]] = {
+CHECKS: Mapping[str, Callable[..., Iterator[Outcome]]] = {
     "coglm": networks.check_coglm,
     "coglm_masks": operations.check_coglm_masks,
     "direct_sr": networks.check_direct_sr,
@@ -32,9 +34,10 @@ CHECKS: Mapping[str, Callable[[Golden], Iterator[Outcome]]] = {
     "sampling": operations.check_sampling,
     "editing": operations.check_editing,
 }
+NETWORKS = ("coglm", "direct_sr", "iterative_sr", "hvqvae")  # checks that have weights
 
 
-def outcomes(directory: Path) -> Iterator[tuple[str, Outcome, float]]:
+def outcomes(directory: Path, bundle: Path | None = None) -> Iterator[tuple[str, Outcome, float]]:
     """The name of the file, each outcome, and the seconds it took."""
     for file, check in CHECKS.items():
         path = directory / f"{file}.npz"
@@ -47,7 +50,8 @@ def outcomes(directory: Path) -> Iterator[tuple[str, Outcome, float]]:
         except Exception as error:
             yield file, failure("reading", error), time.monotonic() - began
             continue
-        for outcome in guarded("", golden, (), check):
+        given = (bundle,) if file in NETWORKS else ()
+        for outcome in guarded("", golden, (), check, *given):
             yield file, outcome, time.monotonic() - began
             began = time.monotonic()
         if unread := golden.unread():
@@ -94,6 +98,11 @@ def as_json(file: str, outcome: Outcome, seconds: float) -> dict[str, Any]:
     help="Folder of recorded files (tests/golden, or another in its format).",
 )
 @click.option(
+    "--bundle",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A model converted from files with the recorded weights: checks those of the model.",
+)
+@click.option(
     "--text-model",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The published text model, ice_text.model.",
@@ -111,6 +120,7 @@ def as_json(file: str, outcome: Outcome, seconds: float) -> dict[str, Any]:
 )
 def main(
     directory: Path | None,
+    bundle: Path | None,
     text_model: Path | None,
     text_ids: Path | None,
     json_path: Path | None,
@@ -120,6 +130,8 @@ def main(
         raise click.UsageError(f"the folder of {json_path} does not exist")
     if directory is None and text_model is None:
         raise click.UsageError("give --golden, --text-model or both")
+    if bundle is not None and directory is None:
+        raise click.UsageError("--bundle goes with --golden")
     if text_ids is not None and text_model is None:
         raise click.UsageError("--text-ids goes with --text-model")
     if directory is not None and not any((directory / f"{file}.npz").exists() for file in CHECKS):
@@ -130,7 +142,7 @@ def main(
     made = []
     # On a GPU, float32 products are TF32 unless told not to be: ten bits, and no parity.
     with jax.default_matmul_precision("highest"):
-        found = [outcomes(directory)] if directory is not None else []
+        found = [outcomes(directory, bundle)] if directory is not None else []
         if text_model is not None:
             ids = text_ids or text_model.with_name("text_ids.json")
             found.append(text_outcomes(text_model, ids))
