@@ -12,7 +12,6 @@ or tensor is refused in one line that names the file, what is wrong with it and 
 """
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -33,17 +32,26 @@ from cogview2_jax.config import (
     IterativeSRConfig,
     Sampling,
 )
-from cogview2_jax.description import ADVICE, CONFIGS, check_description, require_one_codebook
+from cogview2_jax.description import (
+    ADVICE,
+    CHECKED,
+    CONFIGS,
+    check_description,
+    fingerprint,
+    require_one_codebook,
+)
 from cogview2_jax.description import Description as Description
 from cogview2_jax.description import made_with as made_with
 from cogview2_jax.description import parse_description as parse_description
 from cogview2_jax.description import to_json as to_json
-from cogview2_jax.errors import first_line, one_line
+from cogview2_jax.errors import one_line
+from cogview2_jax.shapes import CLUSTER_LABELS as CLUSTER_LABELS
+from cogview2_jax.shapes import expected_shapes as expected_shapes
+from cogview2_jax.shapes import flat
 from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import text
 
 CONFIG, TEXT_MODEL, WEIGHTS = "config.json", "text.model", "weights.safetensors"
-CLUSTER_LABELS = "cluster_labels"
 SHIPPED = Path(__file__).parent / "bundles" / "scenes"
 
 Params = dict
@@ -106,7 +114,9 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
     check_description(description, path)
     _check_text_model(bundle.text_model, bundle.coglm_config, path)
     tensors = _tensors(bundle)
-    _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, bundle, path)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    _check_shapes(shapes, bundle, path)
+    description.made_with[CHECKED] = fingerprint(description, shapes)
 
     # In the target's folder, so that the last step is a rename within one file system.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -152,7 +162,8 @@ def load(
     bundle = untrained(description, read_text_model(folder, description))
     # Shapes first: they are in the header, so an unfit file is refused before it is read.
     shapes = _stored_shapes(folder)
-    _check_shapes(shapes, bundle, folder)
+    if description.made_with.get(CHECKED) != fingerprint(description, shapes):
+        _check_shapes(shapes, bundle, folder)
     there = _networks_of(shapes)
     networks = (there or NETWORKS) if networks is None else networks
     if missing := [name for name in NETWORKS if name in networks and name not in there]:
@@ -290,37 +301,6 @@ def _read_text_model(folder: Path) -> spm.SentencePieceProcessor:
         raise ValueError(f"{error}: {ADVICE}") from error
 
 
-@functools.lru_cache(maxsize=4)
-def expected_shapes(
-    coglm_config: CogLMConfig,
-    direct_config: DirectSRConfig,
-    iterative_config: IterativeSRConfig,
-    tokenizer_config: HVQVAEConfig,
-) -> Mapping[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a bundle with this configuration.
-
-    Raises ValueError, in one line, for sizes that no network can have.
-    """
-    # Imported here: the configuration and the text model are read without the networks.
-    from cogview2_jax.networks import coglm, direct_sr, iterative_sr
-    from cogview2_jax.tokenizer import image
-
-    def init(key: jax.Array) -> Params:
-        return {
-            "coglm": coglm.init_params(key, coglm_config),
-            "direct": direct_sr.init_params(key, direct_config),
-            "iterative": iterative_sr.init_params(key, iterative_config),
-            "tokenizer": image.init_params(key, tokenizer_config),
-        }
-
-    try:
-        like = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
-    except Exception as error:  # jax and flax raise what their layers happen to raise
-        raise ValueError(f"no networks of these sizes: {first_line(error)}") from error
-    shapes = {name: tuple(leaf.shape) for name, leaf in _flat(like)}
-    return shapes | {CLUSTER_LABELS: (coglm_config.vocabulary.num_image,)}
-
-
 # --- Checks ---------------------------------------------------------------------------------------
 
 
@@ -422,7 +402,7 @@ def _tensors(bundle: Bundle) -> dict[str, np.ndarray]:
     """
     trees = jax.device_get({name: getattr(bundle, name) for name in NETWORKS})
     tensors = {}
-    for name, leaf in _flat(trees):
+    for name, leaf in flat(trees):
         with np.errstate(over="ignore"):
             tensors[name] = np.ascontiguousarray(leaf, np.float16)
         if not np.isfinite(tensors[name]).all():
@@ -432,15 +412,10 @@ def _tensors(bundle: Bundle) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _flat(tree: Any) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
-
-
-def _nest(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _nest(named: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Arrays named as in the file of weights, "coglm/layers/…", as trees: network → parameters."""
     tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
+    for name, leaf in named.items():
         *parents, last = name.split("/")
         node = tree
         for parent in parents:

@@ -5,6 +5,7 @@ configurations that do not fit each other.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import typing
@@ -25,6 +26,7 @@ from cogview2_jax.errors import one_line
 
 FORMAT = 1
 ADVICE = "copy or download the bundle again"
+CHECKED = "checked"  # in `made_with`
 CONFIGS = ("coglm_config", "direct_config", "iterative_config", "tokenizer_config", "sampling")
 
 
@@ -36,13 +38,22 @@ class Description(NamedTuple):
     iterative_config: IterativeSRConfig
     tokenizer_config: HVQVAEConfig
     sampling: Sampling
-    made_with: dict[str, str]  # package -> version
+    made_with: dict[str, str]  # package -> version, and CHECKED -> `fingerprint`
 
 
 def made_with() -> dict[str, str]:
     """The versions that a model is made with, for its config.json."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     return versions | {"cogview2_jax": __version__}
+
+
+def fingerprint(description: Description, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Names this version, these configurations and these shapes of tensors. Whoever has compared
+    the shapes with the networks, which takes a second, leaves it in `made_with`.
+    """
+    configs = {name: value for name, value in to_json(description).items() if name != "made_with"}
+    content = json.dumps([__version__, configs, sorted(shapes.items())], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def to_json(description: Description) -> dict[str, Any]:

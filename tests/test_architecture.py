@@ -14,6 +14,7 @@ FLOORS = (
     ("config", "keys"),
     ("sharding",),
     ("description", "tokenizer", "networks", "decoding"),
+    ("shapes",),
     ("bundle",),
     ("published", "pipeline"),
     ("data",),

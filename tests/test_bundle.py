@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cogview2_jax import bundle as bundles
+from cogview2_jax import description
 from cogview2_jax.description import CONFIGS
 from cogview2_jax.tokenizer import text
 
@@ -293,3 +294,22 @@ def test_save_refuses_what_float16_cannot_hold(tiny, tmp_path):
     with pytest.raises(ValueError, match="'tokenizer/codebook' has values that float16"):
         bundles.save(tmp_path / "model", large)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", ["nothing", "shape", "configuration", "version"])
+def test_shapes_are_compared_unless_these_were(change, tiny_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    if change == "shape":
+        tensors = load_file(folder / bundles.WEIGHTS)
+        del tensors["coglm/word_embeddings"]
+        save_file(tensors, folder / bundles.WEIGHTS)
+    elif change == "configuration":
+        config = json.loads((folder / bundles.CONFIG).read_text())
+        config["tokenizer_config"]["channels"] *= 2
+        (folder / bundles.CONFIG).write_text(json.dumps(config))
+    elif change == "version":
+        monkeypatch.setattr(description, "__version__", "another")
+    compared = []
+    monkeypatch.setattr(bundles, "_check_shapes", lambda *given: compared.append(given))
+    bundles.load(folder)
+    assert bool(compared) == (change != "nothing")

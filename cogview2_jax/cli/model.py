@@ -271,10 +271,12 @@ def _facts(
     folder: Path, description: Description, bundle: Bundle, cache: Path | None
 ) -> Iterator[tuple[str, str]]:
     from cogview2_jax.bundle import TRAINED_BY
+    from cogview2_jax.description import CHECKED
 
     base = description.coglm_config
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    made_with = ", ".join(f"{name} {version}" for name, version in description.made_with.items())
+    versions = {name: each for name, each in description.made_with.items() if name != CHECKED}
+    made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
     yield "bundle", str(folder)
     yield "size", f"{size / 1e6:.1f} MB"
     yield "made with", made_with

@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from cogview2_jax import bundle as bundles
+from cogview2_jax import shapes
 from cogview2_jax.published import convert, names
 from cogview2_jax.tokenizer import text
 from tests.published import published_files as pf
@@ -35,7 +36,7 @@ def assert_has_the_recorded_weights(folder: Path, dtype: str = "float16") -> Non
     for network, reader in readers.items():
         config = getattr(description, f"{network}_config")
         halves = {name: each.astype("f2") for name, each in pf.TENSORS[network].items()}
-        expected = dict(bundles._flat({network: reader(halves, config)}))
+        expected = dict(shapes.flat({network: reader(halves, config)}))
         for name, tensor in expected.items():
             assert found[name].dtype == jnp.dtype(dtype)
             np.testing.assert_array_equal(found[name], tensor.astype(jnp.dtype(dtype)))
