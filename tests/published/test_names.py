@@ -1,6 +1,8 @@
 """Published names → trees: what is transposed, what is refused, and sizes read off the tensors."""
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -208,3 +210,30 @@ def test_sizes_of_other_networks():
         attention_resolution=64,
     )
     assert names.hvqvae_config(Shapes(tokenizer)) == expected
+
+
+# The recorded sizes → the published ones: width, its triple and fourfold, the vocabulary.
+AT_FULL_SIZE = {64: 3072, 192: 9216, 256: 12_288, 360: 150_003}
+
+
+@pytest.mark.parametrize(
+    "name, config, parameters",
+    [
+        ("coglm", CogLMConfig(), 5_902_285_824),
+        ("direct_sr", DirectSRConfig(), 7_725_874_176),
+        ("iterative_sr", IterativeSRConfig(), 5_913_345_024),
+    ],
+)
+def test_the_published_sizes_are_the_recorded_names_with_48_layers(name, config, parameters):
+    expected = {}
+    for key, tensor in published(name).items():
+        shape = tuple(AT_FULL_SIZE.get(side, side) for side in tensor.shape)
+        layered = re.fullmatch(r"(.*\.)0(\..*)", key)
+        if layered is None and re.search(r"\.1\.", key):
+            continue
+        for layer in range(48 if layered else 1):
+            expected[f"{layered[1]}{layer}{layered[2]}" if layered else key] = shape
+    leaves = names.leaves(config)
+    assert {key: leaf.published_shape for leaf in leaves for key in leaf.names} == expected
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == parameters
+    assert sum(math.prod(shape) for shape in expected.values()) == parameters
