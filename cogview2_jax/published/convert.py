@@ -5,6 +5,7 @@ names and shapes. Then each tensor is read, put into our axes and dtype, and wri
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 import sentencepiece as spm
 
+from cogview2_jax import __version__
 from cogview2_jax import bundle as bundles
 from cogview2_jax.config import (
     CogLMConfig,
@@ -36,6 +38,7 @@ from cogview2_jax.published.torch_files import TorchFile
 from cogview2_jax.published.writing import DTYPES, Entry, Progress, converted, write_safetensors
 from cogview2_jax.tokenizer import text
 
+_SOURCES = "sources.json"  # in the unfinished folder: what it is made from
 _MOST_PADDING = 1023  # rows of the word table; more mean that text model or labels are others
 
 
@@ -61,6 +64,9 @@ def convert(
     `networks` says which; `elsewhere` gives the path of a file that is not below `source`
     ("tokenizer", "text", "labels"). Parameters get the dtype `dtype`, one of `DTYPES`.
 
+    A conversion that was killed or interrupted goes on where it was when it is called again with
+    the same files; until then `.<name of target>.partial` beside `target` holds what there is.
+
     Raises ValueError, in one line, for files that are missing, damaged, ask for code, or do not fit
     each other, and lists all such faults of one kind at once; OSError for a place that cannot be
     read or written. Then there is nothing at `target`.
@@ -78,7 +84,7 @@ def convert(
         _require_fit(source, opened)
         for checkpoint in opened.checkpoints.values():
             checkpoint.require_one_run()
-        _write(target, opened, dtype, progress or (lambda now, all: None))
+        _write(target, opened, opened.files(places), dtype, progress or (lambda now, all: None))
     counts = {
         network: sum(math.prod(leaf.shape) for leaf in names.leaves(opened.config(network)))
         for network in networks
@@ -97,6 +103,12 @@ class _Opened(NamedTuple):
 
     def config(self, network: str) -> Any:
         return getattr(self.description, f"{network}_config")
+
+    def files(self, places: Mapping[str, Path]) -> list[Path]:
+        """All that is read."""
+        weights = [file.path for each in self.checkpoints.values() for file in each.files]
+        settings = [places[network] / checkpoints.CONFIG for network in self.settings]
+        return [*weights, *settings, places["text"], places["labels"]]
 
     def notes(self) -> list[str]:
         codes = self.description.tokenizer_config.codebook_size
@@ -202,23 +214,75 @@ def _require_fit(source: Path, opened: _Opened) -> None:
         raise ValueError(f"{source} does not fit its configuration: {'; '.join(problems)}")
 
 
-def _write(target: Path, opened: _Opened, dtype: str, progress: Progress) -> None:
+def _write(
+    target: Path, opened: _Opened, sources: Sequence[Path], dtype: str, progress: Progress
+) -> None:
+    """Write the files in a folder beside `target`, which is renamed at the end.
+
+    When the process is killed, the folder stays, and the next conversion of the same files goes on
+    in it.
+    """
     entries = list(_entries(opened, dtype))
-    # In the target's folder, so that the last step is a rename within one file system.
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    unfinished = target.with_name(f".{target.name}.partial")
+    with _held(unfinished, target):
+        _keep_only_of(unfinished, _fingerprint(sources, dtype))
+        try:
+            weights = unfinished / bundles.WEIGHTS
+            there = weights.stat().st_size if weights.exists() else 0
+            needed, free = sum(each.bytes for each in entries), shutil.disk_usage(unfinished).free
+            if needed - there > free:
+                raise OSError(f"{target} needs {needed - there:,} bytes, and {free:,} are free")
+            content = json.dumps(bundles.to_json(opened.description), indent=2) + "\n"
+            (unfinished / bundles.CONFIG).write_text(content, "utf-8")
+            (unfinished / bundles.TEXT_MODEL).write_bytes(
+                opened.text_model.serialized_model_proto()
+            )
+            with open(os.open(weights, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+                write_safetensors(file, entries, progress)
+            (unfinished / _SOURCES).unlink()
+            unfinished.rename(target)
+        except Exception:  # and not KeyboardInterrupt, after which one may go on
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _held(unfinished: Path, target: Path) -> Iterator[None]:
+    """Be the only conversion in the folder `unfinished`, which is made. Raises OSError."""
+    unfinished.mkdir(parents=True, exist_ok=True)
+    folder = os.open(unfinished, os.O_RDONLY)
     try:
-        unfinished.mkdir(parents=True)
-        needed, free = sum(each.bytes for each in entries), shutil.disk_usage(unfinished).free
-        if needed > free:
-            raise OSError(f"{target} needs {needed:,} bytes, and {free:,} are free")
-        content = json.dumps(bundles.to_json(opened.description), indent=2) + "\n"
-        (unfinished / bundles.CONFIG).write_text(content, "utf-8")
-        (unfinished / bundles.TEXT_MODEL).write_bytes(opened.text_model.serialized_model_proto())
-        with (unfinished / bundles.WEIGHTS).open("xb") as file:
-            write_safetensors(file, entries, progress)
-        unfinished.rename(target)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(f"another process is converting to {target}: wait for it") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(folder)
+
+
+def _fingerprint(sources: Sequence[Path], dtype: str) -> str:
+    """What is converted: the files as they are now, and to what."""
+    status = [(str(file.absolute()), file.stat()) for file in sources]
+    files = [[name, found.st_size, found.st_mtime_ns] for name, found in status]
+    return json.dumps([__version__, dtype, files])
+
+
+def _keep_only_of(unfinished: Path, fingerprint: str) -> None:
+    """Empties the folder unless what is in it was begun with the same files. Raises OSError for
+    files that no conversion wrote.
+    """
+    ours = {_SOURCES, bundles.CONFIG, bundles.TEXT_MODEL, bundles.WEIGHTS}
+    there = {file.name for file in unfinished.iterdir()}
+    if foreign := sorted(there - ours):
+        raise FileExistsError(f"{unfinished} is needed and has {foreign[0]!r} in it: move it away")
+    note = unfinished / _SOURCES
+    if not note.is_file() or note.read_text("utf-8") != fingerprint:
+        for name in there:
+            (unfinished / name).unlink()
+        note.write_text(fingerprint, "utf-8")
 
 
 def _entries(opened: _Opened, dtype: str) -> Iterator[Entry]:

@@ -36,7 +36,9 @@ class Entry(NamedTuple):
 def write_safetensors(file: BinaryIO, entries: Sequence[Entry], progress: Progress) -> None:
     """A header that says where each array is, and their bytes one behind the other.
 
-    Raises what the entries' blocks raise, and OSError where nothing can be written.
+    `file` may hold what an earlier call with the same entries wrote before it was killed: whole
+    arrays are kept, and the rest is written. Raises what the entries' blocks raise, and OSError
+    where nothing can be written.
     """
     header, place = {}, 0
     for each in entries:
@@ -48,11 +50,14 @@ def write_safetensors(file: BinaryIO, entries: Sequence[Entry], progress: Progre
         place += each.bytes
     described = json.dumps(header).encode()
     described += b" " * (-len(described) % 8)
-    file.write(struct.pack("<Q", len(described)) + described)
+    described = struct.pack("<Q", len(described)) + described
+    remaining, kept = _remaining(file, described, entries)
+    if kept:
+        progress(kept, place)
     with ThreadPoolExecutor(_cores()) as workers, ThreadPoolExecutor(1) as writer:
         # The next block is made while one is written.
         last: Future = writer.submit(lambda: None)
-        for each in entries:
+        for each in remaining:
             written = 0
             for block in each.blocks(workers):
                 last.result()
@@ -62,6 +67,29 @@ def write_safetensors(file: BinaryIO, entries: Sequence[Entry], progress: Progre
             if written != each.bytes:
                 raise AssertionError(f"{each.name} has {written} bytes, not {each.bytes}")
         last.result()
+
+
+def _remaining(
+    file: BinaryIO, header: bytes, entries: Sequence[Entry]
+) -> tuple[Sequence[Entry], int]:
+    """The arrays that the file lacks, and the bytes of those that it has. It is cut to these, and
+    written on from there.
+    """
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if file.read(len(header)) != header:
+        file.seek(0)
+        file.truncate()
+        file.write(header)
+        return entries, 0
+    kept, count = 0, 0
+    for each in entries:
+        if len(header) + kept + each.bytes > length:
+            break
+        kept, count = kept + each.bytes, count + 1
+    file.seek(len(header) + kept)
+    file.truncate()
+    return entries[count:], kept
 
 
 def converted(

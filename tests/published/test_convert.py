@@ -159,3 +159,54 @@ def test_the_real_text_model_and_labels(tmp_path):
     assert made.coglm["word_embeddings"].shape == (150_003, 64)
     assert made.num_clusters == 500
     assert text.encode(made.text_model, "a cat 猫", published)[-1] >= published.first_chinese
+
+
+def convert_until(share: float, source: Path, target: Path) -> list[int]:
+    """Convert and be interrupted after this share of the bytes. The bytes of each call."""
+    written: list[int] = []
+
+    def progress(now: int, total: int) -> None:
+        written.append(now)
+        if sum(written) > share * total:
+            raise KeyboardInterrupt
+
+    if share < 1:
+        with pytest.raises(KeyboardInterrupt):
+            convert.convert(source, target, progress=progress)
+    else:
+        convert.convert(source, target, progress=progress)
+    return written
+
+
+def test_an_interrupted_conversion_goes_on_and_ends_the_same(one_rank, tmp_path):
+    convert.convert(one_rank, tmp_path / "at_once")
+    target, unfinished = tmp_path / "model", tmp_path / ".model.partial"
+    convert_until(0.3, one_rank, target)
+    assert unfinished.is_dir() and not target.exists()
+    kept = convert_until(0.7, one_rank, target)[0]
+    again = convert_until(1, one_rank, target)
+    assert 0 < kept < again[0] < sum(again)
+    assert not unfinished.exists()
+    for name in (bundles.CONFIG, bundles.WEIGHTS, bundles.TEXT_MODEL):
+        assert (target / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes()
+
+
+def test_other_files_are_converted_from_the_beginning(one_rank, two_ranks, tmp_path):
+    convert_until(0.5, one_rank, tmp_path / "model")
+    convert_until(1, two_ranks, tmp_path / "model")
+    assert_has_the_recorded_weights(tmp_path / "model")
+    unfinished = tmp_path / ".other.partial"
+    unfinished.mkdir()
+    (unfinished / "letter.txt").touch()
+    with pytest.raises(FileExistsError, match="letter.txt"):
+        convert.convert(one_rank, tmp_path / "other")
+    assert (unfinished / "letter.txt").exists()
+
+
+def test_two_conversions_to_one_place_are_one_too_many(one_rank, tmp_path):
+    def second(*_: int) -> None:
+        with pytest.raises(OSError, match="another process is converting"):
+            convert.convert(one_rank, tmp_path / "model")
+
+    convert.convert(one_rank, tmp_path / "model", progress=second)
+    assert_has_the_recorded_weights(tmp_path / "model")
