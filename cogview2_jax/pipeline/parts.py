@@ -12,14 +12,21 @@ import numpy as np
 
 from cogview2_jax import bundle as bundles
 from cogview2_jax.bundle import Bundle
-from cogview2_jax.checks import check_count
+from cogview2_jax.checks import check_count, check_temperature
 from cogview2_jax.config import TOKEN_STRIDE, Grid
 from cogview2_jax.keys import one_key
 from cogview2_jax.networks import coglm, inputs
 from cogview2_jax.pipeline import editing, settings
-from cogview2_jax.pipeline.prompts import PromptTokens, image_keys, prompt_tokens
+from cogview2_jax.pipeline.prompts import (
+    PromptTokens,
+    caption_ids,
+    caption_text,
+    image_keys,
+    prompt_tokens,
+)
 from cogview2_jax.pipeline.stages import (
     caption_score,
+    decode_caption,
     decode_infilling,
     super_resolve_direct,
     super_resolve_iterative,
@@ -167,6 +174,37 @@ class Parts:
         best = np.argmax([self._scores(tokens, np.asarray(coarse)) for coarse in drawn], axis=0)
         return np.stack(drawn)[best, np.arange(len(best))]
 
+    def _best_of_all(
+        self,
+        tokens: PromptTokens,
+        draw: Callable[[int], Array],
+        candidates: int | None,
+        prompts: int,
+        keep: int,
+    ) -> np.ndarray:
+        """Base tokens, int32 [b, cells]: of the `candidates` of each prompt the `keep` best ones,
+        best first.
+
+        They are drawn `keep` at a time, image by image as in `_best_of`, so that no new program is
+        compiled. Raises ValueError for fewer candidates than pictures.
+        """
+        if candidates is None:
+            candidates = max(self.bundle.sampling.candidates, keep)
+        candidates = check_count("candidates", candidates)
+        if candidates < keep:
+            raise ValueError(
+                f"candidates must be at least the {keep} pictures to keep: got {candidates}"
+            )
+        count = prompts * keep
+        drawn = [np.asarray(draw(number)) for number in range(-(-candidates // keep))]
+        scores = [self._scores(tokens, coarse)[:count].reshape(prompts, keep) for coarse in drawn]
+        pool = np.stack([coarse[:count].reshape(prompts, keep, -1) for coarse in drawn], axis=1)
+        pool = pool.reshape(prompts, -1, pool.shape[-1])[:, :candidates]
+        found = np.stack(scores, axis=1).reshape(prompts, -1)[:, :candidates]
+        best = np.argsort(-found, axis=1, kind="stable")[:, :keep]
+        kept = np.take_along_axis(pool, best[..., None], axis=1).reshape(count, -1)
+        return np.asarray(self._whole_batch(kept))
+
     def _scores(self, tokens: PromptTokens, coarse: np.ndarray) -> np.ndarray:
         scores = caption_score(
             self.bundle.params("coglm"),
@@ -195,6 +233,54 @@ class Parts:
             scores[batch] = self._scores(*rows)[: len(batch)]
         return scores.reshape(len(texts), len(coarse))
 
+    def token_captions(
+        self,
+        images: Sequence[np.ndarray],
+        language: str = settings.LANGUAGES[0],
+        *,
+        keys: Array | None = None,
+        top_k: int = settings.TOP_K,
+        temperature: float = settings.TEMPERATURE,
+    ) -> list[str]:
+        """`CogView.caption` of pictures that are `picture_tokens`; `keys` has one for each.
+
+        More than one picture run in batches of one size, so that one compilation serves any number.
+        """
+        config = self.bundle.coglm_config
+        top_k = check_count("top_k", top_k)
+        temperature = check_temperature("temperature", temperature)
+        if top_k > (most := config.vocabulary.num_text):
+            raise ValueError(
+                f"top_k must be at most {most}, the text pieces there are: got {top_k}"
+            )
+        allowed = caption_ids(self.bundle.text_model, config.vocabulary, language)
+        size = 1 if len(images) == 1 else settings.CAPTIONED_AT_ONCE
+        made: list[str] = []
+        while len(made) < len(images):
+            rows = np.arange(len(made), len(made) + size).clip(max=len(images) - 1)
+            coarse = np.stack([images[row] for row in rows])
+            drawn = jax.random.split(jax.random.key(0), size) if keys is None else keys[rows]
+            image, english, drawn = self._whole_batch(
+                (coarse, np.full(size, language == "en"), drawn)
+            )
+            ids = decode_caption(
+                self._decoding_params,
+                image,
+                english,
+                allowed,
+                drawn,
+                config=config,
+                execution=self.execution,
+                top_k=1 if keys is None else top_k,
+                temperature=temperature,
+            )
+            said = [
+                caption_text(row, self.bundle.text_model, config.vocabulary)
+                for row in np.asarray(ids)[:size]
+            ]
+            made += said[: len(images) - len(made)]
+        return made
+
     def _direct(self, tokens: PromptTokens, coarse: np.ndarray, keys: Array) -> np.ndarray:
         fine = super_resolve_direct(
             self.bundle.params("direct"),
@@ -208,7 +294,12 @@ class Parts:
         return np.asarray(fine)
 
     def _iterative(
-        self, tokens: PromptTokens, fine: np.ndarray, may_change: np.ndarray, keys: Array
+        self,
+        tokens: PromptTokens,
+        fine: np.ndarray,
+        may_change: np.ndarray,
+        keys: Array,
+        rounds: tuple[int, int] | None = None,
     ) -> np.ndarray:
         refined = super_resolve_iterative(
             self.bundle.params("iterative"),
@@ -216,6 +307,7 @@ class Parts:
             self._shard_over_mesh(fine),
             self._shard_over_mesh(may_change),
             keys,
+            rounds,
             config=self.bundle.iterative_config,
             execution=self.execution,
             sampling=self.bundle.sampling,
