@@ -6,6 +6,7 @@ let marks = {}, start = null, stroke = null;
 const canvas = () => element.querySelector("canvas");
 
 function read() {
+  if (start) return; // what is being drawn is newer
   let said = {};
   try { said = JSON.parse(props.value || "{}"); } catch { /* no picture yet */ }
   const fresh = said.picture !== marks.picture;
@@ -60,8 +61,10 @@ function place(event) {
 }
 
 element.addEventListener("pointerdown", (event) => {
-  if (event.target !== canvas() || !marks.picture) return;
-  event.target.setPointerCapture(event.pointerId);
+  // From beside the picture too: its very edge is hard to hit.
+  if (!marks.picture) return;
+  canvas().setPointerCapture(event.pointerId);
+  canvas().focus({ preventScroll: true });
   start = place(event);
   if (marks.tool === "brush") {
     stroke = [RADIUS, start];
