@@ -114,8 +114,8 @@ def _editor(desk: Desk, folder: tools.Folder) -> Any:
         with tools.telling(spoken):
             try:
                 opened, made = desk.edit(prompt, file, area, numbers, seed, images)
-            except Refused:
-                yield tools.status(), *[gr.skip()] * 4
+            except Refused as error:
+                yield tools.status(tools.explain(error, spoken)), *[gr.skip()] * 4
                 raise
         settings = {"prompt": prompt.strip(), "seed": int(seed), "num_images": len(made)}
         before = folder.write("before.png", records.png(opened, {}))

@@ -12,7 +12,11 @@ from cogview2_jax.page.desk import MOST_SEED, Desk
 from cogview2_jax.page.limits import Refused
 from cogview2_jax.page.words import say
 
-_SHARE = {"base": 0.5, "direct": 0.6}  # of the time, about, that is over after a step
+_SHARE = {
+    "candidate": 0.3,
+    "base": 0.5,
+    "direct": 0.6,
+}  # of the time, about, that is over after a step
 
 
 class GenerateTab(NamedTuple):
@@ -94,12 +98,16 @@ def _drawer(desk: Desk, folder: tools.Folder) -> Any:
         yield gr.skip(), tools.status(say("working", spoken), 0.02), *kept
         made: list[Image.Image] = []
         with tools.telling(spoken):
-            for step, each in desk.generate(prompt, seed, images, candidates):
-                number += step == "round"
-                share = _SHARE.get(step, 0.6 + 0.4 * number / desk.rounds)
-                words = say(step, spoken, number=number, rounds=desk.rounds)
-                made = [Image.fromarray(one) for one in each]
-                yield made, tools.status(words, share), *kept
+            try:
+                for step, each in desk.generate(prompt, seed, images, candidates):
+                    number += step == "round"
+                    share = _SHARE.get(step, 0.6 + 0.4 * number / desk.rounds)
+                    words = say(step, spoken, number=number, rounds=desk.rounds)
+                    made = [Image.fromarray(one) for one in each]
+                    yield made, tools.status(words, share), *kept
+            except Refused as error:
+                yield gr.skip(), tools.status(tools.explain(error, spoken)), *kept
+                raise
         settings = {
             "prompt": prompt.strip(),
             "seed": int(seed),

@@ -35,11 +35,16 @@ def telling(spoken: str) -> Iterator[None]:
     try:
         yield
     except Refused as error:
-        values = dict(error.values)
-        if "what" in values:
-            values["what"] = say(values["what"], spoken)
-        message = html.escape(say(error.name, spoken, **values))
+        message = html.escape(explain(error, spoken))
         raise gr.Error(message, duration=20, print_exception=False) from error
+
+
+def explain(error: Refused, spoken: str) -> str:
+    """What was refused and why, in one line."""
+    values = dict(error.values)
+    if "what" in values:
+        values["what"] = say(values["what"], spoken)
+    return say(error.name, spoken, **values)
 
 
 def status(words: str = "", done: float | None = None) -> str:

@@ -53,6 +53,7 @@ WORDS = {
     "chinese": ("Chinese", "中文"),
     # Progress
     "working": ("Drawing the base picture …", "正在生成基础图片……"),
+    "candidate": ("Drawing the base picture …", "正在生成基础图片……"),
     "base": ("Base picture drawn; super-resolution …", "基础图片完成；正在超分辨率……"),
     "direct": ("Direct super-resolution done; refining …", "直接超分辨率完成；正在细化……"),
     "round": ("Refined: round {number} of {rounds}", "细化：第 {number} 轮，共 {rounds} 轮"),

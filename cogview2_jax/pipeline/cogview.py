@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +24,8 @@ Array = jax.Array
 
 STAGES = tuple(settings.STAGES)
 # The stage whose tokens a step of `_steps` yields.
-_STAGE_OF = {"base": "base", "direct": "direct", "iterative": "full", "round": "full"}
+_STAGE_OF = {"candidate": "base", "base": "base", "direct": "direct"}
+_STAGE_OF |= {"iterative": "full", "round": "full"}
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,10 @@ class CogView(Parts):
         last = max(stages, key=STAGES.index)
         steps = self._steps(prompts, key, num_images, last, candidates, keep_best)
         grids = {}
-        for part, grids[_STAGE_OF[part]] in steps:
-            progress(part)
+        for part, grid in steps:
+            if part != "candidate":
+                grids[_STAGE_OF[part]] = grid
+                progress(part)
         made = {stage: self._pixels(grids[stage], stage) for stage in stages}
         progress("pixels")
         count = len(prompts) * num_images
@@ -117,7 +121,8 @@ class CogView(Parts):
         candidates: int | None = None,
         keep_best: bool = False,
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """The pictures of `generate` as they come to be: after "base", "direct" and each "round".
+        """The pictures of `generate` as they come to be: each "candidate" of the base stage, the
+        chosen ones ("base"), then after "direct" and after each "round".
 
         Yields the step and uint8 [num_images, y, x, 3]; the last ones are those of `generate`. What
         is not asked for is not computed, so that whoever stops in between cancels the rest.
@@ -128,7 +133,7 @@ class CogView(Parts):
             [prompt], key, num_images, stage, candidates, keep_best, each_round=True
         )
         for part, grid in steps:
-            pictures = self._pixels(grid, _STAGE_OF[part])[:num_images]
+            pictures = self._pixels(np.asarray(grid), _STAGE_OF[part])[:num_images]
             yield part, self._enlarged(pictures)
 
     def _enlarged(self, pictures: np.ndarray) -> np.ndarray:
@@ -143,9 +148,9 @@ class CogView(Parts):
         candidates: int | None,
         keep_best: bool,
         each_round: bool = False,
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """Image tokens [b, cells] after "base", "direct" and "iterative", up to the stage `last`;
-        with `each_round`, after each "round" in place of "iterative".
+    ) -> Iterator[tuple[str, Any]]:
+        """Image tokens [b, cells] of each "candidate", and after "base", "direct" and "iterative",
+        up to the stage `last`; with `each_round`, after each "round" in place of "iterative".
         """
         tokens, keys = self._drawing(prompts, key, num_images)
 
@@ -159,10 +164,16 @@ class CogView(Parts):
                 **self._sampling,
             )
 
+        coarse: list[Array] = []
+        for number in range(self._candidates(candidates, num_images if keep_best else None)):
+            coarse.append(draw(number))
+            yield "candidate", coarse[-1]
         if keep_best:
-            base = self._best_of_all(tokens, draw, candidates, len(prompts), num_images)
+            count = self.bundle.sampling.candidates if candidates is None else candidates
+            count = max(count, num_images)
+            base = self._best_of_all(tokens, coarse, count, len(prompts), num_images)
         else:
-            base = self._best_of(tokens, draw, candidates)
+            base = self._best_of(tokens, coarse)
         yield "base", base
         if last == "base":
             return

@@ -136,6 +136,8 @@ class Parts:
         the `fine` cells, bool [y, x].
         """
 
+        times = self._candidates(candidates)
+
         def of_each(array: np.ndarray) -> Any:
             return self._shard_over_mesh(np.repeat(array[None], len(tokens.english), axis=0))
 
@@ -151,7 +153,7 @@ class Parts:
                 **self._sampling,
             )
 
-        made = self._best_of(tokens, draw, candidates)
+        made = self._best_of(tokens, [draw(number) for number in range(times)])
         if stage != "base":
             drawn = self._direct(read, made, keys(DIRECT_DRAW))
             kept = self._picture_tokens(crop, self.bundle.direct_config.grid)
@@ -161,49 +163,43 @@ class Parts:
             made = self._iterative(read, made, may_change, keys(ITERATIVE_DRAW))
         return self._pixels(made, stage)
 
-    def _best_of(
-        self, tokens: PromptTokens, draw: Callable[[int], Array], candidates: int | None
-    ) -> np.ndarray:
-        """Base tokens, int32 [b, cells]: the best of each image's `draw(candidate)`."""
+    def _candidates(self, candidates: int | None, keep: int | None = None) -> int:
+        """How often each picture is drawn at the base stage; with `keep`, how often `keep` pictures
+        are, so that there are `candidates` of them.
+        """
         if candidates is None:
-            candidates = self.bundle.sampling.candidates
+            candidates = max(self.bundle.sampling.candidates, keep or 1)
         candidates = check_count("candidates", candidates)
-        drawn = [draw(candidate) for candidate in range(candidates)]
-        if candidates == 1:
+        if keep is None:
+            return candidates
+        if candidates < keep:
+            raise ValueError(
+                f"candidates must be at least the {keep} pictures to keep: got {candidates}"
+            )
+        return -(-candidates // keep)
+
+    def _best_of(self, tokens: PromptTokens, drawn: Sequence[Array]) -> np.ndarray:
+        """Base tokens, int32 [b, cells]: the best of each image's candidates, [b, cells] each."""
+        if len(drawn) == 1:
             return np.asarray(drawn[0])
         best = np.argmax([self._scores(tokens, np.asarray(coarse)) for coarse in drawn], axis=0)
         return np.stack(drawn)[best, np.arange(len(best))]
 
     def _best_of_all(
-        self,
-        tokens: PromptTokens,
-        draw: Callable[[int], Array],
-        candidates: int | None,
-        prompts: int,
-        keep: int,
+        self, tokens: PromptTokens, drawn: Sequence[Array], count: int, prompts: int, keep: int
     ) -> np.ndarray:
-        """Base tokens, int32 [b, cells]: of the `candidates` of each prompt the `keep` best ones,
-        best first.
-
-        They are drawn `keep` at a time, image by image as in `_best_of`, so that no new program is
-        compiled. Raises ValueError for fewer candidates than pictures.
+        """As `_best_of`, with the `keep` best of the first `count` candidates of each prompt, best
+        first, whichever image they were drawn for.
         """
-        if candidates is None:
-            candidates = max(self.bundle.sampling.candidates, keep)
-        candidates = check_count("candidates", candidates)
-        if candidates < keep:
-            raise ValueError(
-                f"candidates must be at least the {keep} pictures to keep: got {candidates}"
-            )
-        count = prompts * keep
-        drawn = [np.asarray(draw(number)) for number in range(-(-candidates // keep))]
-        scores = [self._scores(tokens, coarse)[:count].reshape(prompts, keep) for coarse in drawn]
-        pool = np.stack([coarse[:count].reshape(prompts, keep, -1) for coarse in drawn], axis=1)
-        pool = pool.reshape(prompts, -1, pool.shape[-1])[:, :candidates]
-        found = np.stack(scores, axis=1).reshape(prompts, -1)[:, :candidates]
+        rows = prompts * keep
+        scores, pool = [], []
+        for coarse in map(np.asarray, drawn):
+            scores.append(self._scores(tokens, coarse)[:rows].reshape(prompts, keep))
+            pool.append(coarse[:rows].reshape(prompts, keep, -1))
+        found = np.concatenate(scores, axis=1)[:, :count]
         best = np.argsort(-found, axis=1, kind="stable")[:, :keep]
-        kept = np.take_along_axis(pool, best[..., None], axis=1).reshape(count, -1)
-        return np.asarray(self._whole_batch(kept))
+        kept = np.take_along_axis(np.concatenate(pool, axis=1), best[..., None], axis=1)
+        return np.asarray(self._whole_batch(kept.reshape(rows, -1)))
 
     def _scores(self, tokens: PromptTokens, coarse: np.ndarray) -> np.ndarray:
         scores = caption_score(

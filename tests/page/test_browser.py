@@ -45,20 +45,23 @@ def server(tiny_folder, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = tmp_path_factory.mktemp("temporary")
+    place, cache = tmp_path_factory.mktemp("temporary"), tmp_path_factory.mktemp("cache")
     command = [sys.executable, "-m", "cogview2_jax.cli", "serve", "--port", str(port)]
     process = subprocess.Popen(
         [*command, "--bundle", str(tiny_folder)],
-        env=os.environ | {"TMPDIR": str(place), "XDG_CACHE_HOME": str(place.with_name("cache"))},
+        env=os.environ | {"TMPDIR": str(place), "JAX_COMPILATION_CACHE_DIR": str(cache)},
         cwd=place,
         stdout=subprocess.PIPE,
         text=True,
     )
     address = f"http://127.0.0.1:{port}"
+    # What it has compiled is not compiled again for the expected pictures.
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
         assert process.stdout is not None and address in process.stdout.readline()
         yield address, process
     finally:
+        jax.config.update("jax_compilation_cache_dir", None)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0]
     assert "Traceback" not in said
@@ -184,13 +187,15 @@ def test_a_visit(visit, tiny_folder, tmp_path):
     page.mouse.down()
     page.mouse.move(place["x"] + place["width"] - 1, place["y"] + place["height"] / 2, steps=3)
     page.mouse.up()
+    page.get_by_role("button", name="Seed and number").click()
+    page.locator("#edit-images input").first.fill("4")
     page.fill("#edit-prompt textarea", OTHER)
     page.click("#redraw")
     wait_for(page, "#edit-state", "Done in")
     _, edited = downloaded(page, "#edit-download")
     before = expected[order[0]]
     np.testing.assert_array_equal(
-        edited, cv.edit(OTHER, before, box=(0, 0, 0.5, 1), num_images=2, key=jax.random.key(0))
+        edited, cv.edit(OTHER, before, box=(0, 0, 0.5, 1), num_images=4, key=jax.random.key(0))
     )
     np.testing.assert_array_equal(edited[0][48:], before[48:])
 
@@ -245,17 +250,16 @@ def test_cancelling_and_leaving(visit, server):
     for each in (page, leaver):
         each.click("#more button")
         each.locator("#candidates input").first.fill("16")
-        each.locator("#images input").first.fill("8")
         draw(each, TEXT, wait=False)
-        wait_for(each, "#state", "…" if each is page else "")
+        wait_for(each, "#state", "Drawing")
         if each is page:
             page.click("#cancel")
             wait_for(page, "#state", "Cancelled")
     leaver.context.close()
     page.locator("#candidates input").first.fill("1")
-    page.locator("#images input").first.fill("1")
-    draw(page, TEXT)
-    assert downloaded(page, "#download")[0]["num_images"] == 1
+    assert page.inner_text("#state") == "Cancelled"
+    draw(page, OTHER)
+    assert downloaded(page, "#download")[0]["candidates"] == 1
 
 
 def test_two_visitors_at_once(visit):

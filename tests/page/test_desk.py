@@ -49,7 +49,10 @@ def refused(call, *arguments):
 
 def test_pictures_come_step_by_step(desk):
     steps = list(desk.generate(f" {TEXT}\n", 3, 2, 1))
-    assert [step for step, _ in steps] == ["base", "direct", *["round"] * desk.rounds]
+    assert [step for step, _ in steps] == [
+        *("candidate", "base", "direct"),
+        *["round"] * desk.rounds,
+    ]
     expected = desk.cv.generate(TEXT, 2, key=jax.random.key(3), candidates=1)
     np.testing.assert_array_equal(steps[-1][1], expected)
 

@@ -46,12 +46,14 @@ def test_the_key_alone_decides(cv, stages):
 
 
 def test_watching_ends_in_the_same_pictures(cv, stages):
-    steps = list(cv.watch(PROMPT, 2, key=jax.random.key(0)))
+    first, *steps = list(cv.watch(PROMPT, 2, key=jax.random.key(0)))
+    assert first[0] == "candidate" and (first[1] == steps[0][1]).all()
     assert [name for name, _ in steps] == ["base", "direct", *["round"] * 6]
     for (_, pictures), stage in zip((steps[0], steps[1], steps[-1]), STAGES, strict=True):
         np.testing.assert_array_equal(pictures, stages[stage][0])
     before = programs.super_resolve_iterative._cache_size()
-    assert [name for name, _ in cv.watch(OTHER, 2, key=jax.random.key(0), stage="base")] == ["base"]
+    base = cv.watch(OTHER, 2, key=jax.random.key(0), stage="base", candidates=3)
+    assert [name for name, _ in base] == [*["candidate"] * 3, "base"]
     assert programs.super_resolve_iterative._cache_size() == before
 
 
