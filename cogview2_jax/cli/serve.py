@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import tempfile
 from pathlib import Path
 
 import click
@@ -42,11 +45,9 @@ def serve_command(
     It listens to this machine alone unless --host says otherwise, and asks no other host for
     anything. Visitors wait in one queue. Ctrl-C ends it.
     """
-    import contextlib
-    import tempfile
-
     common.require_module("gradio", "page")
     model = common.check_model(bundle)
+    _check_port(host, port)
     if folder is not None:
         common.check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,10 +65,22 @@ def serve_command(
         with common.refusing():
             networks = bundles.networks_in(model)
             cv, _ = common.load(model, networks, dtype)
-            desk = Desk(cv)
-            page = app.launch(desk, place.absolute(), host, port, block=False)
+            page = app.launch(Desk(cv), place.absolute(), host, port)
         click.echo(f"http://{host}:{port} shows the page; Ctrl-C ends it")
         try:
             page.block_thread()
         finally:
             page.close()
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises ClickException unless a server can listen there."""
+    try:
+        for family, *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:1]:
+            with socket.socket(family) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                tried.bind(address)
+    except OSError as error:
+        raise click.ClickException(
+            f"cannot listen at {host}:{port} ({error.strerror}): give another --port or --host"
+        ) from error

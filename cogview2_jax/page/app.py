@@ -50,10 +50,10 @@ def build(desk: Desk, folder: tools.Folder) -> tuple[Any, Any]:
     return page, spoken
 
 
-def launch(desk: Desk, path: Path, host: str, port: int, *, block: bool = True) -> Any:
+def launch(desk: Desk, path: Path, host: str, port: int) -> Any:
     """Serve the page on `host` and `port`; `path` is the one folder that it writes to.
 
-    Returns the page when it does not `block`; `close()` ends it. Raises OSError for a port in use.
+    Returns the page at once; `close()` ends it. Raises OSError for a port in use.
     """
     import gradio as gr
 
@@ -74,7 +74,7 @@ def launch(desk: Desk, path: Path, host: str, port: int, *, block: bool = True) 
         footer_links=[],
         max_file_size=desk.limits.file_bytes,
         state_session_capacity=100,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
         i18n=spoken,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css_paths=[tools.HERE / "page.css"],
