@@ -71,10 +71,18 @@ Examples:
   cogview2 generate "a red circle above a striped blue square"
   cogview2 generate --num-images 2 --stage base "a large green star" "左边的黄色心形"
   cogview2 generate --candidates 16 --seed 1 --out best "a small dotted purple heart"
+  cogview2 generate --candidates 16 --keep 2 --out two "a small dotted purple heart"
 """
 )
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @num_images_option(settings.NUM_IMAGES)
+@click.option(
+    "--keep",
+    type=click.IntRange(1, MOST_IMAGES),
+    metavar="K",
+    help="Of --candidates pictures of a prompt, finish the K with the highest caption score, best"
+    " first. In place of --num-images.",
+)
 @seed_option
 @stage_option
 @candidates_option
@@ -85,6 +93,7 @@ Examples:
 def generate(
     prompts: tuple[str, ...],
     num_images: int,
+    keep: int | None,
     seed: int,
     stage: str | None,
     candidates: int | None,
@@ -101,6 +110,7 @@ def generate(
     before anything is drawn.
     """
     begin = time.perf_counter()
+    num_images = _kept(num_images, keep, candidates)
     folder = common.check_model(bundle, prompts)
     common.check_writable(out)
     chosen = common.choose_stage(folder, stage)
@@ -119,13 +129,14 @@ def generate(
         "grid": grid,
         "stage": chosen,
         "candidates": best_of,
+        **({"keep": keep} if keep else {}),
     } | common.circumstances(folder, dtype)
     files = [name for row in rows for name in row["pictures"]] + [grid]
     outputs = common.Outputs(out, files, f"{whole}.json", description, overwrite)
 
     cv, _ = common.load(folder, settings.STAGES[chosen], dtype)
     timings = {"load": time.perf_counter() - begin}
-    made = _draw(cv, prompts, num_images, seed, chosen, best_of, timings)
+    made = _draw(cv, prompts, num_images, seed, chosen, best_of, bool(keep), timings)
     timings["total"] = time.perf_counter() - begin
     contents = {
         name: sheets.png(picture)
@@ -136,6 +147,18 @@ def generate(
     outputs.write(contents, timings)
 
 
+def _kept(num_images: int, keep: int | None, candidates: int | None) -> int:
+    """How many pictures of a prompt are finished. Raises UsageError for options that contradict."""
+    if keep is None:
+        return num_images
+    given = click.get_current_context().get_parameter_source("num_images")
+    if given is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("--keep stands in place of --num-images: give one of them")
+    if candidates is None or candidates < keep:
+        raise click.UsageError(f"--keep {keep} needs at least as many --candidates")
+    return keep
+
+
 def _draw(
     cv: Any,
     prompts: tuple[str, ...],
@@ -143,6 +166,7 @@ def _draw(
     seed: int,
     stage: str,
     candidates: int,
+    keep_best: bool,
     timings: dict[str, float],
 ) -> list[Any]:
     """The pictures of each prompt, with a progress bar. Adds each part's seconds to `timings`."""
@@ -169,6 +193,7 @@ def _draw(
                 jax.random.key(seed),
                 num_images,
                 candidates=candidates,
+                keep_best=keep_best,
                 stages=(stage,),
                 progress=progress,
             )
@@ -196,30 +221,59 @@ Examples:
     show_default=True,
     help="Language of the captions: English or Chinese.",
 )
+@click.option(
+    "--json",
+    "write_json",
+    is_flag=True,
+    help="Write each caption and its settings beside its picture, as PICTURE.caption.json.",
+)
 @common.dtype_option
+@common.overwrite_option
 @common.bundle_option
 def caption_command(
-    pictures: tuple[Path, ...], language: str, dtype: str, bundle: Path | None
+    pictures: tuple[Path, ...],
+    language: str,
+    write_json: bool,
+    dtype: str,
+    overwrite: bool,
+    bundle: Path | None,
 ) -> None:
-    """Caption each picture, with the most probable token each time.
+    """Caption each picture, with the most probable token each time, several at once.
 
     A picture that cannot be used is named on stderr; the others are captioned, and the exit code
     is 1.
     """
-    cv, _ = common.load(common.check_model(bundle), ("tokenizer", "coglm"), dtype)
+    folder = common.check_model(bundle)
+    cv, _ = common.load(folder, ("tokenizer", "coglm"), dtype)
     from cogview2_jax.tokenizer.pictures import PictureError, open_picture
 
+    shared = {"language": language} | common.circumstances(folder, dtype)
     failed = False
-    for file in pictures:
+    waiting: list[tuple[Path, Any]] = []  # files and their tokens
+    for i, file in enumerate(pictures, 1):
         try:
-            opened = open_picture(file)
+            waiting.append((file, cv.picture_tokens(open_picture(file))))
         except (PictureError, OSError) as error:
             common.complain(common.picture_problem(file, error))
             failed = True
-        else:
-            click.echo(f"{file}: {cv.caption(opened, language=language)}")
+        if waiting and (i == len(pictures) or len(waiting) == settings.CAPTIONED_AT_ONCE):
+            said = cv.token_captions([tokens for _, tokens in waiting], language)
+            for (done, _), words in zip(waiting, said, strict=True):
+                click.echo(f"{done}: {words}")
+                if write_json:
+                    _write_caption(done, words, shared, overwrite)
+            waiting = []
     if failed:
         raise click.exceptions.Exit(1)
+
+
+def _write_caption(file: Path, words: str, shared: dict[str, Any], overwrite: bool) -> None:
+    """Write a picture's caption beside it. Raises ClickException if another command's is there."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    settings = {"picture": file.name, "picture_sha256": digest} | shared
+    name = f"{file.name}.caption.json"
+    common.require_free(file.parent, [name], name, settings, overwrite)
+    common.write_all(file.parent, {name: common.to_json({**settings, "caption": words})})
 
 
 @click.command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -14,24 +15,51 @@ from cogview2_jax.cli import common
     epilog="""\b
 Examples:
   cogview2 rank "a red circle above a blue star" pictures/*.png
+  cogview2 rank "a red circle" --text "a blue star" --json scores.json pictures/*.png
 """,
 )
 @click.argument("text")
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--text",
+    "more",
+    multiple=True,
+    metavar="TEXT",
+    help="One more text, for a matrix of texts and pictures. May be given many times.",
+)
+@click.option(
+    "--json",
+    "report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write the scores there too, with the settings.",
+)
 @common.dtype_option
+@common.overwrite_option
 @common.bundle_option
-def rank_command(text: str, pictures: tuple[Path, ...], dtype: str, bundle: Path | None) -> None:
+def rank_command(
+    text: str,
+    pictures: tuple[Path, ...],
+    more: tuple[str, ...],
+    report: Path | None,
+    dtype: str,
+    overwrite: bool,
+    bundle: Path | None,
+) -> None:
     """Sort pictures by how well TEXT fits them, best first.
 
     Prints a line for each: the mean log-likelihood of TEXT's tokens as the picture's caption, a
-    tab, and the file. A picture that cannot be used is named on stderr; the others are ranked, and
-    the exit code is 1.
+    tab, and the file. With --text, a line has a score for each text, below a line of the texts, and
+    pictures stay in the order given. A picture that cannot be used is named on stderr; the others
+    are ranked, and the exit code is 1.
     """
-    folder = common.check_model(bundle, (text,))
+    texts = (text, *more)
+    folder = common.check_model(bundle, texts)
+    if report is not None:
+        common.check_writable(report.parent)
     from cogview2_jax.tokenizer.pictures import PictureError, open_picture
 
     cv = None
-    scores: list[tuple[float, Path]] = []
     failed = False
     usable, tokens = [], []
     for file in pictures:
@@ -46,9 +74,25 @@ def rank_command(text: str, pictures: tuple[Path, ...], dtype: str, bundle: Path
             usable.append(file)
             tokens.append(cv.picture_tokens(opened))
     if cv is not None:
-        found = cv.token_scores([text], tokens)[0]
-        scores = sorted(zip(found.tolist(), usable, strict=True), key=lambda pair: -pair[0])
-    for score, file in scores:
-        click.echo(f"{score:.4f}\t{file}")
+        description = {"texts": texts, "pictures": [str(file) for file in usable]}
+        description |= common.circumstances(folder, dtype)
+        if report is not None:
+            common.require_free(report.parent, [report.name], report.name, description, overwrite)
+        scores = cv.token_scores(texts, tokens)
+        _show(texts, usable, scores.tolist())
+        if report is not None:
+            content = common.to_json({**description, "scores": scores.tolist()})
+            common.write_all(report.parent, {report.name: content})
     if failed:
         raise click.exceptions.Exit(1)
+
+
+def _show(texts: Sequence[str], files: Sequence[Path], scores: list[list[float]]) -> None:
+    """Print the scores [texts][pictures], a line for each picture."""
+    rows = list(zip(files, zip(*scores, strict=True), strict=True))
+    if len(texts) == 1:
+        rows.sort(key=lambda row: -row[1][0])
+    else:
+        click.echo("\t".join((*(" ".join(text.split()) for text in texts), "picture")))
+    for file, of_texts in rows:
+        click.echo("\t".join((*(f"{score:.4f}" for score in of_texts), str(file))))

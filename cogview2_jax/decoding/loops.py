@@ -53,6 +53,7 @@ def lopar(
     tokens: Array,
     reset: Array,
     mask_token: Array | int,
+    rounds: tuple[Array | int, Array | int] | None = None,
 ) -> Array:
     """Local parallel auto-regression (paper section 3.3): re-predict masked cells in rounds.
 
@@ -62,6 +63,7 @@ def lopar(
         tokens: int32 [b, cells], before the first round.
         reset: bool [rounds, cells] or [rounds, b, cells], the cells that each round masks and
         writes.
+        rounds: the first round to run and the one before which to stop; None: all.
 
     Returns:
         Tokens int32 [b, cells], after the last round.
@@ -74,4 +76,4 @@ def lopar(
         logits = predict(jnp.where(reset[round_], mask_token, tokens))
         return jnp.where(reset[round_], sample(logits, round_), tokens)
 
-    return jax.lax.fori_loop(0, reset.shape[0], body, tokens)
+    return jax.lax.fori_loop(*(rounds or (0, reset.shape[0])), body, tokens)

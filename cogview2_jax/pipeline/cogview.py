@@ -1,28 +1,31 @@
 """A bundle with the whole pipeline as methods: strings and pictures in and out."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
 from cogview2_jax import bundle as bundles
-from cogview2_jax.checks import check_count, check_temperature
+from cogview2_jax.checks import check_count
 from cogview2_jax.config import TOKEN_STRIDE
 from cogview2_jax.keys import one_key
 from cogview2_jax.networks import inputs
 from cogview2_jax.pipeline import editing, patch_completion, settings
 from cogview2_jax.pipeline.editing import Box
 from cogview2_jax.pipeline.parts import DIRECT_DRAW, ITERATIVE_DRAW, Parts
-from cogview2_jax.pipeline.prompts import caption_ids, caption_text
 from cogview2_jax.pipeline.reach import last_stage, require_stage, what_is_missing
-from cogview2_jax.pipeline.stages import decode_caption, decode_image
+from cogview2_jax.pipeline.stages import decode_image
 from cogview2_jax.tokenizer.pictures import Picture, fit_picture, open_picture
 
 Array = jax.Array
 
 STAGES = tuple(settings.STAGES)
+# The stage whose tokens a step of `_steps` yields.
+_STAGE_OF = {"candidate": "base", "base": "base", "direct": "direct"}
+_STAGE_OF |= {"iterative": "full", "round": "full"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class CogView(Parts):
         num_images: int = settings.NUM_IMAGES,
         *,
         candidates: int | None = None,
+        keep_best: bool = False,
         stages: Sequence[str] = STAGES,
         progress: Callable[[str], None] = lambda part: None,
     ) -> dict[str, np.ndarray]:
@@ -81,12 +85,73 @@ class CogView(Parts):
 
         Those of "base" are enlarged bicubically to the size of the others. `progress` is called
         with "base", "direct", "iterative" and "pixels" as each is finished.
+
+        With `keep_best`, `candidates` is how many base pictures a prompt gets in all; the
+        `num_images` with the best `caption_score` are kept, best first.
         """
         if not stages:
             raise ValueError(f"stages must be of {', '.join(STAGES)}: got none")
         for stage in stages:
             require_stage(stage, self.networks)
         num_images = check_count("num_images", num_images)
+        last = max(stages, key=STAGES.index)
+        steps = self._steps(prompts, key, num_images, last, candidates, keep_best)
+        grids = {}
+        for part, grid in steps:
+            if part != "candidate":
+                grids[_STAGE_OF[part]] = grid
+                progress(part)
+        made = {stage: self._pixels(grids[stage], stage) for stage in stages}
+        progress("pixels")
+        count = len(prompts) * num_images
+        return {
+            stage: self._enlarged(pictures[:count]).reshape(
+                len(prompts), num_images, *self._size, 3
+            )
+            for stage, pictures in made.items()
+        }
+
+    def watch(
+        self,
+        prompt: str,
+        num_images: int = settings.NUM_IMAGES,
+        *,
+        key: Array,
+        stage: str | None = None,
+        candidates: int | None = None,
+        keep_best: bool = False,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The pictures of `generate` as they come to be: each "candidate" of the base stage, the
+        chosen ones ("base"), then after "direct" and after each "round".
+
+        Yields the step and uint8 [num_images, y, x, 3]; the last ones are those of `generate`. What
+        is not asked for is not computed, so that whoever stops in between cancels the rest.
+        """
+        stage = self._last_stage(stage)
+        num_images = check_count("num_images", num_images)
+        steps = self._steps(
+            [prompt], key, num_images, stage, candidates, keep_best, each_round=True
+        )
+        for part, grid in steps:
+            pictures = self._pixels(np.asarray(grid), _STAGE_OF[part])[:num_images]
+            yield part, self._enlarged(pictures)
+
+    def _enlarged(self, pictures: np.ndarray) -> np.ndarray:
+        return np.stack([fit_picture(picture, *self._size) for picture in pictures])
+
+    def _steps(
+        self,
+        prompts: Sequence[str],
+        key: Array,
+        num_images: int,
+        last: str,
+        candidates: int | None,
+        keep_best: bool,
+        each_round: bool = False,
+    ) -> Iterator[tuple[str, Any]]:
+        """Image tokens [b, cells] of each "candidate", and after "base", "direct" and "iterative",
+        up to the stage `last`; with `each_round`, after each "round" in place of "iterative".
+        """
         tokens, keys = self._drawing(prompts, key, num_images)
 
         def draw(candidate: int) -> Array:
@@ -99,26 +164,30 @@ class CogView(Parts):
                 **self._sampling,
             )
 
-        grids = {"base": self._best_of(tokens, draw, candidates)}
-        progress("base")
-        if "direct" in stages or "full" in stages:
-            grids["direct"] = self._direct(tokens, grids["base"], keys(DIRECT_DRAW))
-            progress("direct")
-        if "full" in stages:
-            everywhere = np.ones(grids["direct"].shape, bool)
-            grids["full"] = self._iterative(
-                tokens, grids["direct"], everywhere, keys(ITERATIVE_DRAW)
-            )
-            progress("iterative")
-        made = {stage: self._pixels(grids[stage], stage) for stage in stages}
-        progress("pixels")
-        count = len(prompts) * num_images
-        return {
-            stage: np.stack(
-                [fit_picture(picture, *self._size) for picture in pictures[:count]]
-            ).reshape(len(prompts), num_images, *self._size, 3)
-            for stage, pictures in made.items()
-        }
+        coarse: list[Array] = []
+        for number in range(self._candidates(candidates, num_images if keep_best else None)):
+            coarse.append(draw(number))
+            yield "candidate", coarse[-1]
+        if keep_best:
+            count = self.bundle.sampling.candidates if candidates is None else candidates
+            count = max(count, num_images)
+            base = self._best_of_all(tokens, coarse, count, len(prompts), num_images)
+        else:
+            base = self._best_of(tokens, coarse)
+        yield "base", base
+        if last == "base":
+            return
+        fine = self._direct(tokens, base, keys(DIRECT_DRAW))
+        yield "direct", fine
+        if last == "direct":
+            return
+        everywhere, drawn = np.ones(fine.shape, bool), keys(ITERATIVE_DRAW)
+        if not each_round:
+            yield "iterative", self._iterative(tokens, fine, everywhere, drawn)
+            return
+        for number in range(self.bundle.iterative_config.rounds):
+            fine = self._iterative(tokens, fine, everywhere, drawn, (number, number + 1))
+            yield "round", fine
 
     def infill(
         self,
@@ -205,30 +274,24 @@ class CogView(Parts):
         Greedy without a `key` and at `temperature` 0; otherwise each token is drawn from the
         `top_k` most probable. Only tokens of the language are taken.
         """
-        config = self.bundle.coglm_config
-        top_k = check_count("top_k", top_k)
-        temperature = check_temperature("temperature", temperature)
-        if top_k > (most := config.vocabulary.num_text):
-            raise ValueError(
-                f"top_k must be at most {most}, the text pieces there are: got {top_k}"
-            )
-        allowed = caption_ids(self.bundle.text_model, config.vocabulary, language)
-        keys = (jax.random.key(0) if key is None else one_key(key))[None]
-        image, english, keys = self._whole_batch(
-            (self._picture_tokens(picture, config.grid), np.array([language == "en"]), keys)
-        )
-        ids = decode_caption(
-            self._decoding_params,
-            image,
-            english,
-            allowed,
-            keys,
-            config=config,
-            execution=self.execution,
-            top_k=1 if key is None else top_k,
+        (said,) = self.token_captions(
+            [self.picture_tokens(picture)],
+            language,
+            keys=None if key is None else one_key(key)[None],
+            top_k=top_k,
             temperature=temperature,
         )
-        return caption_text(np.asarray(ids)[0], self.bundle.text_model, config.vocabulary)
+        return said
+
+    def captions(
+        self, pictures: Sequence[Picture], *, language: str = settings.LANGUAGES[0]
+    ) -> list[str]:
+        """A caption of each picture, as `caption` without a key, several at a time.
+
+        Up to rounding: where two tokens are as probable, a batch may take the other one.
+        """
+        images = [self.picture_tokens(picture) for picture in pictures]
+        return self.token_captions(images, language)
 
     def rank(self, prompt: str, pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
         """How well each picture fits the prompt: the likelihood of the prompt as its caption.

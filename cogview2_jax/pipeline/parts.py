@@ -12,14 +12,21 @@ import numpy as np
 
 from cogview2_jax import bundle as bundles
 from cogview2_jax.bundle import Bundle
-from cogview2_jax.checks import check_count
+from cogview2_jax.checks import check_count, check_temperature
 from cogview2_jax.config import TOKEN_STRIDE, Grid
 from cogview2_jax.keys import one_key
 from cogview2_jax.networks import coglm, inputs
 from cogview2_jax.pipeline import editing, settings
-from cogview2_jax.pipeline.prompts import PromptTokens, image_keys, prompt_tokens
+from cogview2_jax.pipeline.prompts import (
+    PromptTokens,
+    caption_ids,
+    caption_text,
+    image_keys,
+    prompt_tokens,
+)
 from cogview2_jax.pipeline.stages import (
     caption_score,
+    decode_caption,
     decode_infilling,
     super_resolve_direct,
     super_resolve_iterative,
@@ -129,6 +136,8 @@ class Parts:
         the `fine` cells, bool [y, x].
         """
 
+        times = self._candidates(candidates)
+
         def of_each(array: np.ndarray) -> Any:
             return self._shard_over_mesh(np.repeat(array[None], len(tokens.english), axis=0))
 
@@ -144,7 +153,7 @@ class Parts:
                 **self._sampling,
             )
 
-        made = self._best_of(tokens, draw, candidates)
+        made = self._best_of(tokens, [draw(number) for number in range(times)])
         if stage != "base":
             drawn = self._direct(read, made, keys(DIRECT_DRAW))
             kept = self._picture_tokens(crop, self.bundle.direct_config.grid)
@@ -154,18 +163,43 @@ class Parts:
             made = self._iterative(read, made, may_change, keys(ITERATIVE_DRAW))
         return self._pixels(made, stage)
 
-    def _best_of(
-        self, tokens: PromptTokens, draw: Callable[[int], Array], candidates: int | None
-    ) -> np.ndarray:
-        """Base tokens, int32 [b, cells]: the best of each image's `draw(candidate)`."""
+    def _candidates(self, candidates: int | None, keep: int | None = None) -> int:
+        """How often each picture is drawn at the base stage; with `keep`, how often `keep` pictures
+        are, so that there are `candidates` of them.
+        """
         if candidates is None:
-            candidates = self.bundle.sampling.candidates
+            candidates = max(self.bundle.sampling.candidates, keep or 1)
         candidates = check_count("candidates", candidates)
-        drawn = [draw(candidate) for candidate in range(candidates)]
-        if candidates == 1:
+        if keep is None:
+            return candidates
+        if candidates < keep:
+            raise ValueError(
+                f"candidates must be at least the {keep} pictures to keep: got {candidates}"
+            )
+        return -(-candidates // keep)
+
+    def _best_of(self, tokens: PromptTokens, drawn: Sequence[Array]) -> np.ndarray:
+        """Base tokens, int32 [b, cells]: the best of each image's candidates, [b, cells] each."""
+        if len(drawn) == 1:
             return np.asarray(drawn[0])
         best = np.argmax([self._scores(tokens, np.asarray(coarse)) for coarse in drawn], axis=0)
         return np.stack(drawn)[best, np.arange(len(best))]
+
+    def _best_of_all(
+        self, tokens: PromptTokens, drawn: Sequence[Array], count: int, prompts: int, keep: int
+    ) -> np.ndarray:
+        """As `_best_of`, with the `keep` best of the first `count` candidates of each prompt, best
+        first, whichever image they were drawn for.
+        """
+        rows = prompts * keep
+        scores, pool = [], []
+        for coarse in map(np.asarray, drawn):
+            scores.append(self._scores(tokens, coarse)[:rows].reshape(prompts, keep))
+            pool.append(coarse[:rows].reshape(prompts, keep, -1))
+        found = np.concatenate(scores, axis=1)[:, :count]
+        best = np.argsort(-found, axis=1, kind="stable")[:, :keep]
+        kept = np.take_along_axis(np.concatenate(pool, axis=1), best[..., None], axis=1)
+        return np.asarray(self._whole_batch(kept.reshape(rows, -1)))
 
     def _scores(self, tokens: PromptTokens, coarse: np.ndarray) -> np.ndarray:
         scores = caption_score(
@@ -195,6 +229,54 @@ class Parts:
             scores[batch] = self._scores(*rows)[: len(batch)]
         return scores.reshape(len(texts), len(coarse))
 
+    def token_captions(
+        self,
+        images: Sequence[np.ndarray],
+        language: str = settings.LANGUAGES[0],
+        *,
+        keys: Array | None = None,
+        top_k: int = settings.TOP_K,
+        temperature: float = settings.TEMPERATURE,
+    ) -> list[str]:
+        """`CogView.caption` of pictures that are `picture_tokens`; `keys` has one for each.
+
+        More than one picture run in batches of one size, so that one compilation serves any number.
+        """
+        config = self.bundle.coglm_config
+        top_k = check_count("top_k", top_k)
+        temperature = check_temperature("temperature", temperature)
+        if top_k > (most := config.vocabulary.num_text):
+            raise ValueError(
+                f"top_k must be at most {most}, the text pieces there are: got {top_k}"
+            )
+        allowed = caption_ids(self.bundle.text_model, config.vocabulary, language)
+        size = 1 if len(images) == 1 else settings.CAPTIONED_AT_ONCE
+        made: list[str] = []
+        while len(made) < len(images):
+            rows = np.arange(len(made), len(made) + size).clip(max=len(images) - 1)
+            coarse = np.stack([images[row] for row in rows])
+            drawn = jax.random.split(jax.random.key(0), size) if keys is None else keys[rows]
+            image, english, drawn = self._whole_batch(
+                (coarse, np.full(size, language == "en"), drawn)
+            )
+            ids = decode_caption(
+                self._decoding_params,
+                image,
+                english,
+                allowed,
+                drawn,
+                config=config,
+                execution=self.execution,
+                top_k=1 if keys is None else top_k,
+                temperature=temperature,
+            )
+            said = [
+                caption_text(row, self.bundle.text_model, config.vocabulary)
+                for row in np.asarray(ids)[:size]
+            ]
+            made += said[: len(images) - len(made)]
+        return made
+
     def _direct(self, tokens: PromptTokens, coarse: np.ndarray, keys: Array) -> np.ndarray:
         fine = super_resolve_direct(
             self.bundle.params("direct"),
@@ -208,7 +290,12 @@ class Parts:
         return np.asarray(fine)
 
     def _iterative(
-        self, tokens: PromptTokens, fine: np.ndarray, may_change: np.ndarray, keys: Array
+        self,
+        tokens: PromptTokens,
+        fine: np.ndarray,
+        may_change: np.ndarray,
+        keys: Array,
+        rounds: tuple[int, int] | None = None,
     ) -> np.ndarray:
         refined = super_resolve_iterative(
             self.bundle.params("iterative"),
@@ -216,6 +303,7 @@ class Parts:
             self._shard_over_mesh(fine),
             self._shard_over_mesh(may_change),
             keys,
+            rounds,
             config=self.bundle.iterative_config,
             execution=self.execution,
             sampling=self.bundle.sampling,

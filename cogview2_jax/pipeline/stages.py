@@ -309,6 +309,7 @@ def super_resolve_iterative(
     fine: Array,
     may_change: Array,
     keys: Array,
+    rounds: tuple[Array | int, Array | int] | None = None,
     *,
     config: configs.IterativeSRConfig,
     sampling: configs.Sampling,
@@ -318,7 +319,8 @@ def super_resolve_iterative(
 
     `text`, `is_text` [b, text_slots] from `inputs.left_padded`; `fine` int32 [b, fine cells];
     `may_change` bool [b, fine cells], the cells that a round may reset: all of them, except in
-    infilling.
+    infilling. `rounds` are the first one to run and the one before which to stop; one compilation
+    serves any, and another one None, which is all of them.
     """
     keys = key_batch(keys)
     if len(sampling.iterative_top_k) != config.rounds:
@@ -345,4 +347,4 @@ def super_resolve_iterative(
         return jax.vmap(one)(fold_in_all(keys, round_), logits)
 
     mask_token = config.vocabulary.start_of_image
-    return loops.lopar(predict, draw, fine, reset, mask_token)
+    return loops.lopar(predict, draw, fine, reset, mask_token, rounds)

@@ -97,21 +97,21 @@ def read_picture(file: str | os.PathLike[str]) -> bytes:
         raise PictureError("missing image", _OF_THE_FILE[error.errno], name) from error
 
 
-def open_picture(picture: Picture) -> Image.Image:
+def open_picture(picture: Picture, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
     """A picture in RGB, decoded: upright as its EXIF data say, on white where it is transparent, of
     an animated file the first frame. A PIL image that needs no change is returned itself.
 
     16-bit greys are scaled to 8 bits. 32-bit greys (modes I and F) are refused, as only PPM files
     say which number is white. Colour profiles are not applied. Raises
-    PictureError for anything that is not a picture or too large, and OSError as `read_picture`
-    does.
+    PictureError for anything that is not a picture, is too large or has more than `most_pixels`
+    (known before it is decoded), and OSError as `read_picture` does.
     """
     name = ""
     if isinstance(picture, (str, os.PathLike)):
         name = os.fspath(picture)
         picture = read_picture(name)
     try:
-        return _in_rgb(_identified(picture))
+        return _in_rgb(_identified(picture, most_pixels))
     except PictureError as error:
         raise PictureError(error.kind, error.reason, name) from error.__cause__
     except MemoryError:
@@ -180,7 +180,7 @@ def _fit(size: tuple[int, int], height: int, width: int) -> _Fit:
 # --- Opening --------------------------------------------------------------------------------------
 
 
-def _identified(picture: bytes | Image.Image | np.ndarray) -> Image.Image:
+def _identified(picture: bytes | Image.Image | np.ndarray, most_pixels: int) -> Image.Image:
     """An image that may not be decoded yet. Raises PictureError for one too large or empty."""
     if isinstance(picture, bytes):
         opened: Image.Image = Image.open(io.BytesIO(picture), formats=formats())
@@ -196,8 +196,8 @@ def _identified(picture: bytes | Image.Image | np.ndarray) -> Image.Image:
     pixels = opened.width * opened.height
     if not pixels:
         raise PictureError("unreadable image", f"no pixels: {opened.width} × {opened.height}")
-    if pixels > MOST_PIXELS:
-        reason = f"{pixels:,} pixels, more than {MOST_PIXELS:,}"
+    if pixels > (most := min(most_pixels, MOST_PIXELS)):
+        reason = f"{pixels:,} pixels, more than {most:,}"
         raise PictureError("unreadable image", reason)
     return opened
 

@@ -175,3 +175,19 @@ def test_rank_sorts_pictures_and_names_those_that_it_cannot_use(run, tiny_folder
     assert (code, out) == (1, "")
     code, _, err = run("rank", "a zebra", plain, "--bundle", tiny_folder)
     assert code == 2 and "zebra" in err
+
+
+def test_rank_of_several_texts_is_a_matrix(run, tiny_folder, wide, tmp_path):
+    plain, report = tmp_path / "plain.png", tmp_path / "scores" / "s.json"
+    Image.new("RGB", (96, 96), "red").save(plain)
+    options = ("--bundle", tiny_folder, "--json", report)
+    code, out, _ = run("rank", TEXT, plain, wide, "--text", OTHER, *options)
+    assert code == 0
+    scores = cogview2_jax.load(tiny_folder).scores([TEXT, OTHER], [plain, wide])
+    rows = [[f"{score:.4f}" for score in scores[:, i]] for i in (0, 1)]
+    expected = [[TEXT, OTHER, "picture"], [*rows[0], str(plain)], [*rows[1], str(wide)]]
+    assert out == "".join("\t".join(row) + "\n" for row in expected)
+    written = json.loads(report.read_text("utf-8"))
+    assert written["texts"] == [TEXT, OTHER] and written["scores"] == scores.tolist()
+    code, _, err = run("rank", TEXT, plain, *options)
+    assert code == 2 and "was made with other settings" in err

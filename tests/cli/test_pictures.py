@@ -120,18 +120,55 @@ def test_captions_of_many_pictures(run, tiny_folder, wide, tmp_path):
     assert (code, err) == (0, "")
 
 
-def test_pictures_are_opened_one_at_a_time(run, tiny_folder, wide, tmp_path, monkeypatch):
-    """The second picture does not exist until the first is captioned."""
+def test_captions_come_in_batches(run, tiny_folder, wide, tmp_path, monkeypatch):
+    """The pictures of the second batch do not exist until the first is captioned."""
     late = tmp_path / "late.png"
-    caption = CogView.caption
+    batches, caption = [], CogView.token_captions
 
-    def caption_and_write(cv, *arguments, **options):
+    def caption_and_write(cv, images, *arguments, **options):
         late.write_bytes(wide.read_bytes())
-        return caption(cv, *arguments, **options)
+        batches.append(len(images))
+        return caption(cv, images, *arguments, **options)
 
-    monkeypatch.setattr(CogView, "caption", caption_and_write)
-    code, out, _ = run("caption", wide, late, "--bundle", tiny_folder)
-    assert code == 0 and len(out.splitlines()) == 2
+    monkeypatch.setattr(CogView, "token_captions", caption_and_write)
+    code, out, _ = run("caption", *[wide] * 8, late, "--bundle", tiny_folder)
+    assert code == 0 and len(set(line.split(": ")[1] for line in out.splitlines())) == 1
+    assert len(out.splitlines()) == 9 and batches == [8, 1]
+
+
+def test_captions_beside_their_pictures(run, tiny_folder, wide, tmp_path):
+    picture = tmp_path / "wide.png"
+    picture.write_bytes(wide.read_bytes())
+    options = ("--json", "--bundle", tiny_folder)
+    code, out, _ = run("caption", picture, *options)
+    report = json.loads((tmp_path / "wide.png.caption.json").read_text("utf-8"))
+    assert code == 0 and out == f"{picture}: {report['caption']}\n"
+    assert (report["language"], report["picture"]) == ("en", "wide.png")
+    code, _, err = run("caption", picture, "--language", "zh", *options)
+    assert code == 2 and "other settings (language en, now zh)" in err
+    code, out, _ = run("caption", picture, "--language", "zh", "--overwrite", *options)
+    report = json.loads((tmp_path / "wide.png.caption.json").read_text("utf-8"))
+    assert code == 0 and out == f"{picture}: {report['caption']}\n"
+
+
+def test_the_best_of_many_are_kept(run, tiny_folder, tmp_path):
+    options = ("--bundle", tiny_folder, "--seed", 3, "--stage", "base", "--out", tmp_path)
+    code, out, _ = run("generate", OTHER, "--candidates", 5, "--keep", 2, *options)
+    assert code == 0
+    pictures = [Path(line) for line in out.split() if line.endswith(("_0.png", "_1.png"))]
+    made = np.stack([np.asarray(Image.open(file)) for file in sorted(pictures)])
+    cv = cogview2_jax.load(tiny_folder)
+    expected = cv.generate_stages(
+        [OTHER], jax.random.key(3), 2, candidates=5, keep_best=True, stages=("base",)
+    )["base"][0]
+    np.testing.assert_array_equal(made, expected)
+    for more, said in (
+        (("--keep", 2), "--keep 2 needs"),
+        (("--keep", 2, "--candidates", 1), "--keep 2 needs"),
+        (("--keep", 2, "--candidates", 2, "--num-images", 2), "give one of them"),
+    ):
+        code, _, err = run("generate", OTHER, *more, *options)
+        assert code == 2 and said in err and err.count("\n") == 1
 
 
 def test_infilling_on_the_command_line_and_in_python(run, tiny_folder, wide, tmp_path):

@@ -45,6 +45,58 @@ def test_the_key_alone_decides(cv, stages):
     assert (other != again).mean() > 0.5 and (again[0] != again[1]).mean() > 0.5
 
 
+def test_watching_ends_in_the_same_pictures(cv, stages):
+    first, *steps = list(cv.watch(PROMPT, 2, key=jax.random.key(0)))
+    assert first[0] == "candidate" and (first[1] == steps[0][1]).all()
+    assert [name for name, _ in steps] == ["base", "direct", *["round"] * 6]
+    for (_, pictures), stage in zip((steps[0], steps[1], steps[-1]), STAGES, strict=True):
+        np.testing.assert_array_equal(pictures, stages[stage][0])
+    before = programs.super_resolve_iterative._cache_size()
+    base = cv.watch(OTHER, 2, key=jax.random.key(0), stage="base", candidates=3)
+    assert [name for name, _ in base] == [*["candidate"] * 3, "base"]
+    assert programs.super_resolve_iterative._cache_size() == before
+
+
+def test_the_best_of_all_candidates_are_kept(cv, stages):
+    """Five candidates of two prompts: the kept two have the highest scores, in their order."""
+    prompts, key = [PROMPT, OTHER], jax.random.key(5)
+    made = cv.generate_stages(prompts, key, 2, candidates=5, keep_best=True)
+    tokens, keys = cv._drawing(prompts, key, 2)
+    drawn = [
+        programs.decode_image(
+            cv._decoding_params,
+            *tokens.base,
+            keys(number),
+            cv.bundle.cluster_labels,
+            config=cv.bundle.coglm_config,
+            **cv._sampling,
+        )
+        for number in range(3)
+    ]
+    pictures, scores = {}, {}
+    for coarse in drawn:
+        found, pixels = (
+            cv._scores(tokens, np.asarray(coarse)),
+            cv._pixels(np.asarray(coarse), "base"),
+        )
+        for row in range(4):
+            scores.setdefault(row // 2, []).append(found[row])
+            pictures.setdefault(row // 2, []).append(cv._enlarged(pixels[row : row + 1])[0])
+    for prompt in (0, 1):  # the sixth is not asked for
+        order = np.argsort(-np.array(scores[prompt][:5]), kind="stable")[:2]
+        expected = np.stack([pictures[prompt][i] for i in order])
+        np.testing.assert_array_equal(made["base"][prompt], expected)
+    with pytest.raises(ValueError, match="at least the 2 pictures to keep: got 1"):
+        cv.generate_stages(prompts, key, 2, candidates=1, keep_best=True)
+
+
+def test_captions_of_a_batch_are_those_of_each(cv):
+    pictures = [noise(96, 96, seed) for seed in range(3)]
+    for language in ("en", "zh"):
+        each = [cv.caption(picture, language=language) for picture in pictures]
+        assert cv.captions(pictures, language=language) == each
+
+
 def test_one_compilation_serves_every_prompt_and_seed(cv, stages):
     compiled = (
         image_keys,

@@ -1,0 +1,179 @@
+"""The tab on which pictures are drawn."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from cogview2_jax.page import records, tools
+from cogview2_jax.page.desk import MOST_SEED, Desk
+from cogview2_jax.page.limits import Refused
+from cogview2_jax.page.words import say
+
+_SHARE = {
+    "candidate": 0.3,
+    "base": 0.5,
+    "direct": 0.6,
+}  # of the time, about, that is over after a step
+
+
+class GenerateTab(NamedTuple):
+    """What other tabs need of this one."""
+
+    pictures: Any  # the gallery
+    chosen: Any  # the number of the picture that is chosen
+    edit: Any  # the button to edit it
+
+
+def add(desk: Desk, folder: tools.Folder, t: Any) -> GenerateTab:
+    """Add the tab's components and what they do. `t` is name → words in the browser's language."""
+    import gradio as gr
+
+    limits = desk.limits
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            prompt = gr.Textbox(label=t("prompt"), lines=2, elem_id="prompt", autofocus=True)
+            with gr.Row():
+                draw = gr.Button(t("generate"), variant="primary", min_width=120, elem_id="draw")
+                cancel = gr.Button(t("cancel"), min_width=120, elem_id="cancel")
+            images = gr.Slider(1, limits.images, 4, step=1, label=t("images"), elem_id="images")
+            with gr.Accordion(t("more"), open=False, elem_id="more"):
+                seed = gr.Number(
+                    0, label=t("seed"), info=t("seed_info"), precision=0, elem_id="seed"
+                )
+                candidates = gr.Slider(
+                    *(1, limits.candidates, desk.cv.bundle.sampling.candidates),
+                    step=1,
+                    label=t("candidates"),
+                    info=t("candidates_info"),
+                    elem_id="candidates",
+                )
+            load = gr.UploadButton(t("load"), size="sm", elem_id="load")
+        with gr.Column(scale=3, min_width=300):
+            state = gr.HTML(tools.status(), elem_id="state")
+            pictures = tools.gallery(t("pictures"), "pictures")
+            with gr.Row():
+                best = gr.Button(t("best"), min_width=120, elem_id="best")
+                edit = gr.Button(t("edit_this"), min_width=120, elem_id="edit-this")
+                download = gr.DownloadButton(
+                    t("download"), interactive=False, min_width=120, elem_id="download"
+                )
+    chosen, settings = gr.State(0), gr.State({})
+
+    asked = [prompt, seed, images, candidates]
+    shown = [pictures, state, settings, download, chosen]
+    drawing = gr.on(
+        [draw.click, prompt.submit],
+        _drawer(desk, folder),
+        asked,
+        shown,
+        show_progress="hidden",
+        concurrency_id="model",
+        trigger_mode="once",
+    )
+    cancel.click(
+        tools.canceller(), None, state, cancels=[drawing], queue=False, show_progress="hidden"
+    )
+    best.click(
+        _ranker(desk, folder),
+        [prompt, pictures, settings],
+        [pictures, state, download, chosen],
+        concurrency_id="model",
+    )
+    load.upload(_loader(desk), load, [*asked, state], show_progress="hidden")
+    pictures.select(_chooser(), None, chosen, queue=False, show_progress="hidden")
+    return GenerateTab(pictures, chosen, edit)
+
+
+def _drawer(desk: Desk, folder: tools.Folder) -> Any:
+    import gradio as gr
+
+    def draw(
+        prompt: str, seed: Any, images: Any, candidates: Any, request: gr.Request
+    ) -> Iterator[Any]:
+        spoken, begin, number = tools.language(request), time.perf_counter(), 0
+        kept = [gr.skip()] * 3
+        yield gr.skip(), tools.status(say("working", spoken), 0.02), *kept
+        made: list[Image.Image] = []
+        with tools.telling(spoken):
+            try:
+                for step, each in desk.generate(prompt, seed, images, candidates):
+                    number += step == "round"
+                    share = _SHARE.get(step, 0.6 + 0.4 * number / desk.rounds)
+                    words = say(step, spoken, number=number, rounds=desk.rounds)
+                    made = [Image.fromarray(one) for one in each]
+                    yield made, tools.status(words, share), *kept
+            except Refused as error:
+                yield gr.skip(), tools.status(tools.explain(error, spoken)), *kept
+                raise
+        settings = {
+            "prompt": prompt.strip(),
+            "seed": int(seed),
+            "num_images": int(images),
+            "candidates": int(candidates),
+            "stage": desk.stage,
+        }
+        files = [folder.write("picture.png", records.png(one, settings)) for one in made]
+        words = say("done", spoken, seconds=time.perf_counter() - begin)
+        yield files, tools.status(words), settings, _archive(folder, files, settings), 0
+
+    return draw
+
+
+def _archive(folder: tools.Folder, files: list[str], settings: dict[str, Any]) -> Any:
+    """The button that downloads the pictures and settings."""
+    import gradio as gr
+
+    content = records.archive([Path(file) for file in files], settings)
+    return gr.DownloadButton(value=folder.write("cogview2.zip", content), interactive=True)
+
+
+def _ranker(desk: Desk, folder: tools.Folder) -> Any:
+    import gradio as gr
+
+    def best(
+        prompt: str, shown: Any, settings: dict[str, Any], request: gr.Request
+    ) -> tuple[Any, ...]:
+        spoken = tools.language(request)
+        files = [file for file, _ in shown or []]
+        with tools.telling(spoken):
+            ranked = desk.best(settings.get("prompt") or prompt, files)
+        ordered = [(files[number], f"{score:.3f}") for number, score in ranked]
+        found = _archive(folder, [file for file, _ in ordered], settings)
+        return ordered, tools.status(say("ranked", spoken)), found, 0
+
+    return best
+
+
+def _loader(desk: Desk) -> Any:
+    import gradio as gr
+
+    def load(file: str | None, request: gr.Request) -> tuple[Any, ...]:
+        spoken, limits = tools.language(request), desk.limits
+        with tools.telling(spoken):
+            if not file:
+                raise Refused("no_settings")
+            found = records.read(Path(file))
+        chosen = [
+            min(max(value, low), high) if isinstance(value, int) else gr.skip()
+            for value, low, high in (
+                (found.get("seed"), 0, MOST_SEED),
+                (found.get("num_images"), 1, limits.images),
+                (found.get("candidates"), 1, limits.candidates),
+            )
+        ]
+        text = found["prompt"][: limits.characters]
+        return text, *chosen, tools.status(say("loaded", spoken))
+
+    return load
+
+
+def _chooser() -> Any:
+    import gradio as gr
+
+    def choose(event: gr.SelectData) -> int:
+        return int(event.index)
+
+    return choose
