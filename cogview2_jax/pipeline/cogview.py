@@ -89,17 +89,21 @@ class CogView(Parts):
         num_images = check_count("num_images", num_images)
         tokens, keys = self._drawing(prompts, key, num_images)
 
-        def draw(candidate: int) -> Array:
+        # The images of a prompt share its prefill; on a mesh each device has its own images'.
+        alone = self.execution.sharding is None
+        read = tokens.take(np.arange(len(prompts)) * num_images) if alone else tokens
+
+        def draw(keys: Array) -> Array:
             return decode_image(
                 self._decoding_params,
-                *tokens.base,
-                keys(candidate),
+                *read.base,
+                keys,
                 self.bundle.cluster_labels,
                 config=self.bundle.coglm_config,
                 **self._sampling,
             )
 
-        grids = {"base": self._best_of(tokens, draw, candidates)}
+        grids = {"base": self._best_of(tokens, draw, keys, candidates)}
         progress("base")
         if "direct" in stages or "full" in stages:
             grids["direct"] = self._direct(tokens, grids["base"], keys(DIRECT_DRAW))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cogview2_jax import bundle as bundles
@@ -132,19 +133,19 @@ class Parts:
         def of_each(array: np.ndarray) -> Any:
             return self._shard_over_mesh(np.repeat(array[None], len(tokens.english), axis=0))
 
-        def draw(candidate: int) -> Array:
+        def draw(keys: Array) -> Array:
             return decode_infilling(
                 self._decoding_params,
                 # The first four fields are those of the network's input.
                 inputs.NetworkInput(*(of_each(array) for array in filling[:4])),
                 of_each(filling.slot_of_cell),
-                keys(candidate),
+                keys,
                 self.bundle.cluster_labels,
                 config=self.bundle.coglm_config,
                 **self._sampling,
             )
 
-        made = self._best_of(tokens, draw, candidates)
+        made = self._best_of(tokens, draw, keys, candidates)
         if stage != "base":
             drawn = self._direct(read, made, keys(DIRECT_DRAW))
             kept = self._picture_tokens(crop, self.bundle.direct_config.grid)
@@ -155,17 +156,33 @@ class Parts:
         return self._pixels(made, stage)
 
     def _best_of(
-        self, tokens: PromptTokens, draw: Callable[[int], Array], candidates: int | None
+        self,
+        tokens: PromptTokens,
+        draw: Callable[[Array], Array],
+        keys: Callable[[int], Array],
+        candidates: int | None,
     ) -> np.ndarray:
-        """Base tokens, int32 [b, cells]: the best of each image's `draw(candidate)`."""
+        """Base tokens, int32 [b, cells]: the best of each image's candidates.
+
+        `draw` is keys [b · n] → tokens [b · n, cells], n for each image. Candidates are drawn in as
+        few batches of one size as `DECODED_AT_ONCE` allows: one batch is one compilation.
+        """
         if candidates is None:
             candidates = self.bundle.sampling.candidates
         candidates = check_count("candidates", candidates)
-        drawn = [draw(candidate) for candidate in range(candidates)]
+        images = len(tokens.english)
+        most = max(1, min(candidates, settings.DECODED_AT_ONCE // images))
+        together = next(n for n in range(most, 0, -1) if candidates % n == 0)
+        drawn: list[np.ndarray] = []
+        for first in range(0, candidates, together):
+            of_each = jnp.stack([keys(first + n) for n in range(together)], axis=1)
+            batch = self._shard_over_mesh(of_each.reshape(images * together))
+            cells = np.asarray(draw(batch)).reshape(images, together, -1)
+            drawn.extend(np.moveaxis(cells, 1, 0))
         if candidates == 1:
-            return np.asarray(drawn[0])
-        best = np.argmax([self._scores(tokens, np.asarray(coarse)) for coarse in drawn], axis=0)
-        return np.stack(drawn)[best, np.arange(len(best))]
+            return drawn[0]
+        best = np.argmax([self._scores(tokens, coarse) for coarse in drawn], axis=0)
+        return np.stack(drawn)[best, np.arange(images)]
 
     def _scores(self, tokens: PromptTokens, coarse: np.ndarray) -> np.ndarray:
         scores = caption_score(
