@@ -127,6 +127,8 @@ class Execution:
     precision: Precision = Precision()
     training: Training = Training()
     sharding: Sharding | None = None
+    # Set by cached decoding: see `networks.products`.
+    decoding: bool = False
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
         """`sharding.constrain`, or `x` itself without a sharding."""

@@ -48,8 +48,8 @@ def decode(
 
 
 def lopar(
-    predict: Callable[[Array], Array],
-    sample: Callable[[Array, Array], Array],
+    predict: Callable[[Array], Any],
+    sample: Callable[[Any, Array], Array],
     tokens: Array,
     reset: Array,
     mask_token: Array | int,
@@ -58,8 +58,9 @@ def lopar(
     """Local parallel auto-regression (paper section 3.3): re-predict masked cells in rounds.
 
     Args:
-        predict: tokens int [b, cells], `mask_token` in masked cells → logits [b, cells, v].
-        sample: (logits [b, cells, v], round) → tokens int32 [b, cells].
+        predict: tokens int [b, cells], `mask_token` in masked cells → what `sample` takes, such as
+        logits [b, cells, v].
+        sample: (that, round) → tokens int32 [b, cells]; only those of the round's cells are kept.
         tokens: int32 [b, cells], before the first round.
         reset: bool [rounds, cells] or [rounds, b, cells], the cells that each round masks and
         writes.
@@ -73,7 +74,7 @@ def lopar(
         return tokens
 
     def body(round_: Array, tokens: Array) -> Array:
-        logits = predict(jnp.where(reset[round_], mask_token, tokens))
-        return jnp.where(reset[round_], sample(logits, round_), tokens)
+        predicted = predict(jnp.where(reset[round_], mask_token, tokens))
+        return jnp.where(reset[round_], sample(predicted, round_), tokens)
 
     return jax.lax.fori_loop(*(rounds or (0, reset.shape[0])), body, tokens)

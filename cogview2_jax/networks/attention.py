@@ -18,9 +18,9 @@ from cogview2_jax.config import (
     DirectSRConfig,
     Grid,
     IterativeSRConfig,
-    Precision,
     TransformerConfig,
 )
+from cogview2_jax.networks.products import Dense, product
 from cogview2_jax.sharding import Execution, Sharding
 from pallas_kernels import local_attention_2d_with_lse, merge_attention
 
@@ -73,6 +73,10 @@ class PackedDense(nn.Module):
         init = nn.with_logical_partitioning(_init, ("packed_embed", None))
         kernel = self.param("kernel", init, (e, 3 * e), precision.params)
         bias = self.param("bias", nn.initializers.zeros, (3 * e,), precision.params)
+        if self.execution.sharding is None:
+            out = product(x, kernel, self.execution)
+            out = out + bias.astype(precision.compute)
+            return out.reshape(*x.shape[:-1], 3, heads, -1)
         kernel, bias = (
             weight.astype(precision.compute).reshape(*weight.shape[:-1], 3, heads, -1)
             for weight in (kernel, bias)
@@ -97,14 +101,8 @@ class QKV(nn.Module):
         return q, k, v
 
 
-def output_projection(config: TransformerConfig, precision: Precision, name: str) -> nn.Dense:
-    return nn.Dense(
-        config.hidden_size,
-        dtype=precision.compute,
-        param_dtype=precision.params,
-        kernel_init=nn.with_logical_partitioning(_init, ("heads", "embed")),
-        name=name,
-    )
+def output_projection(config: TransformerConfig, execution: Execution, name: str) -> Dense:
+    return Dense(config.hidden_size, ("heads", "embed"), execution, name=name)
 
 
 def local_attention_with_lse(
@@ -135,6 +133,25 @@ def dense_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | Non
 
 def cached_attention(q: Array, cache: KVCache, mask: Array, bias: Array) -> Array:
     """`dense_attention` of queries [b, s, h, d] over a cache [b, h, t, d]."""
+    if q.shape[:2] != (1, 1):
+        return _cached_attention(q, cache, mask, bias)
+    return jax.lax.platform_dependent(
+        q, cache, mask, bias, cpu=_attention_of_one, default=_cached_attention
+    )
+
+
+def _attention_of_one(q: Array, cache: KVCache, mask: Array, bias: Array) -> Array:
+    """Of one query [1, 1, h, d], as sums over the cache: on a CPU four times as fast as a product
+    with one row.
+    """
+    q = q[0, 0, :, None].astype(jnp.float32)
+    products = jnp.sum(q * cache.keys[0], axis=-1)[None, :, None]
+    weights = _weights(products, q.shape[-1], mask, bias).astype(cache.values.dtype)
+    out = jnp.sum(weights[0, :, 0, :, None] * cache.values[0], axis=1, dtype=jnp.float32)
+    return out.astype(cache.values.dtype)[None, None]
+
+
+def _cached_attention(q: Array, cache: KVCache, mask: Array, bias: Array) -> Array:
     products = jnp.einsum("bshd,bhtd->bhst", q, cache.keys, preferred_element_type=jnp.float32)
     weights = _weights(products, q.shape[-1], mask, bias).astype(cache.values.dtype)
     return jnp.einsum("bhst,bhtd->bshd", weights, cache.values)
@@ -192,7 +209,7 @@ class DenseAttention(nn.Module):
             cache = _written(cache, k, v, context.start)
             out = cached_attention(q, cache, context.mask, context.bias)
         out = rearrange(out, "b s h d -> b s (h d)")
-        return output_projection(self.config, self.execution.precision, "dense")(out), cache
+        return output_projection(self.config, self.execution, "dense")(out), cache
 
 
 class DirectSRAttention(nn.Module):
@@ -233,8 +250,8 @@ class DirectSRAttention(nn.Module):
         dense = rearrange(dense, "b s h d -> b s (h d)")
         local = rearrange(local, "b y x h d -> b (y x) (h d)")
         out = [
-            output_projection(self.config, self.execution.precision, "dense")(dense),
-            output_projection(self.config, self.execution.precision, "dense_plus")(local),
+            output_projection(self.config, self.execution, "dense")(dense),
+            output_projection(self.config, self.execution, "dense_plus")(local),
         ]
         return jnp.concatenate(out, axis=1), None
 
@@ -273,4 +290,4 @@ class IterativeSRAttention(nn.Module):
         text = rearrange(text, "b s h d -> b s (h d)")
         image = rearrange(image, "b y x h d -> b (y x) (h d)")
         out = jnp.concatenate([text, image], axis=1)
-        return output_projection(self.config, self.execution.precision, "dense")(out), None
+        return output_projection(self.config, self.execution, "dense")(out), None

@@ -10,6 +10,7 @@ from cogview2_jax.config import CogLMConfig, Precision
 from cogview2_jax.networks import transformer
 from cogview2_jax.networks.attention import DenseAttention, DenseContext, KVCache
 from cogview2_jax.networks.inputs import NetworkInput
+from cogview2_jax.networks.products import few_rows
 from cogview2_jax.networks.transformer import Transformer
 from cogview2_jax.sharding import Execution, logical_axes
 
@@ -151,15 +152,8 @@ def extend(
     return transformer.by_layers(model, params, inputs.tokens, inputs.positions, context, cache)
 
 
-def word_rows(params: Params, ids: tuple[int, int]) -> Array:
-    """The rows of the word table for `next_logits`, [v, e]: those of the half-open range `ids`.
-
-    The barrier keeps a loop from slicing the table anew at every step.
-    """
-    rows: Array = jax.lax.optimization_barrier(params["word_embeddings"][ids[0] : ids[1]])
-    return rows
-
-
 def next_logits(hidden: Array, rows: Array, *, execution: Execution = Execution()) -> Array:
-    """`logits` of hidden states [b, e] for `word_rows`: float32 [b, v]."""
-    return transformer.tied_logits(hidden, rows, execution.sharding)
+    """`logits` of hidden states [b, e] for `transformer.word_rows`: float32 [b, v]."""
+    if execution.sharding is not None:
+        return transformer.tied_logits(hidden, rows, execution.sharding)
+    return few_rows(lambda hidden: transformer.tied_logits(hidden, rows, None), hidden)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from cogview2_jax.config import DirectSRConfig, Precision
+from cogview2_jax.networks import transformer
 from cogview2_jax.networks.attention import DirectSRAttention, SuperResolutionContext
 from cogview2_jax.networks.inputs import NetworkInput
-from cogview2_jax.networks.transformer import Transformer, hidden_states
+from cogview2_jax.networks.transformer import Transformer
 from cogview2_jax.sharding import Execution, logical_axes
 
 Array = jax.Array
@@ -78,6 +79,22 @@ def added_parameters(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: type(leaf) is tuple)
 
 
+def hidden_states(
+    params: Params,
+    inputs: NetworkInput,
+    *,
+    config: DirectSRConfig,
+    execution: Execution = Execution(),
+    dropout_key: Array | None = None,
+) -> Array:
+    """Hidden states of the fine cells after the last LayerNorm, [b, fine cells, e]. Arguments as
+    `apply`.
+    """
+    model, context = network(config, execution), SuperResolutionContext(inputs.mask)
+    hidden = transformer.hidden_states(model, params, inputs, context, dropout_key)
+    return hidden[:, config.num_prefix :]
+
+
 def apply(
     params: Params,
     inputs: NetworkInput,
@@ -97,9 +114,8 @@ def apply(
     Returns:
         float32 [b, fine cells, num_image].
     """
-    model = network(config, execution)
-    context = SuperResolutionContext(inputs.mask)
-    hidden = hidden_states(model, params, inputs, context, dropout_key)
-    fine = hidden[:, config.num_prefix :]
-    stop = config.coglm.vocabulary.num_image
+    fine = hidden_states(
+        params, inputs, config=config, execution=execution, dropout_key=dropout_key
+    )
+    model, stop = network(config, execution), config.coglm.vocabulary.num_image
     return model.apply({"params": params}, fine, 0, stop, method="logits")

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from cogview2_jax.config import CogLMConfig, IterativeSRConfig, Precision
+from cogview2_jax.networks import transformer
 from cogview2_jax.networks.attention import IterativeSRAttention, SuperResolutionContext
 from cogview2_jax.networks.inputs import NetworkInput
-from cogview2_jax.networks.transformer import Transformer, hidden_states
+from cogview2_jax.networks.transformer import Transformer
 from cogview2_jax.sharding import Execution, logical_axes
 
 Array = jax.Array
@@ -87,6 +88,20 @@ def from_coglm(coglm_params: Params, coglm: CogLMConfig, config: IterativeSRConf
     return jax.tree.map(jnp.array, made)
 
 
+def hidden_states(
+    params: Params,
+    inputs: NetworkInput,
+    *,
+    config: IterativeSRConfig,
+    execution: Execution = Execution(),
+    dropout_key: Array | None = None,
+) -> Array:
+    """Hidden states of the cells after the last LayerNorm, [b, cells, e]. Arguments as `apply`."""
+    model, context = network(config, execution), SuperResolutionContext(inputs.mask)
+    hidden = transformer.hidden_states(model, params, inputs, context, dropout_key)
+    return hidden[:, config.text_slots :]
+
+
 def apply(
     params: Params,
     inputs: NetworkInput,
@@ -105,8 +120,8 @@ def apply(
     Returns:
         float32 [b, cells, num_image].
     """
-    model = network(config, execution)
-    context = SuperResolutionContext(inputs.mask)
-    hidden = hidden_states(model, params, inputs, context, dropout_key)
-    cells = hidden[:, config.text_slots :]
-    return model.apply({"params": params}, cells, 0, config.vocabulary.num_image, method="logits")
+    cells = hidden_states(
+        params, inputs, config=config, execution=execution, dropout_key=dropout_key
+    )
+    model, stop = network(config, execution), config.vocabulary.num_image
+    return model.apply({"params": params}, cells, 0, stop, method="logits")

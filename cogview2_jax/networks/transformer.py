@@ -2,6 +2,7 @@
 (SwissArmyTransformer v0.2).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from cogview2_jax.config import Precision, TransformerConfig
 from cogview2_jax.networks.inputs import NetworkInput
+from cogview2_jax.networks.products import Dense
 from cogview2_jax.sharding import Execution, Sharding, constrain
 
 Array = jax.Array
@@ -40,14 +42,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        def dense(name: str, features: int, axes: tuple[str, str]) -> nn.Dense:
-            return nn.Dense(
-                features,
-                dtype=self.execution.precision.compute,
-                param_dtype=self.execution.precision.params,
-                kernel_init=nn.with_logical_partitioning(_init, axes),
-                name=name,
-            )
+        def dense(name: str, features: int, axes: tuple[str, str]) -> Dense:
+            return Dense(features, axes, self.execution, name=name)
 
         e, f = self.config.hidden_size, self.config.mlp_ratio * self.config.hidden_size
         x = nn.gelu(dense("dense_h_to_4h", f, ("embed", "mlp"))(x), approximate=True)
@@ -185,7 +181,8 @@ def by_layers(
     params = unstacked(params)
     outer = {"params": {name: tree for name, tree in params.items() if name != "layers"}}
     x = model.apply(outer, tokens, positions, method="embed")
-    block = Block(model.config, model.execution, model.attention)
+    execution = dataclasses.replace(model.execution, decoding=True)
+    block = Block(model.config, execution, model.attention)
     written = []
     for layer, cache in zip(params["layers"], caches, strict=True):
         x, cache = block.apply({"params": layer}, x, context, cache)
@@ -207,6 +204,15 @@ def hidden_states(
         {"params": params}, inputs.tokens, inputs.positions, context, None, rngs=rngs
     )
     return hidden
+
+
+def word_rows(params: Params, ids: tuple[int, int]) -> Array:
+    """The rows of the word table of the half-open range `ids`, [v, e], for `tied_logits` in a loop.
+
+    The barrier keeps the loop from slicing the table anew each time.
+    """
+    rows: Array = jax.lax.optimization_barrier(params["word_embeddings"][ids[0] : ids[1]])
+    return rows
 
 
 def tied_logits(hidden: Array, embeddings: Array, sharding: Sharding | None) -> Array:

@@ -154,20 +154,25 @@ class CogView(Parts):
         """
         tokens, keys = self._drawing(prompts, key, num_images)
 
-        def draw(candidate: int) -> Array:
+        # The images of a prompt share its prefill; on a mesh each device has its own images'.
+        alone = self.execution.sharding is None
+        read = tokens.take(np.arange(len(prompts)) * num_images) if alone else tokens
+
+        def draw(keys: Array) -> Array:
             return decode_image(
                 self._decoding_params,
-                *tokens.base,
-                keys(candidate),
+                *read.base,
+                keys,
                 self.bundle.cluster_labels,
                 config=self.bundle.coglm_config,
                 **self._sampling,
             )
 
-        coarse: list[Array] = []
-        for number in range(self._candidates(candidates, num_images if keep_best else None)):
-            coarse.append(draw(number))
-            yield "candidate", coarse[-1]
+        coarse: list[np.ndarray] = []
+        number = self._candidates(candidates, num_images if keep_best else None)
+        for one in self._drawn(tokens, draw, keys, number, one_by_one=each_round):
+            coarse.append(one)
+            yield "candidate", one
         if keep_best:
             count = self.bundle.sampling.candidates if candidates is None else candidates
             count = max(count, num_images)

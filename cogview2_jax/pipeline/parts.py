@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cogview2_jax import bundle as bundles
@@ -141,19 +142,19 @@ class Parts:
         def of_each(array: np.ndarray) -> Any:
             return self._shard_over_mesh(np.repeat(array[None], len(tokens.english), axis=0))
 
-        def draw(candidate: int) -> Array:
+        def draw(keys: Array) -> Array:
             return decode_infilling(
                 self._decoding_params,
                 # The first four fields are those of the network's input.
                 inputs.NetworkInput(*(of_each(array) for array in filling[:4])),
                 of_each(filling.slot_of_cell),
-                keys(candidate),
+                keys,
                 self.bundle.cluster_labels,
                 config=self.bundle.coglm_config,
                 **self._sampling,
             )
 
-        made = self._best_of(tokens, [draw(number) for number in range(times)])
+        made = self._best_of(tokens, list(self._drawn(tokens, draw, keys, times)))
         if stage != "base":
             drawn = self._direct(read, made, keys(DIRECT_DRAW))
             kept = self._picture_tokens(crop, self.bundle.direct_config.grid)
@@ -178,22 +179,46 @@ class Parts:
             )
         return -(-candidates // keep)
 
-    def _best_of(self, tokens: PromptTokens, drawn: Sequence[Array]) -> np.ndarray:
+    def _drawn(
+        self,
+        tokens: PromptTokens,
+        draw: Callable[[Array], Array],
+        keys: Callable[[int], Array],
+        candidates: int,
+        *,
+        one_by_one: bool = False,
+    ) -> Iterator[np.ndarray]:
+        """The candidates of all images, int32 [b, cells] each.
+
+        `draw` is keys [b · n] → tokens [b · n, cells], n for each image. They are drawn in as few
+        batches of one size as `DECODED_AT_ONCE` allows: one batch is one compilation. Those that
+        nobody asks for are not drawn, with `one_by_one` not even in the same batch.
+        """
+        images = len(tokens.english)
+        most = 1 if one_by_one else max(1, min(candidates, settings.DECODED_AT_ONCE // images))
+        together = next(n for n in range(most, 0, -1) if candidates % n == 0)
+        for first in range(0, candidates, together):
+            of_each = jnp.stack([keys(first + n) for n in range(together)], axis=1)
+            batch = self._shard_over_mesh(of_each.reshape(images * together))
+            cells = np.asarray(draw(batch)).reshape(images, together, -1)
+            yield from np.moveaxis(cells, 1, 0)
+
+    def _best_of(self, tokens: PromptTokens, drawn: Sequence[np.ndarray]) -> np.ndarray:
         """Base tokens, int32 [b, cells]: the best of each image's candidates, [b, cells] each."""
         if len(drawn) == 1:
-            return np.asarray(drawn[0])
-        best = np.argmax([self._scores(tokens, np.asarray(coarse)) for coarse in drawn], axis=0)
+            return drawn[0]
+        best = np.argmax([self._scores(tokens, coarse) for coarse in drawn], axis=0)
         return np.stack(drawn)[best, np.arange(len(best))]
 
     def _best_of_all(
-        self, tokens: PromptTokens, drawn: Sequence[Array], count: int, prompts: int, keep: int
+        self, tokens: PromptTokens, drawn: Sequence[np.ndarray], count: int, prompts: int, keep: int
     ) -> np.ndarray:
         """As `_best_of`, with the `keep` best of the first `count` candidates of each prompt, best
         first, whichever image they were drawn for.
         """
         rows = prompts * keep
         scores, pool = [], []
-        for coarse in map(np.asarray, drawn):
+        for coarse in drawn:
             scores.append(self._scores(tokens, coarse)[:rows].reshape(prompts, keep))
             pool.append(coarse[:rows].reshape(prompts, keep, -1))
         found = np.concatenate(scores, axis=1)[:, :count]

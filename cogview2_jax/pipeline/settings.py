@@ -13,6 +13,7 @@ LANGUAGES = ("en", "zh")  # of captions
 NUM_IMAGES = 4  # of `generate`
 NUM_INFILLED = 1  # of `infill`
 NUM_EDITED = 4  # of `edit`, as published
+DECODED_AT_ONCE = 16  # pictures in a batch of the base stage, candidates included
 SCORED_AT_ONCE = 8  # pairs of text and picture in a batch of `scores`
 CAPTIONED_AT_ONCE = 8  # pictures in a batch of `captions`
 TOP_K = 10  # of `caption` with a key

@@ -3,7 +3,8 @@
 The configuration is static: one compilation serves every prompt up to the limit and every seed; a
 new batch size compiles again. Image i of a batch is drawn from `keys[i]` alone, so it does not
 depend on the rest of the batch (except for the last bits of float32, which may differ between batch
-sizes). `keys` has a key for each image, [b]; older keys are uint32 [b, 2].
+sizes). `keys` has a key for each image, [b]; older keys are uint32 [b, 2]. The base model's stages
+take several keys for each row of their input, one after another: their images share its prefill.
 
 Paper (arXiv 2204.14217) sections 3.2 and 3.3; the released `cogview2_text2image.py` and
 `cogview2_completion.py`.
@@ -18,15 +19,16 @@ import jax.numpy as jnp
 
 from cogview2_jax import config as configs
 from cogview2_jax.decoding import loops
-from cogview2_jax.decoding.sampling import greedy, sample_clusters, sample_top_k
+from cogview2_jax.decoding.sampling import Among, greedy, sample_clusters, sample_top_k
 from cogview2_jax.keys import fold_in_all, key_batch
 from cogview2_jax.networks import coglm, direct_sr, inputs, iterative_sr
+from cogview2_jax.networks.transformer import tied_logits, word_rows
 from cogview2_jax.sharding import Execution
 
 Array = jax.Array
 Params = dict
 
-_ROWS_AT_ONCE = 600  # of logits in cluster sampling: bounds its memory at the published sizes
+_ROWS_AT_ONCE = 120  # of logits of fine cells, over all pictures
 
 
 class CaptionIds(NamedTuple):
@@ -61,20 +63,19 @@ def decode_image(
 
     Args:
         text, is_text: int32, bool [b, max_text], from `inputs.right_padded`.
-        keys: key array [b], one for each image.
+        keys: key array [b · n], n for the images of the first prompt, then of the next.
         cluster_labels: int32 [num_image], each below `num_clusters`.
 
     Returns:
-        int32 [b, cells], raster order.
+        int32 [b · n, cells], raster order.
     """
     unknown = jnp.full((text.shape[0], config.num_image_tokens), -1)
     given = inputs.text_to_image(text, is_text, unknown, config)
     bias = inputs.text_key_bias(given.is_text, sampling.text_upweight)
     slots = text.shape[1]
     draw = _cluster_sampler(keys, cluster_labels, num_clusters, sampling.base)
-    return _fill(
-        params, given, bias, slots + 1, slots + 1, draw, _image_ids(config), config, execution
-    )
+    copies, ids = _copies(keys, text), _image_ids(config)
+    return _fill(params, given, bias, slots + 1, slots + 1, copies, draw, ids, config, execution)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "num_clusters", "execution"))
@@ -92,8 +93,9 @@ def decode_infilling(
 ) -> Array:
     """Coarse image tokens with the masked cells redrawn: one compilation for all masks.
 
-    `given` [b, s] and `slot_of_cell` [b, cells] are those of `inputs.infill`, stacked. Returns
-    int32 [b, cells], raster order; kept cells are unchanged.
+    `given` [b, s] and `slot_of_cell` [b, cells] are those of `inputs.infill`, stacked; `keys` are
+    [b · n], as in `decode_image`. Returns int32 [b · n, cells], raster order; kept cells are
+    unchanged.
     """
     bias = inputs.text_key_bias(given.is_text, sampling.text_upweight)
     length = given.tokens.shape[1]
@@ -101,8 +103,10 @@ def decode_infilling(
     draw = _cluster_sampler(keys, cluster_labels, num_clusters, sampling.base)
     # The whole sequence is the prefix: the context is bidirectional, and the loop keeps the known
     # slots.
-    filled = _fill(params, given, bias, first, length, draw, _image_ids(config), config, execution)
-    return jnp.take_along_axis(filled, slot_of_cell - first, axis=1)
+    copies, ids = _copies(keys, given.tokens), _image_ids(config)
+    filled = _fill(params, given, bias, first, length, copies, draw, ids, config, execution)
+    slots = jnp.repeat(slot_of_cell, copies, axis=0)
+    return jnp.take_along_axis(filled, slots - first, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "top_k", "temperature", "execution"))
@@ -151,7 +155,8 @@ def decode_caption(
 
     bias = jnp.zeros((1, given.tokens.shape[1]))
     begin = config.num_image_tokens + 1
-    return _fill(params, given, bias, begin, begin, draw, ids, config, execution, (first, restrict))
+    limits = first, restrict
+    return _fill(params, given, bias, begin, begin, 1, draw, ids, config, execution, limits)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "execution"))
@@ -188,17 +193,19 @@ def _fill(
     bias: Array,
     first: int,
     prefix: int,
+    copies: int,
     draw: Callable[[Array, Array], Array],
     ids: tuple[int, int],
     config: configs.CogLMConfig,
     execution: Execution,
     restriction: tuple[Array, Callable[[Array, Array, Array], tuple[Array, Array]]] | None = None,
 ) -> Array:
-    """The slots from `first` on, int32 [b, s − first]; those that hold −1 are drawn in order.
+    """The slots from `first` on, int32 [b · copies, s − first]; those that hold −1 are drawn in
+    order.
 
     Slots before `prefix` (at least `first`) run at once under the mask of `given`, then the slots
-    from `first` on run one at a time over the cache. `draw` is (logits [b, v] of `ids`, i) → [b],
-    counted from 0.
+    from `first` on run one at a time over the cache, `copies` of each row, which draw apart. `draw`
+    is (logits [b · copies, v] of `ids`, i) → [b · copies], counted from 0.
 
     A `restriction` says which ids may be drawn: those in the first slot, bool [b, v], and for every
     later one (logits [b, v], state [b], the token before [b]) → (logits, state); the state begins
@@ -220,8 +227,15 @@ def _fill(
         bias=bias,
         execution=execution,
     )
-    rows = coglm.word_rows(params, ids)
+    rows = word_rows(params, ids)
     logits = functools.partial(coglm.next_logits, rows=rows, execution=execution)
+    start = logits(hidden[:, first - 1])
+    given, bias, cache, start = jax.tree.map(
+        lambda array: jnp.repeat(array, copies, axis=0) if len(array) == batch else array,
+        (given, bias, cache, start),
+    )
+    batch *= copies
+    known = given.tokens
 
     def step(
         carry: tuple[coglm.Cache, Array], tokens: Array, i: Array
@@ -251,11 +265,18 @@ def _fill(
         here = jax.lax.dynamic_index_in_dim(known, first + i, axis=1, keepdims=False)
         return jnp.where(here < 0, drawn, here)
 
-    start = logits(hidden[:, first - 1])
     if restriction is not None:
         start = jnp.where(restriction[0], start, -jnp.inf)
     carry = cache, jnp.zeros(batch, bool)
     return loops.decode(step, sample, start, carry, length - first)[0]
+
+
+def _copies(keys: Array, rows: Array) -> int:
+    """How many images each row of the input gets."""
+    number, rest = divmod(len(keys), len(rows))
+    if rest or not number:
+        raise ValueError(f"keys must be as many for each of {len(rows)} rows: got {len(keys)}")
+    return number
 
 
 def _cluster_sampler(
@@ -264,7 +285,7 @@ def _cluster_sampler(
     keys = key_batch(keys)
 
     def one(key: Array, logits: Array) -> Array:
-        return sample_clusters(key, logits, labels, num_clusters, settings, block=_ROWS_AT_ONCE)
+        return sample_clusters(key, logits, labels, num_clusters, settings)
 
     return lambda logits, i: jax.vmap(one)(fold_in_all(keys, i), logits)
 
@@ -295,10 +316,17 @@ def super_resolve_direct(
     `text`, `is_text` [b, text_slots] from `inputs.left_padded`; the rest as `decode_image`.
     """
     given = inputs.direct_super_resolution(text, is_text, coarse, config)
-    logits = direct_sr.apply(params, given, config=config, execution=execution)
-    return _cluster_sampler(keys, cluster_labels, num_clusters, sampling.direct)(
-        logits, jnp.zeros((), jnp.int32)
-    )
+    hidden = direct_sr.hidden_states(params, given, config=config, execution=execution)
+    # As in decoding, the first draw of these keys.
+    keys = fold_in_all(key_batch(keys), jnp.zeros((), jnp.int32))
+
+    def draw(key: Array, logits: Array, among: Among) -> Array:
+        labels, how = cluster_labels, sampling.direct
+        return sample_clusters(key, logits, labels, num_clusters, how, among=among)
+
+    cells = jnp.arange(hidden.shape[1])
+    rows = word_rows(params, _image_ids(config.coglm))
+    return _draw_cells(draw, keys, hidden, rows, cells, hidden.shape[1], execution)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "execution"))
@@ -332,19 +360,61 @@ def super_resolve_iterative(
     # More than there are is all of them, and may be more than an int32 holds.
     top_ks = [min(top_k, config.vocabulary.num_image) for top_k in sampling.iterative_top_k]
 
+    rows = word_rows(params, (0, config.vocabulary.num_image))
+    wanted = reset.any(axis=1)  # by some picture: the others are not drawn
+    # The cells of each round, in raster order, before the others.
+    cells, number = jnp.argsort(~wanted, axis=1, stable=True), wanted.sum(axis=1)
+
     def predict(tokens: Array) -> Array:
         given = inputs.iterative_super_resolution(text, is_text, tokens, config)
-        return iterative_sr.apply(params, given, config=config, execution=execution)
+        return iterative_sr.hidden_states(params, given, config=config, execution=execution)
 
-    def draw(logits: Array, round_: Array) -> Array:
-        one = functools.partial(
-            sample_top_k,
-            k=jnp.asarray(top_ks)[round_],
-            temperature=sampling.iterative_temperature,
+    def draw(round_: Array, key: Array, logits: Array, among: Among) -> Array:
+        return sample_top_k(
+            key,
+            logits,
+            jnp.asarray(top_ks)[round_],
+            sampling.iterative_temperature,
             max_k=max(top_ks),
-            block=_ROWS_AT_ONCE,
+            among=among,
         )
-        return jax.vmap(one)(fold_in_all(keys, round_), logits)
+
+    def sample(hidden: Array, round_: Array) -> Array:
+        one = functools.partial(draw, round_)
+        drawn = fold_in_all(keys, round_)
+        return _draw_cells(one, drawn, hidden, rows, cells[round_], number[round_], execution)
 
     mask_token = config.vocabulary.start_of_image
-    return loops.lopar(predict, draw, fine, reset, mask_token, rounds)
+    return loops.lopar(predict, sample, fine, reset, mask_token, rounds)
+
+
+def _draw_cells(
+    draw: Callable[[Array, Array, Among], Array],
+    keys: Array,
+    hidden: Array,
+    rows: Array,
+    cells: Array,
+    number: Array | int,
+    execution: Execution,
+) -> Array:
+    """Tokens of the first `number` of `cells` [c], drawn from hidden states [b, c, e] and `rows`
+    [v, e] of the word table: int32 [b, c], zeros in the other cells.
+
+    Logits are made and drawn from a few rows at a time: they stay in a CPU's cache, and take little
+    memory. `draw` is (key, logits [n, v], which cells) → [n], for each picture with its own key.
+    """
+    batch, total = hidden.shape[:2]
+    size = min(total, -(-_ROWS_AT_ONCE // batch))
+    blocks = -(-total // size)
+    # Past the end: read as the last cell, and not written.
+    cells = jnp.pad(cells, (0, blocks * size - total), constant_values=total)
+
+    def body(block: Array, tokens: Array) -> Array:
+        here = jax.lax.dynamic_slice_in_dim(cells, block * size, size)
+        among = Among(jnp.minimum(here, total - 1), total)
+        logits = tied_logits(hidden[:, among.numbers], rows, execution.sharding)
+        drawn = jax.vmap(lambda key, logits: draw(key, logits, among))(keys, logits)
+        return tokens.at[:, here].set(drawn, mode="drop")
+
+    tokens = jnp.zeros((batch, total), jnp.int32)
+    return jax.lax.fori_loop(0, -(-number // size), body, tokens)

@@ -41,8 +41,8 @@ def measure_rates(dtype: str) -> Rates:
     a = jax.random.normal(jax.random.key(0), (side, side), jnp.float32).astype(dtype)
     b = jnp.ones((length,), jnp.float32)
     return Rates(
-        flops=2 * side**3 / _best(jax.jit(lambda a: a @ a), a),
-        bytes=2 * b.nbytes / _best(jax.jit(lambda b: b + 1), b),
+        flops=2 * side**3 / best_seconds(jax.jit(lambda a: a @ a), a),
+        bytes=2 * b.nbytes / best_seconds(jax.jit(lambda b: b + 1), b),
     )
 
 
@@ -76,7 +76,7 @@ def floors(
     )
 
 
-def _best(function: Callable[[jax.Array], jax.Array], argument: jax.Array) -> float:
+def best_seconds(function: Callable[[jax.Array], jax.Array], argument: jax.Array) -> float:
     """Seconds of a call, the best of twenty; on a GPU of five calls in flight."""
     calls = 1 if jax.default_backend() == "cpu" else 5
     jax.block_until_ready(function(argument))
