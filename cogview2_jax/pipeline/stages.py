@@ -211,9 +211,8 @@ def _fill(
     later one (logits [b, v], state [b], the token before [b]) → (logits, state); the state begins
     as False.
     """
-    known = given.tokens
     params = coglm.unstacked(params)
-    tokens = jnp.maximum(known, 0)  # the placeholder of an unknown token is never visible
+    tokens = jnp.maximum(given.tokens, 0)  # the placeholder of an unknown token is never visible
     batch, length = tokens.shape
     cache = coglm.init_cache(config, batch, length, execution)
     hidden, cache = coglm.extend(
@@ -235,7 +234,6 @@ def _fill(
         (given, bias, cache, start),
     )
     batch *= copies
-    known = given.tokens
 
     def step(
         carry: tuple[coglm.Cache, Array], tokens: Array, i: Array
@@ -262,7 +260,7 @@ def _fill(
 
     def sample(logits: Array, i: Array) -> Array:
         drawn = draw(logits, i) + ids[0]
-        here = jax.lax.dynamic_index_in_dim(known, first + i, axis=1, keepdims=False)
+        here = jax.lax.dynamic_index_in_dim(given.tokens, first + i, axis=1, keepdims=False)
         return jnp.where(here < 0, drawn, here)
 
     if restriction is not None:
