@@ -204,9 +204,13 @@ def test_other_files_are_converted_from_the_beginning(one_rank, two_ranks, tmp_p
 
 
 def test_two_conversions_to_one_place_are_one_too_many(one_rank, tmp_path):
+    refused = []
+
     def second(*_: int) -> None:
-        with pytest.raises(OSError, match="another process is converting"):
-            convert.convert(one_rank, tmp_path / "model")
+        if not refused:
+            with pytest.raises(OSError, match="another process is converting") as error:
+                convert.convert(one_rank, tmp_path / "model", networks=["tokenizer"])
+            refused.append(error)
 
     convert.convert(one_rank, tmp_path / "model", progress=second)
     assert_has_the_recorded_weights(tmp_path / "model")
