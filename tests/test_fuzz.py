@@ -348,8 +348,6 @@ def test_train(run, world, tiny_folder, trainable, data):
     run(*command, "--", source)
 
 
-# Orbax leaves coroutines behind where it cannot read; the command does not show these warnings.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @examples(12)
 @given(data=st.data())
 def test_damaged_records_and_runs(run, world, tiny_folder, trainable, data):

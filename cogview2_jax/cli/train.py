@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import sys
 import warnings
@@ -230,7 +231,7 @@ def _refusing_what_a_step_raises() -> Iterator[None]:
 
 def _hush() -> None:
     """Silence orbax and tensorstore. A write that fails raises an error, printed in one line; they
-    also log it from every writing thread, and warn of unfinished writes.
+    also log it from every writing thread, and warn of unfinished reads and writes.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -238,7 +239,8 @@ def _hush() -> None:
     show = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        unfinished_read = inspect.iscoroutine(unraisable.object)
+        if not unfinished_read and str(unraisable.exc_value) != "Event loop is closed":
             show(unraisable)
 
     sys.unraisablehook = hook

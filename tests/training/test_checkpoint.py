@@ -113,11 +113,6 @@ def files_of_arrays(folder: Path) -> list[Path]:
     return every
 
 
-# Of the reads that orbax still has in flight when one of them fails.
-in_flight = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@in_flight
 @pytest.mark.parametrize("damage", ["half", "changed"])
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_offered(damage, folder):
     json_files = [*folder.glob("2/*/_METADATA"), folder / "2" / "run" / "metadata"]
@@ -133,7 +128,6 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_offered(damage, fo
     assert restore(folder)[1] == 1
 
 
-@in_flight
 def test_what_cannot_be_read_is_not_said_to_be_damaged(tmp_path):
     """Its name contains the words by which damage is recognised."""
     folder = tmp_path / "corrupt checksum DATA_LOSS" / "checkpoints"
@@ -148,7 +142,6 @@ def test_what_cannot_be_read_is_not_said_to_be_damaged(tmp_path):
     assert restore(folder)[1] == 2
 
 
-@in_flight
 def test_a_missing_file_is_not_said_to_be_damaged(folder):
     for file in files_of_arrays(folder):
         kept = file.rename(folder.parent / "kept")
