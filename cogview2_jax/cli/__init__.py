@@ -1,5 +1,5 @@
-"""The command line: `cogview2 generate`, `caption`, `rank`, `edit`, `infill`, `serve`, `init`,
-`info`, `convert`, `export`, `data` and `train`.
+"""The command line: `cogview2 generate`, `caption`, `rank`, `edit`, `infill`, `vary`, `outpaint`,
+`serve`, `init`, `info`, `convert`, `export`, `data` and `train`.
 
 A user's mistake ends in one line on stderr and exit code 2, before anything is computed or written.
 Exit code 1 means that some of several inputs could not be used, and the others were. Files appear
@@ -16,7 +16,19 @@ from collections.abc import Sequence
 import click
 
 from cogview2_jax import __version__, errors
-from cogview2_jax.cli import common, convert, data, edits, model, pictures, rank, serve, train
+from cogview2_jax.cli import (
+    common,
+    convert,
+    data,
+    edits,
+    generate,
+    model,
+    pictures,
+    rank,
+    serve,
+    train,
+    variations,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,11 +89,13 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-cli.add_command(pictures.generate)
+cli.add_command(generate.generate_command)
 cli.add_command(pictures.caption_command)
 cli.add_command(rank.rank_command)
 cli.add_command(edits.edit_command)
 cli.add_command(pictures.infill_command)
+cli.add_command(variations.vary_command)
+cli.add_command(variations.outpaint_command)
 cli.add_command(serve.serve_command)
 cli.add_command(model.init)
 cli.add_command(model.info)

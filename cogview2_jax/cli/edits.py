@@ -47,10 +47,9 @@ class Request:
 
     def description(self) -> dict[str, Any]:
         """What the report says of it."""
-        said: dict[str, Any] = {"text": self.text, "picture": str(self.picture)}
-        said["picture_sha256"] = _sha256(self.picture)
+        said: dict[str, Any] = {"text": self.text} | file_facts("picture", self.picture)
         if self.mask:
-            said |= {"mask": str(self.mask), "mask_sha256": _sha256(self.mask)}
+            said |= file_facts("mask", self.mask)
         if self.box:
             said["box"] = self.box
         return said | ({"line": self.line, "id": self.name} if self.line else {})
@@ -71,14 +70,20 @@ class How:
 
     def outputs(self, request: Request) -> tuple[list[str], common.Outputs]:
         """The pictures' files of an edit, and their writer. Raises as `common.Outputs`."""
-        name = (
-            f"{sheets.slug(request.picture.stem)}_{sheets.stems([request.text], self.seed, '')[0]}"
-        )
-        if request.line:
-            name = f"{sheets.slug(request.name)}_{name}"
+        name = f"{sheets.slug(request.name)}_" if request.line else ""
+        name += sheets.slug(request.picture.stem)
+        return self.outputs_of(f"{name}_{sheets.slug(request.text)}", request.description())
+
+    def outputs_of(
+        self, name: str, description: dict[str, Any]
+    ) -> tuple[list[str], common.Outputs]:
+        """The pictures' files, which begin with `name`, and their writer, whose report has the
+        description and what is said here. Raises as `common.Outputs`.
+        """
+        name += f"_seed{self.seed}"
         name += "" if self.stage == pictures.LAST_STAGE else f"_{self.stage}"
         files = [f"{name}_{i}.png" for i in range(self.num_images)]
-        description = request.description() | {
+        description = description | {
             "seed": self.seed,
             "num_images": self.num_images,
             "pictures": files,
@@ -93,8 +98,9 @@ class How:
         return common.load(self.folder, settings.STAGES[self.stage], self.dtype)[0]
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def file_facts(name: str, file: Path) -> dict[str, str]:
+    """What a report says of a file."""
+    return {name: str(file), f"{name}_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def _box(context: click.Context, parameter: click.Parameter, said: str | None) -> Box | None:

@@ -1,9 +1,8 @@
-"""`cogview2 generate`, `caption` and `infill`: pictures in, pictures out."""
+"""`cogview2 caption` and `infill`, and the options of all commands that draw."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,6 @@ from cogview2_jax.cli import common, sheets
 from cogview2_jax.pipeline import settings
 
 MOST_IMAGES = 64  # of one prompt at once: 200 MB of activations a network
-# The progress bar's names of the running networks.
-_PART_OF = {"coglm": "base", "direct": "direct", "iterative": "iterative", "tokenizer": "pixels"}
 LAST_STAGE = list(settings.STAGES)[-1]
 
 
@@ -62,155 +59,13 @@ out_option = click.option(
 )
 
 
-# --- generate -------------------------------------------------------------------------------------
-
-
-@click.command(
-    epilog="""\b
-Examples:
-  cogview2 generate "a red circle above a striped blue square"
-  cogview2 generate --num-images 2 --stage base "a large green star" "左边的黄色心形"
-  cogview2 generate --candidates 16 --seed 1 --out best "a small dotted purple heart"
-  cogview2 generate --candidates 16 --keep 2 --out two "a small dotted purple heart"
-"""
-)
-@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
-@num_images_option(settings.NUM_IMAGES)
-@click.option(
-    "--keep",
-    type=click.IntRange(1, MOST_IMAGES),
-    metavar="K",
-    help="Of --candidates pictures of a prompt, finish the K with the highest caption score, best"
-    " first. In place of --num-images.",
-)
-@seed_option
-@stage_option
-@candidates_option
-@common.dtype_option
-@out_option
-@common.overwrite_option
-@common.bundle_option
-def generate(
-    prompts: tuple[str, ...],
-    num_images: int,
-    keep: int | None,
-    seed: int,
-    stage: str | None,
-    candidates: int | None,
-    dtype: str,
-    out: Path,
-    overwrite: bool,
-    bundle: Path | None,
-) -> None:
-    """Draw pictures of each PROMPT, in English or Chinese.
-
-    Writes every picture, a labelled grid of all and a JSON file with prompts, seed, versions and
-    timings. A picture depends on its prompt, the seed and its number alone, so --num-images 8
-    begins with the pictures of --num-images 4. A prompt that the model cannot read is refused
-    before anything is drawn.
-    """
-    begin = time.perf_counter()
-    num_images = _kept(num_images, keep, candidates)
-    folder = common.check_model(bundle, prompts)
-    common.check_writable(out)
-    chosen = common.choose_stage(folder, stage)
-    names = sheets.stems(prompts, seed, "" if chosen == LAST_STAGE else chosen)
-    whole = names[0] if len(names) == 1 else f"{names[0]}_and_{len(names) - 1}_more"
-    grid = f"{whole}_grid.png"
-    rows = [
-        {"prompt": prompt, "pictures": [f"{name}_{i}.png" for i in range(num_images)]}
-        for prompt, name in zip(prompts, names, strict=True)
-    ]
-    best_of = common.candidates(folder, candidates)
-    description = {
-        "seed": seed,
-        "num_images": num_images,
-        "prompts": rows,
-        "grid": grid,
-        "stage": chosen,
-        "candidates": best_of,
-        **({"keep": keep} if keep else {}),
-    } | common.circumstances(folder, dtype)
-    files = [name for row in rows for name in row["pictures"]] + [grid]
-    outputs = common.Outputs(out, files, f"{whole}.json", description, overwrite)
-
-    cv, _ = common.load(folder, settings.STAGES[chosen], dtype)
-    timings = {"load": time.perf_counter() - begin}
-    made = _draw(cv, prompts, num_images, seed, chosen, best_of, bool(keep), timings)
-    timings["total"] = time.perf_counter() - begin
-    contents = {
-        name: sheets.png(picture)
-        for row, pictures in zip(rows, made, strict=True)
-        for name, picture in zip(row["pictures"], pictures, strict=True)
-    }
-    contents[grid] = sheets.png(sheets.labelled_grid(prompts, made))
-    outputs.write(contents, timings)
-
-
-def _kept(num_images: int, keep: int | None, candidates: int | None) -> int:
-    """How many pictures of a prompt are finished. Raises UsageError for options that contradict."""
-    if keep is None:
-        return num_images
-    given = click.get_current_context().get_parameter_source("num_images")
-    if given is not click.core.ParameterSource.DEFAULT:
-        raise click.UsageError("--keep stands in place of --num-images: give one of them")
-    if candidates is None or candidates < keep:
-        raise click.UsageError(f"--keep {keep} needs at least as many --candidates")
-    return keep
-
-
-def _draw(
-    cv: Any,
-    prompts: tuple[str, ...],
-    num_images: int,
-    seed: int,
-    stage: str,
-    candidates: int,
-    keep_best: bool,
-    timings: dict[str, float],
-) -> list[Any]:
-    """The pictures of each prompt, with a progress bar. Adds each part's seconds to `timings`."""
-    import jax
-    from tqdm import tqdm
-
-    parts = [_PART_OF[network] for network in settings.STAGES[stage]]
-    made = []
-    with tqdm(total=len(prompts) * len(parts), unit="stage", file=sys.stderr) as bar:
-        bar.set_description(f"{parts[0]:9s}")
-        last = time.perf_counter()
-
-        def progress(part: str) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            timings[part] = timings.get(part, 0.0) + now - last
-            last = now
-            bar.set_description(f"{parts[(parts.index(part) + 1) % len(parts)]:9s}")
-            bar.update()
-
-        for prompt in prompts:
-            pictures = cv.generate_stages(
-                [prompt],
-                jax.random.key(seed),
-                num_images,
-                candidates=candidates,
-                keep_best=keep_best,
-                stages=(stage,),
-                progress=progress,
-            )
-            made.append(pictures[stage][0])
-        bar.set_description("done")
-    return made
-
-
-# --- caption and infill ---------------------------------------------------------------------------
-
-
 @click.command(
     "caption",
     epilog="""\b
 Examples:
   cogview2 caption picture.png
   cogview2 caption --language zh pictures/*.png
+  cogview2 caption --candidates 8 picture.png
 """,
 )
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -221,6 +76,15 @@ Examples:
     show_default=True,
     help="Language of the captions: English or Chinese.",
 )
+@click.option(
+    "--candidates",
+    type=click.IntRange(1, MOST_IMAGES),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Take the most likely of N captions: the greedy one, and others that are drawn.",
+)
+@seed_option
 @click.option(
     "--json",
     "write_json",
@@ -233,12 +97,14 @@ Examples:
 def caption_command(
     pictures: tuple[Path, ...],
     language: str,
+    candidates: int,
+    seed: int,
     write_json: bool,
     dtype: str,
     overwrite: bool,
     bundle: Path | None,
 ) -> None:
-    """Caption each picture, with the most probable token each time, several at once.
+    """Caption each picture, with the most probable token each time, or as the best of several.
 
     A picture that cannot be used is named on stderr; the others are captioned, and the exit code
     is 1.
@@ -247,7 +113,13 @@ def caption_command(
     cv, _ = common.load(folder, ("tokenizer", "coglm"), dtype)
     from cogview2_jax.tokenizer.pictures import PictureError, open_picture
 
-    shared = {"language": language} | common.circumstances(folder, dtype)
+    shared: dict[str, Any] = {"language": language}
+    if candidates > 1:
+        shared |= {"candidates": candidates, "seed": seed}
+    shared |= common.circumstances(folder, dtype)
+    import jax
+    import jax.numpy as jnp
+
     failed = False
     waiting: list[tuple[Path, Any]] = []  # files and their tokens
     for i, file in enumerate(pictures, 1):
@@ -257,7 +129,12 @@ def caption_command(
             common.complain(common.picture_problem(file, error))
             failed = True
         if waiting and (i == len(pictures) or len(waiting) == settings.CAPTIONED_AT_ONCE):
-            said = cv.token_captions([tokens for _, tokens in waiting], language)
+            # Each picture has its own draws, whichever others are captioned with it.
+            seeds = jnp.full(len(waiting), seed, jnp.uint32)
+            keys = jax.vmap(jax.random.key)(seeds) if candidates > 1 else None
+            said = cv.token_captions(
+                [tokens for _, tokens in waiting], language, keys=keys, candidates=candidates
+            )
             for (done, _), words in zip(waiting, said, strict=True):
                 click.echo(f"{done}: {words}")
                 if write_json:

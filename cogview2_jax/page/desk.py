@@ -12,7 +12,7 @@ from PIL import Image
 
 from cogview2_jax.page.limits import Limits, Refused
 from cogview2_jax.page.parts import drawn_part
-from cogview2_jax.pipeline import reach
+from cogview2_jax.pipeline import making, reach
 from cogview2_jax.pipeline.cogview import CogView
 from cogview2_jax.tokenizer.pictures import PictureError, open_picture
 
@@ -71,6 +71,14 @@ class Desk:
             if step is None:
                 return
             yield step
+
+    def animations(self, steps: Sequence[tuple[str, np.ndarray]]) -> list[bytes]:
+        """How each picture of these steps of `generate` came to be, as animated WebP."""
+        grid = self.cv.bundle.coglm_config.grid
+        return [
+            making.animation([(step, each[i]) for step, each in steps], grid)
+            for i in range(len(steps[-1][1]))
+        ]
 
     def edit(
         self,

@@ -60,10 +60,12 @@ def add(desk: Desk, folder: tools.Folder, t: Any) -> GenerateTab:
                 download = gr.DownloadButton(
                     t("download"), interactive=False, min_width=120, elem_id="download"
                 )
-    chosen, settings = gr.State(0), gr.State({})
+            with gr.Accordion(t("making"), open=False, elem_id="making"):
+                shown_making = tools.animation(t("making"))
+    chosen, settings, animations = gr.State(0), gr.State({}), gr.State([])
 
     asked = [prompt, seed, images, candidates]
-    shown = [pictures, state, settings, download, chosen]
+    shown = [pictures, state, settings, download, chosen, animations, shown_making]
     drawing = gr.on(
         [draw.click, prompt.submit],
         _drawer(desk, folder),
@@ -78,12 +80,14 @@ def add(desk: Desk, folder: tools.Folder, t: Any) -> GenerateTab:
     )
     best.click(
         _ranker(desk, folder),
-        [prompt, pictures, settings],
-        [pictures, state, download, chosen],
+        [prompt, pictures, settings, animations],
+        [pictures, state, download, chosen, animations, shown_making],
         concurrency_id="model",
     )
     load.upload(_loader(desk), load, [*asked, state], show_progress="hidden")
-    pictures.select(_chooser(), None, chosen, queue=False, show_progress="hidden")
+    pictures.select(
+        _chooser(), animations, [chosen, shown_making], queue=False, show_progress="hidden"
+    )
     return GenerateTab(pictures, chosen, edit)
 
 
@@ -94,9 +98,10 @@ def _drawer(desk: Desk, folder: tools.Folder) -> Any:
         prompt: str, seed: Any, images: Any, candidates: Any, request: gr.Request
     ) -> Iterator[Any]:
         spoken, begin, number = tools.language(request), time.perf_counter(), 0
-        kept = [gr.skip()] * 3
+        kept = [gr.skip()] * 5
         yield gr.skip(), tools.status(say("working", spoken), 0.02), *kept
         made: list[Image.Image] = []
+        steps: list[Any] = []
         with tools.telling(spoken):
             try:
                 for step, each in desk.generate(prompt, seed, images, candidates):
@@ -104,6 +109,7 @@ def _drawer(desk: Desk, folder: tools.Folder) -> Any:
                     share = _SHARE.get(step, 0.6 + 0.4 * number / desk.rounds)
                     words = say(step, spoken, number=number, rounds=desk.rounds)
                     made = [Image.fromarray(one) for one in each]
+                    steps.append((step, each))
                     yield made, tools.status(words, share), *kept
             except Refused as error:
                 yield gr.skip(), tools.status(tools.explain(error, spoken)), *kept
@@ -116,17 +122,23 @@ def _drawer(desk: Desk, folder: tools.Folder) -> Any:
             "stage": desk.stage,
         }
         files = [folder.write("picture.png", records.png(one, settings)) for one in made]
+        how = [folder.write("making.webp", one) for one in desk.animations(steps)]
         words = say("done", spoken, seconds=time.perf_counter() - begin)
-        yield files, tools.status(words), settings, _archive(folder, files, settings), 0
+        found = _archive(folder, files, settings, how)
+        yield files, tools.status(words), settings, found, 0, how, how[0]
 
     return draw
 
 
-def _archive(folder: tools.Folder, files: list[str], settings: dict[str, Any]) -> Any:
-    """The button that downloads the pictures and settings."""
+def _archive(
+    folder: tools.Folder, files: list[str], settings: dict[str, Any], animations: list[str]
+) -> Any:
+    """The button that downloads the pictures, their animations and settings."""
     import gradio as gr
 
-    content = records.archive([Path(file) for file in files], settings)
+    content = records.archive(
+        [Path(file) for file in files], settings, [Path(file) for file in animations]
+    )
     return gr.DownloadButton(value=folder.write("cogview2.zip", content), interactive=True)
 
 
@@ -134,15 +146,20 @@ def _ranker(desk: Desk, folder: tools.Folder) -> Any:
     import gradio as gr
 
     def best(
-        prompt: str, shown: Any, settings: dict[str, Any], request: gr.Request
+        prompt: str,
+        shown: Any,
+        settings: dict[str, Any],
+        animations: list[str],
+        request: gr.Request,
     ) -> tuple[Any, ...]:
         spoken = tools.language(request)
         files = [file for file, _ in shown or []]
         with tools.telling(spoken):
             ranked = desk.best(settings.get("prompt") or prompt, files)
         ordered = [(files[number], f"{score:.3f}") for number, score in ranked]
-        found = _archive(folder, [file for file, _ in ordered], settings)
-        return ordered, tools.status(say("ranked", spoken)), found, 0
+        how = [animations[number] for number, _ in ranked]
+        found = _archive(folder, [file for file, _ in ordered], settings, how)
+        return ordered, tools.status(say("ranked", spoken)), found, 0, how, how[0]
 
     return best
 
@@ -173,7 +190,8 @@ def _loader(desk: Desk) -> Any:
 def _chooser() -> Any:
     import gradio as gr
 
-    def choose(event: gr.SelectData) -> int:
-        return int(event.index)
+    def choose(animations: list[str], event: gr.SelectData) -> tuple[int, Any]:
+        number = int(event.index)
+        return number, animations[number] if number < len(animations) else gr.skip()
 
     return choose

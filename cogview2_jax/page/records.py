@@ -26,14 +26,18 @@ def png(picture: np.ndarray | Image.Image, settings: Mapping[str, Any]) -> bytes
     return content.getvalue()
 
 
-def archive(pictures: Sequence[Path], settings: Mapping[str, Any]) -> bytes:
-    """The pictures and their settings as a ZIP file."""
+def archive(
+    pictures: Sequence[Path], settings: Mapping[str, Any], animations: Sequence[Path] = ()
+) -> bytes:
+    """The pictures, their settings and perhaps how they came to be, as a ZIP file."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as file:
         file.writestr(FILE, json.dumps(settings, ensure_ascii=False, indent=2))
         for number, picture in enumerate(pictures):
             with Image.open(picture) as opened:
                 file.writestr(f"{number}.png", png(opened, {**settings, "picture": number}))
+        for number, animation in enumerate(animations):
+            file.write(animation, f"{number}_making{animation.suffix}")
     return content.getvalue()
 
 

@@ -80,6 +80,20 @@ def gallery(label: Any, name: str) -> Any:
     )
 
 
+def animation(label: Any) -> Any:
+    """An animated picture, shown as the file is."""
+    import gradio as gr
+
+    return gr.Image(
+        label=label,
+        type="filepath",
+        interactive=False,
+        height="auto",
+        elem_id="animation",
+        buttons=["download"],
+    )
+
+
 def drawing_area() -> Any:
     """The component to draw a box or a mask on; its value is that of `marks`."""
     import gradio as gr

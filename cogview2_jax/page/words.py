@@ -27,6 +27,7 @@ WORDS = {
     "more": ("Seed and candidates", "种子与候选"),
     "more_of_edit": ("Seed and number", "种子与数量"),
     "pictures": ("Pictures", "图片"),
+    "making": ("How the chosen picture came to be", "所选图片的生成过程"),
     "best": ("Pick the best", "选出最好的"),
     "edit_this": ("Edit this picture", "编辑这张图片"),
     "download": ("Download with settings", "下载图片与设置"),

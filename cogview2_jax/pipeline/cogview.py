@@ -1,35 +1,32 @@
 """A bundle with the whole pipeline as methods: strings and pictures in and out."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from cogview2_jax import bundle as bundles
 from cogview2_jax.checks import check_count
-from cogview2_jax.config import TOKEN_STRIDE
 from cogview2_jax.keys import one_key
-from cogview2_jax.networks import inputs
-from cogview2_jax.pipeline import editing, patch_completion, settings
-from cogview2_jax.pipeline.editing import Box
-from cogview2_jax.pipeline.parts import DIRECT_DRAW, ITERATIVE_DRAW, Parts
-from cogview2_jax.pipeline.reach import last_stage, require_stage, what_is_missing
+from cogview2_jax.pipeline import settings
+from cogview2_jax.pipeline.edits import STAGES, Edits
+from cogview2_jax.pipeline.making import Making, base_probability, direct_probability
+from cogview2_jax.pipeline.parts import DIRECT_DRAW, ITERATIVE_DRAW
+from cogview2_jax.pipeline.reach import require_stage
 from cogview2_jax.pipeline.stages import decode_image
-from cogview2_jax.tokenizer.pictures import Picture, fit_picture, open_picture
+from cogview2_jax.tokenizer.pictures import Picture
 
 Array = jax.Array
 
-STAGES = tuple(settings.STAGES)
 # The stage whose tokens a step of `_steps` yields.
 _STAGE_OF = {"candidate": "base", "base": "base", "direct": "direct"}
 _STAGE_OF |= {"iterative": "full", "round": "full"}
 
 
 @dataclass(frozen=True)
-class CogView(Parts):
+class CogView(Edits):
     """A bundle with the whole pipeline as methods; made by `cogview2_jax.load`.
 
     Prompts may be English or Chinese. Pictures come in as `open_picture` takes them (paths, bytes,
@@ -41,11 +38,6 @@ class CogView(Parts):
     are sharded. Images do not depend on it, except for rounding. The parameters in `bundle` are
     placed accordingly.
     """
-
-    @property
-    def networks(self) -> tuple[str, ...]:
-        """The networks that the bundle has, in the order of training."""
-        return tuple(name for name in bundles.NETWORKS if getattr(self.bundle, name))
 
     def generate(
         self,
@@ -136,8 +128,63 @@ class CogView(Parts):
             pictures = self._pixels(np.asarray(grid), _STAGE_OF[part])[:num_images]
             yield part, self._enlarged(pictures)
 
-    def _enlarged(self, pictures: np.ndarray) -> np.ndarray:
-        return np.stack([fit_picture(picture, *self._size) for picture in pictures])
+    def making(
+        self,
+        prompt: str,
+        num_images: int = settings.NUM_IMAGES,
+        *,
+        key: Array,
+        stage: str | None = None,
+        candidates: int | None = None,
+        keep_best: bool = False,
+        progress: Callable[[str], None] = lambda part: None,
+    ) -> Making:
+        """The pictures of `generate` at every step, and how sure the model was of each token.
+
+        `making.animation` and `making.confidence` make pictures of it. `progress` is as in
+        `generate_stages`.
+        """
+        stage = self._last_stage(stage)
+        num_images = check_count("num_images", num_images)
+        steps = self._steps(
+            [prompt], key, num_images, stage, candidates, keep_best, each_round=True
+        )
+        grids, rounds = [], 0
+        for part, grid in steps:
+            if part != "candidate":
+                grids.append((part, np.asarray(grid)))
+                rounds += part == "round"
+                if part != "round":
+                    progress(part)
+                elif rounds == self.bundle.iterative_config.rounds:
+                    progress("iterative")
+        tokens = self._whole_batch(self._tokens([prompt]).repeat(num_images))
+        config = self.bundle.direct_config
+        coarse = self._shard_over_mesh(grids[0][1])
+        base = base_probability(
+            self.bundle.params("coglm"),
+            *tokens.base,
+            coarse,
+            config=config.coglm,
+            text_upweight=self.bundle.sampling.text_upweight,
+            execution=self.execution,
+        )
+        fine = None
+        if len(grids) > 1:
+            drawn = direct_probability(
+                self.bundle.params("direct"),
+                *tokens.direct,
+                coarse,
+                self._shard_over_mesh(grids[1][1]),
+                config=config,
+                execution=self.execution,
+            )
+            fine = np.asarray(drawn)[:num_images].reshape(-1, *config.grid)
+        pictures = tuple(
+            (part, self._enlarged(self._pixels(grid, _STAGE_OF[part])[:num_images]))
+            for part, grid in grids
+        )
+        return Making(pictures, np.asarray(base)[:num_images].reshape(-1, *config.coglm.grid), fine)
 
     def _steps(
         self,
@@ -194,77 +241,6 @@ class CogView(Parts):
             fine = self._iterative(tokens, fine, everywhere, drawn, (number, number + 1))
             yield "round", fine
 
-    def infill(
-        self,
-        prompt: str,
-        picture: Picture,
-        box: Box,
-        num_images: int = settings.NUM_INFILLED,
-        *,
-        key: Array,
-        stage: str | None = None,
-        candidates: int | None = None,
-    ) -> np.ndarray:
-        """The picture with its `box` redrawn, at its own size: uint8 [num_images, y, x, 3].
-
-        `box` is (top, left, bottom, right) in 0…1 of the whole picture, upright. The model sees a
-        crop around the box, with the aspect ratio of its own pictures and as large as the picture
-        allows; pixels outside the crop do not change (see `editing`). The coarse cells with their
-        centre in the box are redrawn, and only their fine cells are super-resolved. `stage` and
-        `candidates` are as in `generate`.
-        """
-        stage = self._last_stage(stage)
-        num_images = check_count("num_images", num_images)
-        opened = open_picture(picture)
-        edit = editing.plan(box, (opened.height, opened.width), self.bundle.direct_config)
-        tokens, keys = self._drawing([prompt], key, num_images)
-        crop = editing.cut(opened, edit)
-        filling = inputs.infill(edit.mask, *self._known(tokens, crop), self.bundle.coglm_config)
-        ratio = self.bundle.direct_config.ratio
-        fine = edit.mask.repeat(ratio, axis=0).repeat(ratio, axis=1)
-        made = self._redraw(tokens, tokens, filling, crop, fine, keys, stage, candidates)
-        return editing.paste(opened, made[:num_images], edit)
-
-    def edit(
-        self,
-        prompt: str,
-        picture: Picture,
-        *,
-        key: Array,
-        box: Box | None = None,
-        mask: Picture | None = None,
-        num_images: int = settings.NUM_EDITED,
-        stage: str | None = None,
-        candidates: int | None = None,
-    ) -> np.ndarray:
-        """The picture with a part redrawn as published: uint8 [num_images, y, x, 3], at its size.
-
-        The part is a `box`, as in `infill`, or the white pixels of a `mask` of the picture's size
-        (`patch_completion.picture_mask`). The model sees a square of 20/14 of the part's longer
-        side, as far as the picture allows, and only the pixels of redrawn cells change. A crop no
-        larger than the base model's pictures is drawn by the base stage alone. `prompt` may have
-        one token less than in `generate`. `stage` and `candidates` are as in `generate`. Raises as
-        `patch_completion.plan_mask` for a part that is too thin or too long.
-        """
-        stage = self._last_stage(stage)
-        num_images = check_count("num_images", num_images)
-        opened = open_picture(picture)
-        config = self.bundle.direct_config
-        patch = patch_completion.plan_part(box, mask, (opened.height, opened.width), config)
-        tokens, keys = self._drawing([prompt], key, num_images)
-        read = self._whole_batch(self._tokens([prompt], start_token=True).repeat(num_images))
-        top, left, bottom, right = patch.crop
-        if bottom - top <= config.coglm.grid[0] * TOKEN_STRIDE:
-            stage = STAGES[0]
-        cells = patch.coarse if stage == STAGES[0] else patch.fine
-        part = editing.Edit(top, left, bottom - top, right - left, cells)
-        crop = editing.cut(opened, part)
-        filling = patch_completion.sequence(
-            patch.coarse, *self._known(tokens, crop), self.bundle.coglm_config
-        )
-        made = self._redraw(tokens, read, filling, crop, patch.fine, keys, stage, candidates)
-        return editing.paste(opened, made[:num_images], part, cells_only=True)
-
     def caption(
         self,
         picture: Picture,
@@ -273,30 +249,53 @@ class CogView(Parts):
         key: Array | None = None,
         top_k: int = settings.TOP_K,
         temperature: float = settings.TEMPERATURE,
+        candidates: int = 1,
     ) -> str:
         """A caption of a picture, in English ("en") or Chinese ("zh"), of at least one word.
 
         Greedy without a `key` and at `temperature` 0; otherwise each token is drawn from the
-        `top_k` most probable. Only tokens of the language are taken.
+        `top_k` most probable. Only tokens of the language are taken. Of several `candidates`, the
+        greedy caption and others that are drawn with the `key`, the most likely one is returned.
         """
-        (said,) = self.token_captions(
-            [self.picture_tokens(picture)],
+        keys = None if key is None else one_key(key)[None]
+        images = [self.picture_tokens(picture)]
+        return self.token_captions(
+            images,
             language,
-            keys=None if key is None else one_key(key)[None],
+            keys=keys,
             top_k=top_k,
             temperature=temperature,
-        )
-        return said
+            candidates=candidates,
+        )[0]
 
     def captions(
-        self, pictures: Sequence[Picture], *, language: str = settings.LANGUAGES[0]
+        self,
+        pictures: Sequence[Picture],
+        *,
+        language: str = settings.LANGUAGES[0],
+        key: Array | None = None,
+        top_k: int = settings.TOP_K,
+        temperature: float = settings.TEMPERATURE,
+        candidates: int = 1,
     ) -> list[str]:
-        """A caption of each picture, as `caption` without a key, several at a time.
+        """A caption of each picture, as `caption`, several at a time.
 
-        Up to rounding: where two tokens are as probable, a batch may take the other one.
+        Picture n is drawn from `fold_in(key, n)`. Greedy ones are those of `caption` up to
+        rounding: where two tokens are as probable, a batch may take the other one.
         """
         images = [self.picture_tokens(picture) for picture in pictures]
-        return self.token_captions(images, language)
+        numbers = jnp.arange(len(images))
+        keys = (
+            None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(one_key(key), numbers)
+        )
+        return self.token_captions(
+            images,
+            language,
+            keys=keys,
+            top_k=top_k,
+            temperature=temperature,
+            candidates=candidates,
+        )
 
     def rank(self, prompt: str, pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
         """How well each picture fits the prompt: the likelihood of the prompt as its caption.
@@ -316,12 +315,3 @@ class CogView(Parts):
         if not len(pictures):
             raise ValueError("pictures must have at least one: got none")
         return self.token_scores(texts, [self.picture_tokens(picture) for picture in pictures])
-
-    def _last_stage(self, asked: str | None) -> str:
-        if asked is not None:
-            require_stage(asked, self.networks)
-            return asked
-        last = last_stage(self.networks)
-        if last != STAGES[-1]:
-            warnings.warn(what_is_missing(STAGES[-1], self.networks), stacklevel=3)
-        return last

@@ -114,7 +114,7 @@ def paste(
         place.append(slice(first, last))
         inside.append(slice(first - start, last - start))
     pixels = tuple(
-        (2 * np.arange(length) + 1) * cells // (2 * length)  # the cell that holds a pixel's centre
+        cell_of_pixel(length, cells)
         for length, cells in zip((edit.height, edit.width), edit.mask.shape, strict=True)
     )
     replaced = edit.mask[np.ix_(*pixels)][tuple(inside)]
@@ -125,6 +125,11 @@ def paste(
         fitted = fit_picture(new, edit.height, edit.width)[tuple(inside)]
         one[tuple(place)] = np.where(replaced[..., None], fitted, one[tuple(place)])
     return made
+
+
+def cell_of_pixel(length: int, cells: int) -> np.ndarray:
+    """The cell, of `cells` along a crop of `length` pixels, that holds each one's centre."""
+    return (2 * np.arange(length) + 1) * cells // (2 * length)
 
 
 def _start(begin: float, end: float, side: int, length: int) -> int:

@@ -15,7 +15,7 @@ from cogview2_jax import bundle as bundles
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.checks import check_count, check_temperature
 from cogview2_jax.config import TOKEN_STRIDE, Grid
-from cogview2_jax.keys import one_key
+from cogview2_jax.keys import fold_in_all, key_batch, one_key
 from cogview2_jax.networks import coglm, inputs
 from cogview2_jax.pipeline import editing, settings
 from cogview2_jax.pipeline.prompts import (
@@ -40,7 +40,7 @@ Array = jax.Array
 _Tree = TypeVar("_Tree")
 
 # Draw numbers above any candidate's, so that no two stages share a key.
-DIRECT_DRAW, ITERATIVE_DRAW = 2**32 - 1, 2**32 - 2
+DIRECT_DRAW, ITERATIVE_DRAW, VARIED_DRAW = 2**32 - 1, 2**32 - 2, 2**32 - 3
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Parts:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bundle", bundles.place(self.bundle, self.execution))
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks that the bundle has, in the order of training."""
+        return tuple(name for name in bundles.NETWORKS if getattr(self.bundle, name))
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -124,23 +129,24 @@ class Parts:
         self,
         tokens: PromptTokens,
         read: PromptTokens,
-        filling: inputs.Infill,
+        fillings: Sequence[inputs.Infill],
         crop: np.ndarray,
         fine: np.ndarray,
         keys: Callable[[int], Array],
         stage: str,
         candidates: int | None,
     ) -> np.ndarray:
-        """A crop with the missing cells of `filling` drawn, up to `stage`: uint8 [b, y, x, 3].
+        """A crop with the missing cells of `fillings` drawn, up to `stage`: uint8 [b, y, x, 3].
 
         Candidates are scored with `tokens`; super-resolution has the prompts `read`, and rewrites
-        the `fine` cells, bool [y, x].
+        the `fine` cells, bool [1 or b, y, x]. There is one filling for all images, or one for each.
         """
-
-        times = self._candidates(candidates)
+        times, images = self._candidates(candidates), len(tokens.english)
+        filling = jax.tree.map(lambda *rows: np.stack(rows), *fillings)
+        fine = fine.reshape(len(fine), -1)
 
         def of_each(array: np.ndarray) -> Any:
-            return self._shard_over_mesh(np.repeat(array[None], len(tokens.english), axis=0))
+            return self._shard_over_mesh(np.broadcast_to(array, (images, *array.shape[1:])))
 
         def draw(keys: Array) -> Array:
             return decode_infilling(
@@ -158,10 +164,9 @@ class Parts:
         if stage != "base":
             drawn = self._direct(read, made, keys(DIRECT_DRAW))
             kept = self._picture_tokens(crop, self.bundle.direct_config.grid)
-            made = np.where(fine.reshape(-1), drawn, kept)
+            made = np.where(fine, drawn, kept)
         if stage == "full":
-            may_change = of_each(fine.reshape(-1))
-            made = self._iterative(read, made, may_change, keys(ITERATIVE_DRAW))
+            made = self._iterative(read, made, of_each(fine), keys(ITERATIVE_DRAW))
         return self._pixels(made, stage)
 
     def _candidates(self, candidates: int | None, keep: int | None = None) -> int:
@@ -243,16 +248,25 @@ class Parts:
 
     def token_scores(self, texts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
         """`CogView.scores` of pictures that are `picture_tokens`: float32 [texts, pictures]."""
+        text, picture = np.divmod(np.arange(len(texts) * len(images)), len(images))
+        return self._pair_scores(texts, images, text, picture).reshape(len(texts), len(images))
+
+    def _pair_scores(
+        self,
+        texts: Sequence[str],
+        images: Sequence[np.ndarray],
+        text: np.ndarray,
+        picture: np.ndarray,
+    ) -> np.ndarray:
+        """The scores of pairs of a text and a picture, by their numbers: float32 [pairs]."""
         read, coarse = self._tokens(texts), np.stack(images)
-        pairs = np.arange(len(texts) * len(coarse))
-        scores = np.empty(len(pairs), np.float32)
-        for start in range(0, len(pairs), settings.SCORED_AT_ONCE):
+        scores = np.empty(len(text), np.float32)
+        for start in range(0, len(text), settings.SCORED_AT_ONCE):
             # The last batch repeats the last pair, so that every batch has one size.
-            batch = np.arange(start, start + settings.SCORED_AT_ONCE).clip(max=pairs[-1])
-            text, picture = np.divmod(batch, len(coarse))
-            rows = self._whole_batch((read.take(text), coarse[picture]))
+            batch = np.arange(start, start + settings.SCORED_AT_ONCE).clip(max=len(text) - 1)
+            rows = self._whole_batch((read.take(text[batch]), coarse[picture[batch]]))
             scores[batch] = self._scores(*rows)[: len(batch)]
-        return scores.reshape(len(texts), len(coarse))
+        return scores
 
     def token_captions(
         self,
@@ -262,6 +276,7 @@ class Parts:
         keys: Array | None = None,
         top_k: int = settings.TOP_K,
         temperature: float = settings.TEMPERATURE,
+        candidates: int = 1,
     ) -> list[str]:
         """`CogView.caption` of pictures that are `picture_tokens`; `keys` has one for each.
 
@@ -270,10 +285,40 @@ class Parts:
         config = self.bundle.coglm_config
         top_k = check_count("top_k", top_k)
         temperature = check_temperature("temperature", temperature)
+        candidates = check_count("candidates", candidates)
         if top_k > (most := config.vocabulary.num_text):
             raise ValueError(
                 f"top_k must be at most {most}, the text pieces there are: got {top_k}"
             )
+        decode = functools.partial(self._decoded_captions, images, language, temperature)
+        if candidates == 1:
+            return decode(keys, 1 if keys is None else top_k)
+        if keys is None:
+            raise ValueError(f"{candidates} candidates need a key: without one all are greedy")
+        said = [decode(None, 1)]  # each has a caption for every picture
+        for number in range(1, candidates):
+            drawn = fold_in_all(key_batch(keys), jnp.asarray(number))
+            said.append(decode(drawn, top_k))
+        of_each = [list(dict.fromkeys(texts)) for texts in zip(*said, strict=True)]
+        texts = [each for texts in of_each for each in texts]
+        picture = np.repeat(np.arange(len(images)), [len(texts) for texts in of_each])
+        scores = self._pair_scores(texts, images, np.arange(len(texts)), picture)
+        ends = np.cumsum([len(texts) for texts in of_each])[:-1]
+        return [
+            mine[int(np.argmax(found))]
+            for mine, found in zip(of_each, np.split(scores, ends), strict=True)
+        ]
+
+    def _decoded_captions(
+        self,
+        images: Sequence[np.ndarray],
+        language: str,
+        temperature: float,
+        keys: Array | None,
+        top_k: int,
+    ) -> list[str]:
+        """A caption of each picture: greedy without `keys`."""
+        config = self.bundle.coglm_config
         allowed = caption_ids(self.bundle.text_model, config.vocabulary, language)
         size = 1 if len(images) == 1 else settings.CAPTIONED_AT_ONCE
         made: list[str] = []
@@ -292,7 +337,7 @@ class Parts:
                 drawn,
                 config=config,
                 execution=self.execution,
-                top_k=1 if keys is None else top_k,
+                top_k=top_k,
                 temperature=temperature,
             )
             said = [

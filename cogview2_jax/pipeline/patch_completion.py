@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from cogview2_jax.config import CogLMConfig, DirectSRConfig
 from cogview2_jax.networks import inputs
-from cogview2_jax.pipeline.editing import Box, checked_box, picture_size
-from cogview2_jax.tokenizer.pictures import Picture, open_picture
+from cogview2_jax.pipeline.editing import Box, cell_of_pixel, checked_box, picture_size
+from cogview2_jax.tokenizer.pictures import MOST_PIXELS, Picture, open_picture
 
 GROWTH = (20, 14)  # a crop's side to its box's longer side, as published
 SHORTEST = 3  # pixels: the crop around a shorter box may miss a part of it (see `crop_around`)
@@ -86,13 +87,13 @@ def plan_part(
     return plan_mask(picture_mask(mask, *picture), config)
 
 
-def plan_mask(mask: ArrayLike, config: DirectSRConfig) -> Patch:
+def plan_mask(mask: ArrayLike, config: DirectSRConfig, *, touched: bool = False) -> Patch:
     """The crop around the true pixels of `mask` bool [y, x], and the cells to draw in it.
 
     The mask has the picture's shape. The crop is that of `crop_around`, with the picture's shorter
     side as the largest, except for a mask that is longer: its crop has the mask's length, and where
     that is more than the picture has, the picture is in the middle of it. A cell is drawn if its
-    first pixel is masked, as in `cells_of`.
+    first pixel is masked, as in `cells_of`; with `touched`, if any pixel is.
 
     Raises ValueError for a model without a square grid, a mask without a true pixel, one so thin
     that no coarse or no fine cell is drawn, and one much longer than the picture's shorter side.
@@ -113,7 +114,8 @@ def plan_mask(mask: ArrayLike, config: DirectSRConfig) -> Patch:
             f" {picture[0]} × {picture[1]}; give a shorter one"
         )
     crop = _crop(inside, picture)
-    coarse, fine = (_mask_cells(masked, crop, cells) for cells in (rows, config.grid[0]))
+    of = _touched_cells if touched else _mask_cells
+    coarse, fine = (of(masked, crop, cells) for cells in (rows, config.grid[0]))
     # A crop of one or two pixels may miss a part of the mask; a longer one never does.
     if coarse.any() and fine.any() and (crop.bottom >= bottom and crop.right >= right):
         return Patch(crop, coarse, fine)
@@ -123,6 +125,38 @@ def plan_mask(mask: ArrayLike, config: DirectSRConfig) -> Patch:
         f" somewhere, of the picture's {picture[0]} × {picture[1]}: got {bottom - top} ×"
         f" {right - left}; give a larger box or mask"
     )
+
+
+def larger_canvas(
+    picture: Image.Image, sides: tuple[float, float, float, float]
+) -> tuple[Image.Image, np.ndarray]:
+    """A picture continued by its border pixels, and which pixels are new: bool [y, x].
+
+    `sides` are top, left, bottom and right, 0 to 1 of the height and the width. Raises ValueError
+    for others, for less than a pixel in all, and for more pixels than a picture may have.
+    """
+    names = ("top", "left", "bottom", "right")
+    for name, share in zip(names, sides, strict=True):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, a part of the picture: got {share}")
+    height, width = picture.height, picture.width
+    top, left, bottom, right = (
+        round(share * side) for share, side in zip(sides, (height, width) * 2, strict=True)
+    )
+    if not top + left + bottom + right:
+        raise ValueError(
+            "top, left, bottom and right must add a pixel or more, of the picture's"
+            f" {height} × {width}: got {', '.join(map(str, sides))}"
+        )
+    size = (height + top + bottom) * (width + left + right)
+    if size > MOST_PIXELS:
+        raise ValueError(
+            f"the larger picture has {size:,} pixels, more than {MOST_PIXELS:,}: give less"
+        )
+    around = ((top, bottom), (left, right))
+    canvas = np.pad(np.asarray(picture), (*around, (0, 0)), mode="edge")
+    mask = np.pad(np.zeros((height, width), bool), around, constant_values=True)
+    return Image.fromarray(canvas), mask
 
 
 def box_mask(box: Box, height: int, width: int) -> np.ndarray:
@@ -296,6 +330,19 @@ def _mask_cells(mask: np.ndarray, crop: Pixels, cells: int) -> np.ndarray:
         line.clip(0, side - 1) for line, side in zip((rows, columns), mask.shape, strict=True)
     )
     return mask[np.ix_(rows, columns)] & there[0][:, None] & there[1]
+
+
+def _touched_cells(mask: np.ndarray, crop: Pixels, cells: int) -> np.ndarray:
+    """As `_mask_cells`, the cells of which `editing.paste` replaces a masked pixel."""
+    length = crop.bottom - crop.top
+    rows, columns = np.arange(length) + crop.top, np.arange(length) + crop.left
+    height, width = mask.shape
+    down, across = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+    cell = cell_of_pixel(length, cells)
+    touched = np.zeros((cells, cells), bool)
+    of_pixel = cell[down][:, None], cell[across][None, :]
+    np.logical_or.at(touched, of_pixel, mask[np.ix_(rows[down], columns[across])])
+    return touched
 
 
 def _extent(line: np.ndarray) -> tuple[int, int]:

@@ -12,7 +12,9 @@ LANGUAGES = ("en", "zh")  # of captions
 
 NUM_IMAGES = 4  # of `generate`
 NUM_INFILLED = 1  # of `infill`
-NUM_EDITED = 4  # of `edit`, as published
+NUM_EDITED = 4  # of `edit`, as published, `vary` and `outpaint`
+ANIMATIONS = ("webp", "gif")
+KEPT = 0.5  # of a picture's cells, by `vary`
 DECODED_AT_ONCE = 16  # pictures in a batch of the base stage, candidates included
 SCORED_AT_ONCE = 8  # pairs of text and picture in a batch of `scores`
 CAPTIONED_AT_ONCE = 8  # pictures in a batch of `captions`

@@ -212,7 +212,7 @@ def test_an_error_of_one_process_ends_the_other(start, tmp_path):
         assert "Traceback" not in running[0].err()
 
 
-@pytest.mark.parametrize(("processes", "limited"), [(1, [0]), (2, [0, 1]), (2, [0]), (2, [1])])
+@pytest.mark.parametrize(("processes", "limited"), [(1, [0]), (2, [0, 1]), (2, [1])])
 def test_a_checkpoint_that_cannot_be_written(processes, limited, start, begun, whole, tmp_path):
     """Its files may have at most 30,000 bytes, and sooner or later one is larger: the checkpoint
     before it stays. Processes that could write their part do not wait for those that could not.

@@ -286,3 +286,22 @@ def test_a_label_of_a_prompt_with_characters_that_are_not_seen(between):
     picture = np.zeros((1, 96, 96, 3), np.uint8)
     grid = sheets.labelled_grid([f"a red{between}circle above a star"], [picture])
     assert grid.width == 96 and grid.height < 300
+
+
+def test_generate_shows_how_pictures_came_to_be(run, tiny_folder, tmp_path):
+    common = ("generate", "a red circle", "--bundle", tiny_folder, "--num-images", 2, "--seed", 1)
+    assert run(*common, "--out", tmp_path / "plain")[0] == 0
+    assert run(*common, "--out", tmp_path / "moving", "--animate", "gif")[0] == 0
+    (report,) = (tmp_path / "moving").glob("*.json")
+    (row,) = json.loads(report.read_text("utf-8"))["prompts"]
+    for name, moving, sure in zip(
+        row["pictures"], row["animations"], row["confidence"], strict=True
+    ):
+        drawn = (tmp_path / "moving" / name).read_bytes()
+        assert drawn == (tmp_path / "plain" / name).read_bytes()
+        with Image.open(tmp_path / "moving" / moving) as animation:
+            assert animation.format == "GIF" and animation.n_frames > 8
+        with Image.open(tmp_path / "moving" / sure) as maps:
+            assert maps.size == (3 * 96, 96)
+    report = json.loads(next((tmp_path / "plain").glob("*.json")).read_text("utf-8"))
+    assert set(report["prompts"][0]) == {"prompt", "pictures"}

@@ -127,6 +127,10 @@ def downloaded(page, button: str) -> tuple[dict, np.ndarray]:
     content = Path(caught.value.path()).read_bytes()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".png"))
+        for name in archive.namelist():  # how each picture came to be
+            if name.endswith("_making.webp"):
+                with Image.open(io.BytesIO(archive.read(name))) as opened:
+                    assert opened.n_frames > 8 and opened.size == (96, 96)
         pictures = [np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in names]
         (folder := Path(caught.value.path()).with_suffix(".read")).write_bytes(
             archive.read(records.FILE)
@@ -172,6 +176,9 @@ def test_a_visit(visit, tiny_folder, tmp_path):
     assert (settings["prompt"], settings["seed"], settings["num_images"]) == (TEXT, 0, 4)
     expected = cv.generate(TEXT, 4, key=jax.random.key(0), candidates=settings["candidates"])
     np.testing.assert_array_equal(pictures, expected)
+
+    page.click("#making button")
+    page.wait_for_function("document.querySelector('#animation img')?.naturalWidth == 96")
 
     page.click("#best")
     wait_for(page, "#state", "Best first")

@@ -203,6 +203,28 @@ def test_a_key_draws_captions_and_temperature_0_does_not(cv):
     assert cv.caption(picture, key=jax.random.key(2), temperature=0) == cv.caption(picture)
 
 
+def test_the_most_likely_of_several_captions_is_taken(cv, stages):
+    pictures, key = list(stages["full"][0]), jax.random.key(3)
+    best = cv.captions(pictures, key=key, candidates=5, temperature=2.0)
+    greedy = cv.captions(pictures)
+    for number, (mine, plain) in enumerate(zip(best, greedy, strict=True)):
+        drawn = [
+            cv.token_captions(
+                [cv.picture_tokens(picture) for picture in pictures],
+                keys=jax.vmap(jax.random.fold_in, (0, None))(
+                    jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(2)), n
+                ),
+                temperature=2.0,
+            )[number]
+            for n in range(1, 5)
+        ]
+        texts = [plain, *drawn]
+        assert len(set(texts)) > 2
+        assert mine == texts[int(np.argmax(cv.scores(texts, [pictures[number]])[:, 0]))]
+    with pytest.raises(ValueError, match="5 candidates need a key"):
+        cv.caption(pictures[0], candidates=5)
+
+
 def test_a_caption_has_a_word_whatever_the_network_prefers(tiny):
     """With a network that would end at once, by each kind of end."""
     vocabulary = tiny.coglm_config.vocabulary
