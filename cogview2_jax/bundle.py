@@ -49,6 +49,7 @@ from cogview2_jax.shapes import CLUSTER_LABELS as CLUSTER_LABELS
 from cogview2_jax.shapes import expected_shapes as expected_shapes
 from cogview2_jax.shapes import flat
 from cogview2_jax.sharding import Execution
+from cogview2_jax.styles import Style
 from cogview2_jax.tokenizer import text
 
 CONFIG, TEXT_MODEL, WEIGHTS = "config.json", "text.model", "weights.safetensors"
@@ -74,6 +75,7 @@ class Bundle(NamedTuple):
     tokenizer: Params
     text_model: spm.SentencePieceProcessor
     cluster_labels: np.ndarray  # int32 [num_image], the cluster of each image token
+    styles: tuple[Style, ...] = ()  # the first is the default of text to image
 
     def params(self, network: str) -> Params:
         """The parameters of one of `NETWORKS`. Raises ValueError where they are still to be
@@ -110,7 +112,7 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
     if path.exists() and not _may_be_replaced(path):
         raise FileExistsError(f"{path} is there and is no bundle: give another folder")
     configs: dict[str, Any] = {name: getattr(bundle, name) for name in CONFIGS}
-    description = Description(**configs, made_with=made_with())
+    description = Description(**configs, made_with=made_with(), styles=bundle.styles)
     check_description(description, path)
     _check_text_model(bundle.text_model, bundle.coglm_config, path)
     tensors = _tensors(bundle)
@@ -236,6 +238,7 @@ def untrained(description: Description, text_model: spm.SentencePieceProcessor) 
         tokenizer={},
         text_model=text_model,
         cluster_labels=np.zeros(0, np.int32),
+        styles=description.styles,
     )
 
 

@@ -23,6 +23,7 @@ from cogview2_jax.config import (
     Sampling,
 )
 from cogview2_jax.errors import one_line
+from cogview2_jax.styles import Style
 
 FORMAT = 1
 ADVICE = "copy or download the bundle again"
@@ -39,6 +40,7 @@ class Description(NamedTuple):
     tokenizer_config: HVQVAEConfig
     sampling: Sampling
     made_with: dict[str, str]  # package -> version, and CHECKED -> `fingerprint`
+    styles: tuple[Style, ...] = ()  # the first is the default of text to image
 
 
 def made_with() -> dict[str, str]:
@@ -60,6 +62,8 @@ def to_json(description: Description) -> dict[str, Any]:
     """The content of config.json, which `parse_description` reads."""
     configs = {name: dataclasses.asdict(getattr(description, name)) for name in CONFIGS}
     content = {"format": FORMAT, "made_with": description.made_with, **configs}
+    if description.styles:
+        content["styles"] = [dataclasses.asdict(style) for style in description.styles]
     as_read: dict[str, Any] = json.loads(json.dumps(content))  # lists, not tuples
     return as_read
 
@@ -76,22 +80,24 @@ def parse_description(content: Mapping[str, Any], file: Path, advice: str = ADVI
             " use the version of cogview2_jax that it was made with"
         )
     try:
-        _require_keys(content, {"format", "made_with", *CONFIGS}, "the file")
+        optional = {"styles"} & content.keys()
+        _require_keys(content, {"format", "made_with", *CONFIGS, *optional}, "the file")
         types = typing.get_type_hints(Description)
         configs = {name: _from_json(types[name], content[name], name) for name in CONFIGS}
+        styles = _from_json(tuple[Style, ...], content.get("styles", []), "styles")
         versions = content["made_with"]
         if not isinstance(versions, dict):
             raise ValueError("made_with must be an object")
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file} is not valid ({one_line(error)}): {advice}") from error
-    description = Description(**configs, made_with=versions)
+    description = Description(**configs, made_with=versions, styles=styles)
     check_description(description, file)
     return description
 
 
 def check_description(description: Description, where: Path) -> None:
     """Raises ValueError if two configurations do not fit each other."""
-    coglm, direct, iterative, tokenizer, sampling, _ = description
+    coglm, direct, iterative, tokenizer, sampling, *_ = description
     pairs = {
         "direct_config.coglm.grid": (direct.coglm.grid, coglm.grid),
         "direct_config.coglm.vocabulary": (direct.coglm.vocabulary, coglm.vocabulary),
@@ -105,6 +111,9 @@ def check_description(description: Description, where: Path) -> None:
     for name, (found, expected) in pairs.items():
         if found != expected:
             raise ValueError(f"{where}: {name} must be {expected}: got {found}")
+    names = [style.name for style in description.styles]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{where}: styles must have different names: got {twice[0]} twice")
     codes, num_image = tokenizer.codebook_size, coglm.vocabulary.num_image
     if codes > num_image:
         raise ValueError(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("checks", "errors", "files"),
     ("config", "keys"),
-    ("sharding",),
+    ("sharding", "styles"),
     ("description", "tokenizer", "networks", "decoding"),
     ("shapes",),
     ("bundle",),

@@ -179,8 +179,9 @@ def prepare_command(
 ) -> None:
     """Turn SOURCE into array_record shards of token records, ready for training.
 
-    SOURCE is a captions file (.jsonl or .tsv), the word scenes, or the name of a tfds data set;
-    with --pictures also a folder, read with the folders in it.
+    SOURCE is a captions file (.jsonl or .tsv), the word scenes, the name of a tfds data set, or a
+    file of tokens (.bin), rows of int32 as the released training script reads them; with --pictures
+    also a folder, read with the folders in it.
 
     A record is one row of int32: texts, pads, the picture's tokens. With the published model that
     is 111 + 1 + 400. Inputs that cannot become one (an unreadable picture, an empty or over-long
@@ -198,6 +199,10 @@ def prepare_command(
             "--pictures keeps files as they are: it goes with no --size, --stride, --text-slots,"
             " --apart, --allow-unknown, --batch-size or --bundle"
         )
+    if _kind(source) == "a token file" and (wrong := given & (_OF_TOKENS - {"bundle"})):
+        raise click.UsageError(
+            f"{source} has tokens already: it goes with no {_named(context, wrong)}"
+        )
     description = None
     if not pictures:
         folder = common.check_model(bundle)
@@ -205,11 +210,10 @@ def prepare_command(
 
         description = bundles.read_description(folder)
     with common.refusing():
-        inputs = _source(source, pictures=pictures, **source_options)
+        inputs = _source(source, description, pictures=pictures, **source_options)
         read = _READ_BY[_kind(source)] | _READ_BY_ALL
         if unread := given & source_options.keys() - read:
-            names = [each.opts[0] for each in context.command.params if each.name in unread]
-            raise ValueError(f"{' and '.join(names)}: not an option for {_kind(source)}")
+            raise ValueError(f"{_named(context, unread)}: not an option for {_kind(source)}")
     common.check_writable(out)
     shared = {"shard_size": shard_size, "workers": workers}
     if description is None:
@@ -219,10 +223,20 @@ def prepare_command(
         return
     with common.refusing():
         layout = _layout(description, sizes, stride, text_slots)
+    from cogview2_jax.data.prepare import prepare_token_file, prepare_tokens
+
+    if _kind(source) == "a token file":
+        text_model = bundles.read_text_model(folder, description)
+        _report(
+            out,
+            _prepared(
+                out, inputs, prepare_token_file, layout=layout, text_model=text_model, **shared
+            ),
+        )
+        return
     common.use_compilation_cache()
     with common.refusing():
         model = bundles.load(folder, networks=("tokenizer",))
-    from cogview2_jax.data.prepare import prepare_tokens
 
     report = _prepared(
         out,
@@ -294,12 +308,19 @@ def gather_command(out: Path, packages: Path, seed: int) -> None:
 # Options of token records, and the options that each kind of source reads.
 _OF_TOKENS = {"sizes", "stride", "text_slots", "apart", "allow_unknown", "batch_size", "bundle"}
 _READ_BY: dict[str, set[str]] = {
+    "a token file": set(),
     "a captions file": {"images", "image_field", "caption_fields"},
     "scenes": {"split", "caption_fields"},
     "a folder": set(),
     "a tfds data set": {"split", "image_field", "caption_fields", "data_dir", "download"},
 }
 _READ_BY_ALL = {"count"}
+
+
+def _named(context: click.Context, parameters: set[str]) -> str:
+    """Parameters as options."""
+    options = context.command.params
+    return " and ".join(each.opts[0] for each in options if each.name in parameters)
 
 
 def _given(context: click.Context) -> set[str]:
@@ -310,6 +331,8 @@ def _given(context: click.Context) -> set[str]:
 
 def _kind(source: str) -> str:
     path = Path(source)
+    if path.suffix == ".bin":
+        return "a token file"
     if path.suffix in (".jsonl", ".tsv") or path.is_file():
         return "a captions file"
     if source == "scenes":
@@ -367,6 +390,7 @@ def _layout(
 
 def _source(
     source: str,
+    description: Description | None,
     *,
     pictures: bool,
     split: str,
@@ -381,7 +405,11 @@ def _source(
 
     found: Source
     path, kind = Path(source), _kind(source)
-    if kind == "a captions file":
+    if kind == "a token file":
+        if description is None:
+            raise ValueError(f"{source} has tokens, no pictures: leave out --pictures")
+        found = sources.TokenFile(path, _layout(description, (), None, None))
+    elif kind == "a captions file":
         fields = caption_fields or (defaults.CAPTION_FIELD,)
         found = sources.CaptionsFile(path, images, fields, image_field, pictures_only=pictures)
     elif kind == "scenes":

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview2_jax import errors
 from cogview2_jax.cli import common, pictures, sheets
 from cogview2_jax.pipeline import settings
+from cogview2_jax.styles import PLAIN
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,6 +67,7 @@ class How:
     dtype: str
     out: Path
     overwrite: bool
+    style: str = PLAIN
 
     def outputs(self, request: Request) -> tuple[list[str], common.Outputs]:
         """The pictures' files of an edit, and their writer. Raises as `common.Outputs`."""
@@ -89,6 +90,7 @@ class How:
             "pictures": files,
             "stage": self.stage,
             "candidates": self.candidates,
+            **({} if self.style == PLAIN else {"style": self.style}),
         }
         description |= common.circumstances(self.folder, self.dtype)
         report = f"{name}.json"
@@ -149,6 +151,7 @@ Examples:
 @pictures.seed_option
 @pictures.stage_option
 @pictures.candidates_option
+@pictures.style_option(f"{PLAIN}, as published")
 @common.dtype_option
 @pictures.out_option
 @common.overwrite_option
@@ -162,6 +165,7 @@ def edit_command(
     bundle: Path | None,
     stage: str | None,
     candidates: int | None,
+    style: str | None,
     **shared: Any,
 ) -> None:
     """Redraw a part of PICTURE as TEXT says, which describes the whole.
@@ -171,6 +175,7 @@ def edit_command(
     settings, for each edit. A line of --lines that cannot be used is named on stderr; the others
     are done, and the exit code is 1.
     """
+    shared["style"] = style or PLAIN
     if lines is not None and not (picture is None and text is None and box is None and not mask):
         raise click.UsageError("--lines names pictures, texts and boxes itself: give nothing else")
     if lines is None:
@@ -178,9 +183,9 @@ def edit_command(
             raise click.UsageError("give PICTURE and TEXT, or --lines FILE")
         if (box is None) == (mask is None):
             raise click.UsageError("give --box or --mask, one of them")
-        folder = common.check_model(bundle, (text,), start_token=True)
+        folder = common.check_model(bundle, (text,), start_token=True, style=shared["style"])
     else:
-        folder = common.check_model(bundle)
+        folder = common.check_model(bundle, style=shared["style"])
     common.check_writable(shared["out"])
     how = How(
         folder,
@@ -215,6 +220,7 @@ def _edit(request: Request, how: How, cv: CogView | None) -> CogView:
             num_images=how.num_images,
             stage=how.stage,
             candidates=how.candidates,
+            style=how.style,
         )
     contents = {file: sheets.png(each) for file, each in zip(files, made, strict=True)}
     outputs.write(contents, {"total": time.perf_counter() - begin})
@@ -225,31 +231,17 @@ def _edit(request: Request, how: How, cv: CogView | None) -> CogView:
 
 
 def _edit_lines(file: Path, how: How) -> None:
-    from cogview2_jax.files import read_file
-
-    with common.refusing(f"{file}: "):
-        content = read_file(file)
-    cv, done, failed = None, 0, False
+    cv: CogView | None = None
     names: dict[str, int] = {}
-    for number, line in enumerate(content.split(b"\n"), 1):
-        try:
-            if not line.strip(b"\xef\xbb\xbf \t\r"):
-                continue
-            request = parse_line(line, number)
-            _require_new(request, names)
-            common.check_model(how.folder, (request.text,), start_token=True)
-            cv = _edit(request, how, cv)
-            done += 1
-        except (click.ClickException, ValueError, OSError) as error:
-            said = (
-                error.message if isinstance(error, click.ClickException) else errors.reason(error)
-            )
-            common.complain(f"{file}: line {number}: {said}")
-            failed = True
-    if not (done or failed):
-        raise click.ClickException(f"{file}: no line with an edit: give lines of {_FIELDS}")
-    if failed:
-        raise click.exceptions.Exit(1)
+
+    def edit(line: bytes, number: int) -> None:
+        nonlocal cv
+        request = parse_line(line, number)
+        common.require_new(request.name, number, names)
+        common.check_model(how.folder, (request.text,), start_token=True, style=how.style)
+        cv = _edit(request, how, cv)
+
+    common.for_each_line(file, f"an edit: give lines of {_FIELDS}", edit)
 
 
 def parse_line(line: bytes, number: int) -> Request:
@@ -258,10 +250,7 @@ def parse_line(line: bytes, number: int) -> Request:
     Raises ValueError for another number of fields, edges that are no numbers, and bytes that are no
     UTF-8.
     """
-    try:
-        fields = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r").split("\t")
-    except UnicodeDecodeError:
-        raise ValueError("must be UTF-8: save the file so") from None
+    fields = common.fields_of(line, number)
     if len(fields) not in (6, 7):
         raise ValueError(f"must have {_FIELDS}: got {len(fields)} fields")
     name = fields[0].strip() if len(fields) == 7 else str(number)
@@ -273,11 +262,3 @@ def parse_line(line: bytes, number: int) -> Request:
     if not picture.strip() or not name:
         raise ValueError(f"must name {'an image' if name else 'its id'}: got an empty field")
     return Request(text, Path(picture), (top, left, bottom, right), line=number, name=name)
-
-
-def _require_new(request: Request, names: dict[str, int]) -> None:
-    """Raises ValueError for a line whose files would have the names of an earlier line's."""
-    slug = sheets.slug(request.name)
-    if slug in names:
-        raise ValueError(f"has the id of line {names[slug]}, {request.name}: give another id")
-    names[slug] = request.line

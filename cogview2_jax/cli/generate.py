@@ -2,19 +2,123 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cogview2_jax.cli import common, pictures, sheets
 from cogview2_jax.pipeline import settings
 
+if TYPE_CHECKING:
+    from cogview2_jax.pipeline.cogview import CogView
+
 # The progress bar's names of the running networks.
 _PART_OF = {"coglm": "base", "direct": "direct", "iterative": "iterative", "tokenizer": "pixels"}
+_KINDS = ("pictures", "animations", "confidence")  # of files of a prompt
+# Options that change how a model draws → the field of `Sampling`, or of its part.
+_SAMPLING: dict[str, tuple[str, ...]] = {
+    "temperature": ("base", "temperature"),
+    "top_clusters": ("base", "top_clusters"),
+    "direct_top_clusters": ("direct", "top_clusters"),
+    "direct_within_temperature": ("direct", "within_temperature"),
+    "iterative_temperature": ("iterative_temperature",),
+    "text_upweight": ("text_upweight",),
+}
+
+
+@dataclass(frozen=True)
+class How:
+    """What the prompts of one command share."""
+
+    folder: Path
+    num_images: int
+    keep: int | None
+    animate: str | None
+    seed: int
+    stage: str
+    candidates: int
+    style: str
+    sampling: dict[str, float]  # by option, those that were given
+    dtype: str
+    out: Path
+    overwrite: bool
+
+    def description(self) -> dict[str, Any]:
+        """What every report says."""
+        from cogview2_jax.styles import PLAIN
+
+        return {
+            "seed": self.seed,
+            "num_images": self.num_images,
+            "stage": self.stage,
+            "candidates": self.candidates,
+            **({"keep": self.keep} if self.keep else {}),
+            **({} if self.style == PLAIN else {"style": self.style}),
+            **({"sampling": self.sampling} if self.sampling else {}),
+        } | common.circumstances(self.folder, self.dtype)
+
+    def load(self) -> CogView:
+        cv, _ = common.load(self.folder, settings.STAGES[self.stage], self.dtype)
+        bundle = _resampled(cv.bundle, self.sampling)
+        return dataclasses.replace(cv, bundle=bundle) if self.sampling else cv
+
+
+def _resampled(bundle: Any, given: dict[str, float]) -> Any:
+    """A bundle, or its description, with these sampling options, in every style too.
+
+    Raises ClickException for a value that is refused.
+    """
+
+    def changed(part: Any, fields: dict[str, float]) -> Any:
+        return dataclasses.replace(part, **fields) if fields else part
+
+    base: dict[str, float] = {}
+    direct: dict[str, float] = {}
+    rest: dict[str, Any] = {}
+    for option, value in given.items():
+        *within, name = _SAMPLING[option]
+        (rest if not within else base if within == ["base"] else direct)[name] = value
+    with common.refusing():
+        sampling = bundle.sampling
+        sampling = dataclasses.replace(
+            sampling,
+            base=changed(sampling.base, base),
+            direct=changed(sampling.direct, direct),
+            **rest,
+        )
+        styles = tuple(
+            dataclasses.replace(
+                style, base=changed(style.base, base), direct=changed(style.direct, direct)
+            )
+            for style in bundle.styles
+        )
+    return bundle._replace(sampling=sampling, styles=styles)
+
+
+def _sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    number, whole = click.FloatRange(0), click.IntRange(1)
+    what = {
+        "temperature": (number, "Of the base stage; 0 takes the most probable token."),
+        "top_clusters": (whole, "Clusters of the codebook that the base stage draws from."),
+        "direct_top_clusters": (whole, "Clusters that direct super-resolution draws from."),
+        "direct_within_temperature": (number, "Of direct super-resolution inside a cluster."),
+        "iterative_temperature": (number, "Of the rounds of iterative super-resolution."),
+        "text_upweight": (click.FLOAT, "Added to the attention scores of words at the base stage."),
+    }
+    for name in reversed(_SAMPLING):
+        kind, words = what[name]
+        flag = f"--{name.replace('_', '-')}"
+        option = click.option(
+            flag, type=kind, metavar="X", help=f"{words}  [default: what the style or bundle says]"
+        )
+        command = option(command)
+    return command
 
 
 @click.command(
@@ -26,9 +130,17 @@ Examples:
   cogview2 generate --candidates 16 --seed 1 --out best "a small dotted purple heart"
   cogview2 generate --candidates 16 --keep 2 --out two "a small dotted purple heart"
   cogview2 generate --animate gif --num-images 1 "a red circle above a striped blue square"
+  cogview2 generate --prompts prompts.txt --out many
 """,
 )
-@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
+@click.argument("prompts", nargs=-1, metavar="PROMPT...")
+@click.option(
+    "--prompts",
+    "file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw each line of a file, perhaps with an id and a tab in front, which names the files.",
+)
 @pictures.num_images_option(settings.NUM_IMAGES)
 @click.option(
     "--keep",
@@ -46,59 +158,128 @@ Examples:
 @pictures.seed_option
 @pictures.stage_option
 @pictures.candidates_option
+@pictures.style_option("the first of the model, if it has any")
+@_sampling_options
 @common.dtype_option
 @pictures.out_option
 @common.overwrite_option
 @common.bundle_option
 def generate_command(
     prompts: tuple[str, ...],
+    file: Path | None,
     num_images: int,
     keep: int | None,
-    animate: str | None,
     seed: int,
     stage: str | None,
     candidates: int | None,
+    style: str | None,
+    bundle: Path | None,
+    animate: str | None,
     dtype: str,
     out: Path,
     overwrite: bool,
-    bundle: Path | None,
+    **sampling: Any,
 ) -> None:
     """Draw pictures of each PROMPT, in English or Chinese.
 
     Writes every picture, a labelled grid of all and a JSON file with prompts, seed, versions and
     timings. A picture depends on its prompt, the seed and its number alone, so --num-images 8
     begins with the pictures of --num-images 4. A prompt that the model cannot read is refused
-    before anything is drawn.
+    before anything is drawn. With --prompts, each line has a JSON file of its own, a line that
+    cannot be used is named on stderr, the others are drawn, and the exit code is 1. Without any
+    prompt, a terminal is asked for one after another.
     """
-    begin = time.perf_counter()
+    if prompts and file:
+        raise click.UsageError("give PROMPTs or --prompts, one of them")
+    asking = not prompts and not file
+    if asking and not sys.stdin.isatty():
+        raise click.UsageError("Missing argument 'PROMPT...': give a prompt, or --prompts FILE")
     num_images = _kept(num_images, keep, candidates)
-    folder = common.check_model(bundle, prompts)
+    folder = common.check_model(bundle, prompts, style=style)
     common.check_writable(out)
-    chosen = common.choose_stage(folder, stage)
-    names = sheets.stems(prompts, seed, "" if chosen == pictures.LAST_STAGE else chosen)
+    how = How(
+        folder,
+        num_images,
+        keep,
+        animate,
+        seed,
+        common.choose_stage(folder, stage),
+        common.candidates(folder, candidates),
+        common.style_of(folder, style),
+        {name: value for name, value in sampling.items() if value is not None},
+        dtype,
+        out,
+        overwrite,
+    )
+    from cogview2_jax import bundle as bundles
+
+    _resampled(bundles.read_description(folder), how.sampling)  # refused before anything is read
+    if file:
+        _of_lines(file, how)
+    elif asking:
+        _of_answers(how)
+    else:
+        names = sheets.stems(prompts, seed, _suffix(how))
+        _generate(prompts, names, how)
+
+
+def _suffix(how: How) -> str:
+    """What names of files have of the stage."""
+    return "" if how.stage == pictures.LAST_STAGE else how.stage
+
+
+def _of_lines(file: Path, how: How) -> None:
+    """The pictures of every line of a file."""
+    cv: CogView | None = None
+    names: dict[str, int] = {}
+
+    def draw(line: bytes, number: int) -> None:
+        nonlocal cv
+        fields = common.fields_of(line, number)
+        if len(fields) > 2 or not fields[0].strip():
+            what = f"{len(fields)} fields" if fields[0].strip() else "an empty id"
+            raise ValueError(f"must be a prompt, or an id, a tab and a prompt: got {what}")
+        name, prompt = fields[0].strip() if len(fields) == 2 else str(number), fields[-1]
+        common.require_new(name, number, names)
+        common.check_model(how.folder, (prompt,), style=how.style)
+        stem = sheets.stems([prompt], how.seed, _suffix(how))[0]
+        cv = _generate([prompt], [f"{sheets.slug(name)}_{stem}"], how, cv)
+
+    common.for_each_line(file, "a prompt", draw)
+
+
+def _of_answers(how: How) -> None:
+    """The pictures of prompts that are typed, until an empty one."""
+    cv: CogView | None = None
+    while prompt := click.prompt("prompt", default="", show_default=False).strip():
+        try:
+            common.check_model(how.folder, (prompt,), style=how.style)
+            cv = _generate([prompt], sheets.stems([prompt], how.seed, _suffix(how)), how, cv)
+        except click.ClickException as error:
+            common.complain(error.message)
+
+
+def _generate(
+    prompts: Sequence[str], names: Sequence[str], how: How, cv: CogView | None = None
+) -> CogView:
+    """Draw prompts and write their files. Loads the model when it is not yet, and returns it."""
+    begin = time.perf_counter()
     whole = names[0] if len(names) == 1 else f"{names[0]}_and_{len(names) - 1}_more"
     grid = f"{whole}_grid.png"
-    rows = [_files_of(*each, num_images, animate) for each in zip(prompts, names, strict=True)]
-    best_of = common.candidates(folder, candidates)
-    description = {
-        "seed": seed,
-        "num_images": num_images,
-        "prompts": rows,
-        "grid": grid,
-        "stage": chosen,
-        "candidates": best_of,
-        **({"keep": keep} if keep else {}),
-    } | common.circumstances(folder, dtype)
+    rows = [
+        _files_of(*each, how.num_images, how.animate) for each in zip(prompts, names, strict=True)
+    ]
+    description = how.description() | {"prompts": rows, "grid": grid}
     files = [name for row in rows for kind in _KINDS for name in row.get(kind, ())] + [grid]
-    outputs = common.Outputs(out, files, f"{whole}.json", description, overwrite)
+    outputs = common.Outputs(how.out, files, f"{whole}.json", description, how.overwrite)
 
-    cv, _ = common.load(folder, settings.STAGES[chosen], dtype)
+    cv = cv or how.load()
     timings = {"load": time.perf_counter() - begin}
     made: list[Any] = []
     contents: dict[str, Any] = {}
-    with _Bar(len(prompts), settings.STAGES[chosen], timings) as bar:
+    with _Bar(len(prompts), settings.STAGES[how.stage], timings) as bar:
         for row in rows:
-            found = _draw(cv, row, seed, chosen, best_of, bool(keep), animate, bar)
+            found = _draw(cv, row, how, bar)
             made.append(found["pictures"])
             for kind in _KINDS:
                 contents |= dict(zip(row.get(kind, ()), found.get(kind, ()), strict=True))
@@ -109,9 +290,7 @@ def generate_command(
     }
     contents[grid] = sheets.png(sheets.labelled_grid(prompts, made))
     outputs.write(contents, timings)
-
-
-_KINDS = ("pictures", "animations", "confidence")  # of files of a prompt
+    return cv
 
 
 def _files_of(prompt: str, name: str, num_images: int, animate: str | None) -> dict[str, Any]:
@@ -165,34 +344,26 @@ class _Bar:
 
 
 def _draw(
-    cv: Any,
-    row: dict[str, Any],
-    seed: int,
-    stage: str,
-    candidates: int,
-    keep_best: bool,
-    animate: str | None,
-    progress: Callable[[str], None],
+    cv: CogView, row: dict[str, Any], how: How, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """The content of a prompt's files, by kind: uint8 [y, x, 3] each, or bytes."""
     import jax
 
-    prompt, num_images = row["prompt"], len(row["pictures"])
-    key, options = jax.random.key(seed), {"candidates": candidates, "keep_best": keep_best}
-    if not animate:
-        pictures = cv.generate_stages(
-            [prompt], key, num_images, stages=(stage,), progress=progress, **options
-        )
-        return {"pictures": pictures[stage][0]}
+    prompt, key = row["prompt"], jax.random.key(how.seed)
+    options: dict[str, Any] = {"num_images": how.num_images, "candidates": how.candidates}
+    options |= {"keep_best": bool(how.keep), "style": how.style, "progress": progress}
+    if not how.animate:
+        pictures = cv.generate_stages([prompt], key=key, stages=(how.stage,), **options)
+        return {"pictures": pictures[how.stage][0]}
     from cogview2_jax.pipeline import making
 
-    made = cv.making(prompt, num_images, key=key, stage=stage, progress=progress, **options)
+    made = cv.making(prompt, key=key, stage=how.stage, **options)
     grid = cv.bundle.coglm_config.grid
     return {
         "pictures": made.steps[-1][1],
         "animations": [
-            making.animation([(step, each[i]) for step, each in made.steps], grid, animate)
-            for i in range(num_images)
+            making.animation([(step, each[i]) for step, each in made.steps], grid, how.animate)
+            for i in range(how.num_images)
         ],
         "confidence": making.confidence(made),
     }

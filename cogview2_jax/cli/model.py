@@ -159,6 +159,7 @@ def _preset(name: str) -> dict[str, Any]:
     """The content of config.json, without vocabularies."""
     from cogview2_jax import bundle as bundles
     from cogview2_jax import config as configs
+    from cogview2_jax.styles import PUBLISHED_STYLES
 
     if name == "published":
         description = bundles.Description(
@@ -168,6 +169,7 @@ def _preset(name: str) -> dict[str, Any]:
             configs.HVQVAEConfig(),
             configs.Sampling(),
             made_with={},
+            styles=PUBLISHED_STYLES,
         )
     else:
         description = bundles.read_description(bundles.locate())
@@ -296,6 +298,8 @@ def _facts(
     for config in description[:5]:
         text = textwrap.wrap(repr(config), 76)
         yield type(config).__name__, ("\n" + " " * 22).join(text)
+    if description.styles:
+        yield "styles", ", ".join(f"{each.name} ({each.template})" for each in description.styles)
     for device in common.devices():
         yield "device", device
     yield "versions", ", ".join(f"{name} {version}" for name, version in common.versions().items())

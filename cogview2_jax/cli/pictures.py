@@ -49,6 +49,17 @@ stage_option = click.option(
     help="Last stage to run: the base model (enlarged), direct super-resolution, or direct and"
     " iterative (full).  [default: the last one that the model has networks for]",
 )
+
+
+def style_option(default: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--style",
+        metavar="NAME",
+        help="A style of the model: a template for prompts, with sampling of its own; `cogview2"
+        f" info` lists them.  [default: {default}]",
+    )
+
+
 out_option = click.option(
     "--out",
     type=click.Path(path_type=Path),

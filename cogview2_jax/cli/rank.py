@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,6 +29,11 @@ Examples:
     help="One more text, for a matrix of texts and pictures. May be given many times.",
 )
 @click.option(
+    "--as-released",
+    is_flag=True,
+    help="Score every text after the start token of Chinese, as the released script does.",
+)
+@click.option(
     "--json",
     "report",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -41,6 +47,7 @@ def rank_command(
     text: str,
     pictures: tuple[Path, ...],
     more: tuple[str, ...],
+    as_released: bool,
     report: Path | None,
     dtype: str,
     overwrite: bool,
@@ -74,11 +81,13 @@ def rank_command(
             usable.append(file)
             tokens.append(cv.picture_tokens(opened))
     if cv is not None:
-        description = {"texts": texts, "pictures": [str(file) for file in usable]}
+        description: dict[str, Any] = {"texts": texts, "pictures": [str(file) for file in usable]}
+        if as_released:
+            description["as_released"] = True
         description |= common.circumstances(folder, dtype)
         if report is not None:
             common.require_free(report.parent, [report.name], report.name, description, overwrite)
-        scores = cv.token_scores(texts, tokens)
+        scores = cv.token_scores(texts, tokens, as_released=as_released)
         _show(texts, usable, scores.tolist())
         if report is not None:
             content = common.to_json({**description, "scores": scores.tolist()})

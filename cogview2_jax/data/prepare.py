@@ -103,6 +103,37 @@ def prepare_tokens(
     return write_shards(source, folder, manifest, recipe, workers, progress)
 
 
+def prepare_token_file(
+    source: Source,
+    folder: Path,
+    layout: RecordLayout,
+    text_model: spm.SentencePieceProcessor,
+    *,
+    shard_size: int = defaults.SHARD_SIZE,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda inputs: None,
+) -> Report:
+    """Token records of rows that are tokens already. Arguments and errors are those of
+    `prepare_tokens`.
+    """
+    settings = {
+        "source": source.fingerprint,
+        "text_model": hashlib.sha256(text_model.serialized_model_proto()).hexdigest(),
+        "first_chinese": layout.vocabulary.first_chinese,
+    }
+    if layout.vocabulary.as_published:
+        settings["as_published"] = True
+    manifest = Manifest(manifests.TOKENS, len(source), shard_size, layout, settings)
+
+    def read(item: Input) -> tuple[Any, list[tuple[str, Refused]]]:
+        return item.picture, []
+
+    def write(batch: Sequence[Any]) -> list[list[bytes]]:
+        return [[row.astype("<i4").tobytes()] for row in batch]
+
+    return write_shards(source, folder, manifest, Recipe(read, write, 1), workers, progress)
+
+
 def prepare_pictures(
     source: Source,
     folder: Path,

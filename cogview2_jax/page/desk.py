@@ -14,6 +14,7 @@ from cogview2_jax.page.limits import Limits, Refused
 from cogview2_jax.page.parts import drawn_part
 from cogview2_jax.pipeline import making, reach
 from cogview2_jax.pipeline.cogview import CogView
+from cogview2_jax.styles import PLAIN
 from cogview2_jax.tokenizer.pictures import PictureError, open_picture
 
 MOST_SEED = 2**32 - 1
@@ -53,8 +54,12 @@ class Desk:
         except OSError as error:
             raise Refused("no_picture") from error
 
+    def styles(self) -> list[str]:
+        """The names of the model's styles, the default first."""
+        return [*(style.name for style in self.cv.bundle.styles), PLAIN]
+
     def generate(
-        self, prompt: str | None, seed: Any, images: Any, candidates: Any
+        self, prompt: str | None, seed: Any, images: Any, candidates: Any, style: Any = None
     ) -> Iterator[tuple[str, np.ndarray]]:
         """As `CogView.watch`: the step, and uint8 [images, y, x, 3]."""
         text, limits = self.text(prompt), self.limits
@@ -64,6 +69,7 @@ class Desk:
             key=_key(seed),
             stage=self.stage,
             candidates=whole(candidates, "candidates", 1, limits.candidates),
+            style=style,
         )
         while True:
             with self._turn, _refusing():

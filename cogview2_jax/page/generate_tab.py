@@ -39,6 +39,10 @@ def add(desk: Desk, folder: tools.Folder, t: Any) -> GenerateTab:
                 draw = gr.Button(t("generate"), variant="primary", min_width=120, elem_id="draw")
                 cancel = gr.Button(t("cancel"), min_width=120, elem_id="cancel")
             images = gr.Slider(1, limits.images, 4, step=1, label=t("images"), elem_id="images")
+            styles = desk.styles()
+            style = gr.Dropdown(
+                styles, value=styles[0], label=t("style"), visible=len(styles) > 1, elem_id="style"
+            )
             with gr.Accordion(t("more"), open=False, elem_id="more"):
                 seed = gr.Number(
                     0, label=t("seed"), info=t("seed_info"), precision=0, elem_id="seed"
@@ -64,7 +68,7 @@ def add(desk: Desk, folder: tools.Folder, t: Any) -> GenerateTab:
                 shown_making = tools.animation(t("making"))
     chosen, settings, animations = gr.State(0), gr.State({}), gr.State([])
 
-    asked = [prompt, seed, images, candidates]
+    asked = [prompt, seed, images, candidates, style]
     shown = [pictures, state, settings, download, chosen, animations, shown_making]
     drawing = gr.on(
         [draw.click, prompt.submit],
@@ -95,7 +99,7 @@ def _drawer(desk: Desk, folder: tools.Folder) -> Any:
     import gradio as gr
 
     def draw(
-        prompt: str, seed: Any, images: Any, candidates: Any, request: gr.Request
+        prompt: str, seed: Any, images: Any, candidates: Any, style: Any, request: gr.Request
     ) -> Iterator[Any]:
         spoken, begin, number = tools.language(request), time.perf_counter(), 0
         kept = [gr.skip()] * 5
@@ -104,7 +108,7 @@ def _drawer(desk: Desk, folder: tools.Folder) -> Any:
         steps: list[Any] = []
         with tools.telling(spoken):
             try:
-                for step, each in desk.generate(prompt, seed, images, candidates):
+                for step, each in desk.generate(prompt, seed, images, candidates, style):
                     number += step == "round"
                     share = _SHARE.get(step, 0.6 + 0.4 * number / desk.rounds)
                     words = say(step, spoken, number=number, rounds=desk.rounds)
@@ -120,6 +124,7 @@ def _drawer(desk: Desk, folder: tools.Folder) -> Any:
             "num_images": int(images),
             "candidates": int(candidates),
             "stage": desk.stage,
+            "style": style,
         }
         files = [folder.write("picture.png", records.png(one, settings)) for one in made]
         how = [folder.write("making.webp", one) for one in desk.animations(steps)]
@@ -181,7 +186,8 @@ def _loader(desk: Desk) -> Any:
                 (found.get("candidates"), 1, limits.candidates),
             )
         ]
-        text = found["prompt"][: limits.characters]
+        text, style = found["prompt"][: limits.characters], found.get("style")
+        chosen.append(style if style in desk.styles() else gr.skip())
         return text, *chosen, tools.status(say("loaded", spoken))
 
     return load

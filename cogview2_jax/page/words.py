@@ -16,6 +16,7 @@ WORDS = {
     "cancel": ("Cancel", "取消"),
     "prompt": ("Text, in English or Chinese", "文字（中文或英文）"),
     "edit_prompt": ("Text of the whole edited picture", "编辑后整张图片的文字"),
+    "style": ("Style", "风格"),
     "seed": ("Seed", "随机种子"),
     "seed_info": ("The same seed gives the same pictures", "相同种子得到相同图片"),
     "images": ("Pictures", "图片数量"),

@@ -47,6 +47,7 @@ class CogView(Edits):
         key: Array,
         stage: str | None = None,
         candidates: int | None = None,
+        style: str | None = None,
     ) -> np.ndarray:
         """Pictures of a prompt: uint8 [num_images, y, x, 3], 192×192 with the bundle that ships.
 
@@ -54,11 +55,16 @@ class CogView(Edits):
         default is the last one that the model has networks for, with a warning when that is not
         "full". The base stage draws each picture `candidates` times (None: as often as the bundle's
         `sampling` says) and keeps the one with the best `caption_score` (the paper's
-        post-selection).
+        post-selection). `style` is a style of the bundle, or "none"; the default is its first one.
         """
         stage = self._last_stage(stage)
         made = self.generate_stages(
-            [prompt], key=key, num_images=num_images, candidates=candidates, stages=(stage,)
+            [prompt],
+            key=key,
+            num_images=num_images,
+            candidates=candidates,
+            stages=(stage,),
+            style=style,
         )
         return made[stage][0]
 
@@ -71,6 +77,7 @@ class CogView(Edits):
         candidates: int | None = None,
         keep_best: bool = False,
         stages: Sequence[str] = STAGES,
+        style: str | None = None,
         progress: Callable[[str], None] = lambda part: None,
     ) -> dict[str, np.ndarray]:
         """Pictures after each of `stages`: stage → uint8 [prompts, num_images, y, x, 3], one batch.
@@ -87,7 +94,7 @@ class CogView(Edits):
             require_stage(stage, self.networks)
         num_images = check_count("num_images", num_images)
         last = max(stages, key=STAGES.index)
-        steps = self._steps(prompts, key, num_images, last, candidates, keep_best)
+        steps = self._steps(prompts, key, num_images, last, candidates, keep_best, style)
         grids = {}
         for part, grid in steps:
             if part != "candidate":
@@ -112,6 +119,7 @@ class CogView(Edits):
         stage: str | None = None,
         candidates: int | None = None,
         keep_best: bool = False,
+        style: str | None = None,
     ) -> Iterator[tuple[str, np.ndarray]]:
         """The pictures of `generate` as they come to be: each "candidate" of the base stage, the
         chosen ones ("base"), then after "direct" and after each "round".
@@ -122,7 +130,7 @@ class CogView(Edits):
         stage = self._last_stage(stage)
         num_images = check_count("num_images", num_images)
         steps = self._steps(
-            [prompt], key, num_images, stage, candidates, keep_best, each_round=True
+            [prompt], key, num_images, stage, candidates, keep_best, style, each_round=True
         )
         for part, grid in steps:
             pictures = self._pixels(np.asarray(grid), _STAGE_OF[part])[:num_images]
@@ -137,6 +145,7 @@ class CogView(Edits):
         stage: str | None = None,
         candidates: int | None = None,
         keep_best: bool = False,
+        style: str | None = None,
         progress: Callable[[str], None] = lambda part: None,
     ) -> Making:
         """The pictures of `generate` at every step, and how sure the model was of each token.
@@ -147,7 +156,7 @@ class CogView(Edits):
         stage = self._last_stage(stage)
         num_images = check_count("num_images", num_images)
         steps = self._steps(
-            [prompt], key, num_images, stage, candidates, keep_best, each_round=True
+            [prompt], key, num_images, stage, candidates, keep_best, style, each_round=True
         )
         grids, rounds = [], 0
         for part, grid in steps:
@@ -158,7 +167,8 @@ class CogView(Edits):
                     progress(part)
                 elif rounds == self.bundle.iterative_config.rounds:
                     progress("iterative")
-        tokens = self._whole_batch(self._tokens([prompt]).repeat(num_images))
+        _, styled = self._in_style([prompt], style)
+        tokens = self._whole_batch(self._tokens(styled).repeat(num_images))
         config = self.bundle.direct_config
         coarse = self._shard_over_mesh(grids[0][1])
         base = base_probability(
@@ -194,12 +204,15 @@ class CogView(Edits):
         last: str,
         candidates: int | None,
         keep_best: bool,
+        style: str | None,
         each_round: bool = False,
     ) -> Iterator[tuple[str, Any]]:
         """Image tokens [b, cells] of each "candidate", and after "base", "direct" and "iterative",
         up to the stage `last`; with `each_round`, after each "round" in place of "iterative".
         """
-        tokens, keys = self._drawing(prompts, key, num_images)
+        model, styled = self._in_style(prompts, style)
+        tokens, keys = self._drawing(styled, key, num_images)
+        scored = self._scored(prompts, styled, tokens, num_images)
 
         # The images of a prompt share its prefill; on a mesh each device has its own images'.
         alone = self.execution.sharding is None
@@ -212,7 +225,7 @@ class CogView(Edits):
                 keys,
                 self.bundle.cluster_labels,
                 config=self.bundle.coglm_config,
-                **self._sampling,
+                **model._sampling,
             )
 
         coarse: list[np.ndarray] = []
@@ -223,13 +236,13 @@ class CogView(Edits):
         if keep_best:
             count = self.bundle.sampling.candidates if candidates is None else candidates
             count = max(count, num_images)
-            base = self._best_of_all(tokens, coarse, count, len(prompts), num_images)
+            base = self._best_of_all(scored, coarse, count, len(prompts), num_images)
         else:
-            base = self._best_of(tokens, coarse)
+            base = self._best_of(scored, coarse)
         yield "base", base
         if last == "base":
             return
-        fine = self._direct(tokens, base, keys(DIRECT_DRAW))
+        fine = model._direct(tokens, base, keys(DIRECT_DRAW))
         yield "direct", fine
         if last == "direct":
             return
@@ -306,12 +319,17 @@ class CogView(Edits):
         scores = self.scores([prompt], pictures)[0]
         return np.argsort(-scores, kind="stable"), scores
 
-    def scores(self, texts: Sequence[str], pictures: Sequence[Picture]) -> np.ndarray:
+    def scores(
+        self, texts: Sequence[str], pictures: Sequence[Picture], *, as_released: bool = False
+    ) -> np.ndarray:
         """The likelihood of each text as the caption of each picture: float32 [texts, pictures].
 
-        A score is the mean log-likelihood of a text's tokens (`stages.caption_score`). Pairs run in
-        batches of one size, so that one compilation serves any number of texts and pictures.
+        A score is the mean log-likelihood of a text's tokens (`stages.caption_score`) after the
+        start token of its language, or always after `<start_of_chinese>`, as the released script
+        has it. Pairs run in batches of one size, so that one compilation serves any number of texts
+        and pictures.
         """
         if not len(pictures):
             raise ValueError("pictures must have at least one: got none")
-        return self.token_scores(texts, [self.picture_tokens(picture) for picture in pictures])
+        images = [self.picture_tokens(picture) for picture in pictures]
+        return self.token_scores(texts, images, as_released=as_released)

@@ -16,6 +16,7 @@ from cogview2_jax.pipeline.editing import Box
 from cogview2_jax.pipeline.parts import VARIED_DRAW, Parts
 from cogview2_jax.pipeline.prompts import PromptTokens, caption_text
 from cogview2_jax.pipeline.reach import last_stage, require_stage, what_is_missing
+from cogview2_jax.styles import PLAIN
 from cogview2_jax.tokenizer.pictures import Picture, fit_picture, open_picture
 
 Array = jax.Array
@@ -68,6 +69,7 @@ class Edits(Parts):
         num_images: int = settings.NUM_EDITED,
         stage: str | None = None,
         candidates: int | None = None,
+        style: str = PLAIN,
     ) -> np.ndarray:
         """The picture with a part redrawn as published: uint8 [num_images, y, x, 3], at its size.
 
@@ -75,8 +77,9 @@ class Edits(Parts):
         (`patch_completion.picture_mask`). The model sees a square of 20/14 of the part's longer
         side, as far as the picture allows, and only the pixels of redrawn cells change. A crop no
         larger than the base model's pictures is drawn by the base stage alone. `prompt` may have
-        one token less than in `generate`. `stage` and `candidates` are as in `generate`. Raises as
-        `patch_completion.plan_mask` for a part that is too thin or too long.
+        one token less than in `generate`. `stage`, `candidates` and `style` are as in `generate`,
+        but "none" is the default style, as published. Raises as `patch_completion.plan_mask` for a
+        part that is too thin or too long.
         """
         stage = self._last_stage(stage)
         num_images = check_count("num_images", num_images)
@@ -84,7 +87,7 @@ class Edits(Parts):
         patch = patch_completion.plan_part(
             box, mask, (opened.height, opened.width), self.bundle.direct_config
         )
-        return self._complete(prompt, opened, patch, num_images, key, stage, candidates)
+        return self._complete(prompt, opened, patch, num_images, key, stage, candidates, style)
 
     def outpaint(
         self,
@@ -157,10 +160,13 @@ class Edits(Parts):
         key: Array,
         stage: str,
         candidates: int | None,
+        style: str = PLAIN,
     ) -> np.ndarray:
         """The picture with the cells of `patch` redrawn: uint8 [num_images, y, x, 3]."""
-        tokens, keys = self._drawing([prompt], key, num_images)
-        read = self._read_with_start(prompt, num_images)
+        model, styled = self._in_style([prompt], style)
+        tokens, keys = self._drawing(styled, key, num_images)
+        scored = self._scored([prompt], styled, tokens, num_images)
+        read = self._read_with_start(styled[0], num_images)
         config = self.bundle.coglm_config
         top, left, bottom, right = patch.crop
         if bottom - top <= config.grid[0] * TOKEN_STRIDE:
@@ -169,8 +175,8 @@ class Edits(Parts):
         part = editing.Edit(top, left, bottom - top, right - left, cells)
         crop = editing.cut(picture, part)
         filling = patch_completion.sequence(patch.coarse, *self._known(tokens, crop), config)
-        made = self._redraw(
-            tokens, read, [filling], crop, patch.fine[None], keys, stage, candidates
+        made = model._redraw(
+            scored, read, [filling], crop, patch.fine[None], keys, stage, candidates
         )
         return editing.paste(picture, made[:num_images], part, cells_only=True)
 

@@ -1,5 +1,6 @@
 """The steps of the pipeline over a bundle's parameters, host arrays in and out."""
 
+import copy
 import dataclasses
 import functools
 import zlib
@@ -33,11 +34,13 @@ from cogview2_jax.pipeline.stages import (
     super_resolve_iterative,
 )
 from cogview2_jax.sharding import Execution
+from cogview2_jax.styles import PLAIN, find_style, in_style
 from cogview2_jax.tokenizer import image as image_tokenizer
 from cogview2_jax.tokenizer.pictures import Picture, fit_picture
 
 Array = jax.Array
 _Tree = TypeVar("_Tree")
+_Model = TypeVar("_Model", bound="Parts")
 
 # Draw numbers above any candidate's, so that no two stages share a key.
 DIRECT_DRAW, ITERATIVE_DRAW, VARIED_DRAW = 2**32 - 1, 2**32 - 2, 2**32 - 3
@@ -61,6 +64,24 @@ class Parts:
     @property
     def _size(self) -> tuple[int, int]:
         return editing.picture_size(self.bundle.direct_config)
+
+    def _in_style(
+        self: _Model, prompts: Sequence[str], name: str | None
+    ) -> tuple[_Model, list[str]]:
+        """The model with the sampling of a style, and the prompts in its template. Without a name,
+        the style is the first of the bundle, if it has any.
+        """
+        styles = self.bundle.styles
+        default = styles[0].name if styles else PLAIN
+        style = find_style(styles, default if name is None else name)
+        if style is None:
+            return self, list(prompts)
+        sampling = dataclasses.replace(self.bundle.sampling, base=style.base, direct=style.direct)
+        if self.bundle.coglm:
+            _ = self._decoding_params  # made once, for the copy too
+        model = copy.copy(self)  # and not made anew: the parameters are in their places
+        object.__setattr__(model, "bundle", self.bundle._replace(sampling=sampling))
+        return model, [in_style(style, prompt) for prompt in prompts]
 
     @property
     def _sampling(self) -> dict[str, Any]:
@@ -100,6 +121,14 @@ class Parts:
         return tokens, lambda draw: self._whole_batch(
             image_keys(key, hashes, num_images, np.uint32(draw))
         )
+
+    def _scored(
+        self, prompts: Sequence[str], styled: Sequence[str], tokens: PromptTokens, num_images: int
+    ) -> PromptTokens:
+        """The prompts as candidates are scored with: without the style's template, as published."""
+        if list(prompts) == list(styled):
+            return tokens
+        return self._whole_batch(self._tokens(prompts).repeat(num_images))
 
     def _whole_batch(self, tree: _Tree) -> _Tree:
         """Arrays [b, …] on the mesh, with the last row repeated until the batch splits evenly."""
@@ -246,10 +275,13 @@ class Parts:
         """A picture as the base model sees it: int32 [cells]. Raises as `open_picture`."""
         return self._picture_tokens(picture, self.bundle.coglm_config.grid)[0]
 
-    def token_scores(self, texts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
+    def token_scores(
+        self, texts: Sequence[str], images: Sequence[np.ndarray], *, as_released: bool = False
+    ) -> np.ndarray:
         """`CogView.scores` of pictures that are `picture_tokens`: float32 [texts, pictures]."""
         text, picture = np.divmod(np.arange(len(texts) * len(images)), len(images))
-        return self._pair_scores(texts, images, text, picture).reshape(len(texts), len(images))
+        scores = self._pair_scores(texts, images, text, picture, as_released)
+        return scores.reshape(len(texts), len(images))
 
     def _pair_scores(
         self,
@@ -257,9 +289,12 @@ class Parts:
         images: Sequence[np.ndarray],
         text: np.ndarray,
         picture: np.ndarray,
+        as_released: bool = False,
     ) -> np.ndarray:
         """The scores of pairs of a text and a picture, by their numbers: float32 [pairs]."""
         read, coarse = self._tokens(texts), np.stack(images)
+        if as_released:
+            read = read._replace(english=np.zeros_like(read.english))
         scores = np.empty(len(text), np.float32)
         for start in range(0, len(text), settings.SCORED_AT_ONCE):
             # The last batch repeats the last pair, so that every batch has one size.

@@ -36,6 +36,7 @@ from cogview2_jax.published import checkpoints, names
 from cogview2_jax.published.checkpoints import Checkpoint, Settings
 from cogview2_jax.published.torch_files import TorchFile
 from cogview2_jax.published.writing import DTYPES, Entry, Progress, converted, write_safetensors
+from cogview2_jax.styles import PUBLISHED_STYLES
 from cogview2_jax.tokenizer import text
 
 _SOURCES = "sources.json"  # in the unfinished folder: what it is made from
@@ -196,6 +197,7 @@ def _describe(
         tokenizer,
         Sampling(),
         made_with=bundles.made_with(),
+        styles=PUBLISHED_STYLES,
     )
 
 

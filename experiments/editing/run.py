@@ -4,9 +4,10 @@
     python -m experiments.editing.run --num-edits 200 \\
         --json experiments/editing/results.json
 
-Each edit takes a picture of Scenes with two objects, masks the half with one of them, and gives a
-text that names another object there. The judge of experiments/caption_match reads the result. For
-`edit`, and for `infill` of the same box:
+To "replace", an edit takes a picture of Scenes with two objects, masks the half with one of them,
+and gives a text that names another object there; to "add", the picture has one object, and the half
+is empty. The judge of experiments/caption_match reads the result. For `edit`, and for `infill` of
+the same box:
 
 \b
     replaced   share of edits with an object in the half that is all the text says of the new one
@@ -20,6 +21,7 @@ The row `drawing` has the clean drawings of what the edits should show: the judg
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,10 +38,11 @@ from experiments.caption_match import judge
 
 _NEAR = scenes.CELL / 2  # pixels: an object further off than this has moved
 METHODS = ("edit", "infill")
+KINDS = ("replace", "add")
 
 
 class Task(NamedTuple):
-    """One edit of a picture of two objects."""
+    """One edit, after which a picture has two objects."""
 
     before: Scene
     after: Scene
@@ -49,8 +52,10 @@ class Task(NamedTuple):
     kept: SceneObject
 
 
-def make_task(rng: np.random.Generator, language: str) -> Task:
-    """A random scene of two objects, one of them replaced by one of another shape and colour."""
+def make_task(rng: np.random.Generator, language: str, kind: str = KINDS[0]) -> Task:
+    """A random scene of two objects, one of them replaced by one of another shape and colour, or,
+    to "add", not there before.
+    """
     before = scenes.sample_scene(rng, 2)
     which = int(rng.integers(2))
     old, kept = before.objects[which], before.objects[1 - which]
@@ -64,6 +69,8 @@ def make_task(rng: np.random.Generator, language: str) -> Task:
     text = scenes.caption(after, rng, language)
     claims = scenes.parse_caption(text).objects
     wanted = next(claim for claim in claims if claim.shape == new.shape)
+    if kind == "add":
+        before = dataclasses.replace(before, objects=(kept,))
     return Task(before, after, _half(old, kept), text, wanted, kept)
 
 
@@ -99,20 +106,18 @@ def verdicts(task: Task, picture: np.ndarray, found: list[SceneObject]) -> dict[
 
 
 def run_edits(
-    cv: CogView, tasks: list[Task], seed: int, stage: str | None = None
+    cv: CogView, tasks: list[Task], seed: int, methods: Sequence[str] = METHODS
 ) -> dict[str, np.ndarray]:
     """The edited picture of each task by each method, uint8 [tasks, 192, 192, 3]."""
-    made: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
+    made: dict[str, list[np.ndarray]] = {method: [] for method in methods}
     with click.progressbar(enumerate(tasks), length=len(tasks), label="editing") as bar:
         for number, task in bar:
             picture = np.asarray(scenes.draw(task.before))
             key = jax.random.fold_in(jax.random.key(seed), number)
-            made["edit"].append(
-                cv.edit(task.text, picture, box=task.box, num_images=1, key=key, stage=stage)[0]
-            )
-            made["infill"].append(
-                cv.infill(task.text, picture, task.box, 1, key=key, stage=stage)[0]
-            )
+            for method in methods:
+                redraw = getattr(cv, method)
+                one = redraw(task.text, picture, box=task.box, num_images=1, key=key)[0]
+                made[method].append(one)
     return {method: np.stack(pictures) for method, pictures in made.items()}
 
 
@@ -136,25 +141,38 @@ def measure(
 @click.command(help=__doc__)
 @click.option("--num-edits", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the scenes and the pictures.")
+@click.option("--kind", "kinds", type=click.Choice(KINDS), multiple=True, default=KINDS)
+@click.option("--method", "methods", type=click.Choice(METHODS), multiple=True, default=METHODS)
 @click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-def main(num_edits: int, seed: int, bundle: Path | None, json_file: Path | None) -> None:
+def main(
+    num_edits: int,
+    seed: int,
+    kinds: tuple[str, ...],
+    methods: tuple[str, ...],
+    bundle: Path | None,
+    json_file: Path | None,
+) -> None:
     begin = time.monotonic()
     try:
         cv = cogview2_jax.load(bundle)
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from None
-    rng = np.random.default_rng((0xED17, seed))
-    tasks = [make_task(rng, scenes.LANGUAGES[number % 2]) for number in range(num_edits)]
-    results = measure(tasks, run_edits(cv, tasks, seed), judge.load())
-    for method, shares in results.items():
-        click.echo(f"{method:8s}" + "".join(f"  {name} {value}" for name, value in shares.items()))
+    params, results = judge.load(), {}
+    for kind in kinds:
+        rng = np.random.default_rng((0xED17, seed))
+        languages = [scenes.LANGUAGES[number % 2] for number in range(num_edits)]
+        tasks = [make_task(rng, language, kind) for language in languages]
+        results[kind] = measure(tasks, run_edits(cv, tasks, seed, methods), params)
+        for method, shares in results[kind].items():
+            said = "".join(f"  {name} {value}" for name, value in shares.items())
+            click.echo(f"{kind:8s}{method:8s}{said}")
     if json_file:
         report = {
-            "methods": results,
+            **results,
             "num_edits": num_edits,
             "seed": seed,
-            "bundle": str(bundle) if bundle else None,
+            "bundle": bundle.name if bundle else None,
             "seconds": round(time.monotonic() - begin, 1),
             "jax": jax.__version__,
         }

@@ -31,6 +31,18 @@ def test_a_task_replaces_one_object_by_another_in_its_half(tasks):
         assert task.wanted.colour in (None, new[0].colour)
 
 
+def test_to_add_there_is_one_object_before():
+    for number in range(20):
+        task = make_task(np.random.default_rng(number), "en", "add")
+        assert task.before.objects == (task.kept,) and len(task.after.objects) == 2
+        assert verdicts(task, np.asarray(scenes.draw(task.after)), list(task.after.objects)) == {
+            "replaced": True,
+            "kept": True,
+            "one": True,
+            "unchanged": True,
+        }
+
+
 def test_clean_drawings_are_right_and_the_pictures_before_are_not(tasks):
     before = np.stack([np.asarray(scenes.draw(task.before)) for task in tasks])
     results = measure(tasks, {"before": before}, judge.load())

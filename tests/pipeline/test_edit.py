@@ -341,3 +341,21 @@ def test_a_picture_of_every_mode_is_edited(cv):
         )
         shown = np.asarray(picture.convert("RGB"))
         np.testing.assert_array_equal(made[:, :, 40:], np.stack([shown[:, 40:]] * 2))
+
+
+def test_scores_as_released_begin_every_text_as_chinese(cv, stages):
+    """Only an English text is scored differently, and with the other start token's score."""
+    pictures = list(stages["full"][0])
+    ours, released = (cv.scores([PROMPT, OTHER], pictures, as_released=flag) for flag in (0, 1))
+    np.testing.assert_array_equal(ours[1], released[1])
+    assert (ours[0] != released[0]).all()
+    tokens = cv._tokens([PROMPT] * 8)
+    coarse = np.stack([cv.picture_tokens(pictures[0])] * 8)
+    expected = programs.caption_score(
+        cv.bundle.coglm,
+        coarse,
+        *tokens.base,
+        np.zeros(8, bool),
+        config=cv.bundle.coglm_config,
+    )
+    np.testing.assert_allclose(released[0, 0], expected[0], rtol=1e-6)

@@ -1,5 +1,5 @@
 """Inputs of `prepare`, by number: a captions file with pictures, a folder of pictures, a prepared
-tfds data set, Scenes.
+tfds data set, Scenes, a file of tokens.
 
 A source has a length and gives input `i` as an `Input`, or raises `Refused` with the reason, so
 that the work can be split by number and one bad input never stops the others. Many threads read a
@@ -21,6 +21,7 @@ from cogview2_jax.data.sources.inputs import (
 from cogview2_jax.data.sources.picture_folder import PictureFolder
 from cogview2_jax.data.sources.scenes import Scenes
 from cogview2_jax.data.sources.tfds import Tfds
+from cogview2_jax.data.sources.token_file import TokenFile
 
 __all__ = [
     "Captions",
@@ -33,6 +34,7 @@ __all__ = [
     "Scenes",
     "Source",
     "Tfds",
+    "TokenFile",
     "caption_sets",
     "left_out",
 ]

@@ -1,0 +1,58 @@
+"""A binary file of token records, rows of int32, as the released `pretrain_coglm.py` reads it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cogview2_jax.data.records import RecordLayout
+from cogview2_jax.data.sources.inputs import Input, Refused
+
+
+class TokenFile:
+    """Rows of `layout`, little-endian int32: 111 text ids, a pad and 400 image ids as published.
+
+    Raises FileNotFoundError, and ValueError for a file that is no whole number of rows.
+    """
+
+    def __init__(self, file: Path, layout: RecordLayout) -> None:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file")
+        self._file, self._layout = file, layout
+        size, row = file.stat().st_size, 4 * layout.length
+        if not size or size % row:
+            raise ValueError(
+                f"{file} has {size:,} bytes, no whole number of rows of {layout.length} int32:"
+                " it is truncated, or of another model"
+            )
+        self._rows = np.memmap(file, "<i4", "r", shape=(size // row, layout.length))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        facts = os.stat(self._file)
+        return {"source": "token file", "file": self._file.name, "bytes": facts.st_size}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Input:
+        """A row, int32 [length], in the place of a picture. Raises Refused for ids that are no text
+        or no picture, and a row without a text.
+        """
+        row, vocabulary = np.array(self._rows[index]), self._layout.vocabulary
+        name, slots = f"{self._file.name} row {index}", self._layout.text_slots
+        image, text = row[slots + 1 :], row[: slots + 1]
+        if wrong := [int(one) for one in image if not 0 <= one < vocabulary.num_image]:
+            raise Refused("malformed record", f"{wrong[0]} is no image token", name)
+        words = text[text != vocabulary.pad]
+        most = vocabulary.num_image + vocabulary.num_text
+        if wrong := [int(one) for one in words if not vocabulary.num_image <= one < most]:
+            raise Refused("malformed record", f"{wrong[0]} is no text token", name)
+        if not len(words):
+            raise Refused("empty caption", "no text token", name)
+        if text[-1] != vocabulary.pad:
+            raise Refused("long caption", f"{slots + 1} places of {slots}", name)
+        return Input(name, row, ())
