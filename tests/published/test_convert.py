@@ -14,6 +14,7 @@ from safetensors import safe_open
 from cogview2_jax import bundle as bundles
 from cogview2_jax import shapes
 from cogview2_jax.published import convert, names
+from cogview2_jax.styles import PUBLISHED_STYLES
 from cogview2_jax.tokenizer import text
 from tests.published import published_files as pf
 
@@ -81,6 +82,7 @@ def test_dtypes(dtype, one_rank, tmp_path):
 def test_the_configuration_follows_from_the_files(one_rank, tmp_path):
     made = convert.convert(one_rank, tmp_path / "model")
     description = bundles.read_description(tmp_path / "model")
+    assert description.styles == PUBLISHED_STYLES
     assert description == made.description
     vocabulary = description.coglm_config.vocabulary
     assert (vocabulary.num_image, vocabulary.size) == (pf.NUM_IMAGE, pf.SIZE)
