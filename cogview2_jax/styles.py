@@ -53,8 +53,13 @@ PUBLISHED_STYLES = (
 )
 
 
-def find_style(styles: Sequence[Style], name: str) -> Style | None:
-    """The style with this name; None for `PLAIN`. Raises ValueError for a name there is not."""
+def find_style(styles: Sequence[Style], name: str | None) -> Style | None:
+    """The style with this name; None for `PLAIN`. Without a name it is the first of the styles.
+
+    Raises ValueError for a name there is not.
+    """
+    if name is None:
+        return styles[0] if styles else None
     if name == PLAIN:
         return None
     for style in styles:

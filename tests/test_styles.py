@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-import cogview2_jax
 from cogview2_jax import bundle as bundles
 from cogview2_jax.config import ClusterSampling
 from cogview2_jax.pipeline.cogview import CogView
@@ -137,8 +136,11 @@ def test_an_edit_has_a_style_when_it_is_named(styled, tiny):
         styled.edit("a star", picture, style="oil", **options)
 
 
-def test_parameters_are_taken_apart_once(tiny, monkeypatch):
-    model = cogview2_jax.pipeline.cogview.CogView(tiny._replace(styles=STYLES))
-    copy, _ = model._in_style(["a star"], "left")
-    assert copy._decoding_params is model._decoding_params
-    assert dataclasses.replace(copy.bundle.sampling, base=PLAINLY) == copy.bundle.sampling
+def test_parameters_are_taken_apart_once(tiny):
+    """Whichever styles are drawn in; the sampling is that of the style."""
+    model = CogView(tiny._replace(styles=STYLES))
+    apart = model._decoding_params
+    model.generate("a star", 2, key=jax.random.key(0), stage="base", style="left")
+    assert model._decoding_params is apart
+    sampling = model._sampling(STYLES[0])["sampling"]
+    assert dataclasses.replace(sampling, base=PLAINLY) == sampling

@@ -10,14 +10,14 @@ import os
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview2_jax import __version__, errors, styles
-from cogview2_jax.styles import PLAIN
+from cogview2_jax import __version__, errors
+from cogview2_jax.styles import PLAIN, find_style, in_style
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,11 +86,11 @@ def check_model(
         folder = bundles.locate(bundle)
         description = bundles.read_description(folder)
         model = bundles.read_text_model(folder, description)
-        chosen = styles.find_style(description.styles, _style(description.styles, style))
+        chosen = find_style(description.styles, style)
     config = description.coglm_config
     for prompt in prompts:
         with refusing(f"prompt {textwrap.shorten(prompt[:200], 40, placeholder='…')!r}: "):
-            most, words = config.max_text - start_token, styles.in_style(chosen, prompt)
+            most, words = config.max_text - start_token, in_style(chosen, prompt)
             text.encode_prompt(model, words, config.vocabulary, most)
     return folder
 
@@ -100,58 +100,8 @@ def style_of(folder: Path, asked: str | None) -> str:
     from cogview2_jax import bundle as bundles
 
     with refusing():
-        return _style(bundles.read_description(folder).styles, asked)
-
-
-def _style(known: Sequence[styles.Style], asked: str | None) -> str:
-    default = known[0].name if known else PLAIN
-    return default if asked is None else asked
-
-
-def for_each_line(file: Path, wanted: str, do: Callable[[bytes, int], None]) -> None:
-    """Calls `do` with every line of a file that is not empty, and its number from 1.
-
-    A line whose call raises ClickException, ValueError or OSError is named on stderr; the others
-    are done, and the exit code is 1. Raises ClickException for a file without a line of what is
-    `wanted`.
-    """
-    from cogview2_jax.files import read_file
-
-    with refusing(f"{file}: "):
-        content = read_file(file)
-    done, failed = 0, False
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip(b"\xef\xbb\xbf \t\r"):
-            continue
-        try:
-            do(line, number)
-            done += 1
-        except (click.ClickException, ValueError, OSError) as error:
-            click_said = error.message if isinstance(error, click.ClickException) else None
-            complain(f"{file}: line {number}: {click_said or errors.reason(error)}")
-            failed = True
-    if not (done or failed):
-        raise click.ClickException(f"{file}: no line with {wanted}")
-    if failed:
-        raise click.exceptions.Exit(1)
-
-
-def fields_of(line: bytes, number: int) -> list[str]:
-    """The fields of a line with tabs between them. Raises ValueError for what is not UTF-8."""
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r").split("\t")
-    except UnicodeDecodeError:
-        raise ValueError("must be UTF-8: save the file so") from None
-
-
-def require_new(name: str, number: int, names: dict[str, int]) -> None:
-    """Raises ValueError for a line whose files would have the names of an earlier line's."""
-    from cogview2_jax.cli import sheets
-
-    slug = sheets.slug(name)
-    if slug in names:
-        raise ValueError(f"has the id of line {names[slug]}, {name}: give another id")
-    names[slug] = number
+        found = find_style(bundles.read_description(folder).styles, asked)
+    return found.name if found else PLAIN
 
 
 def picture_problem(file: Path, error: Exception) -> str:

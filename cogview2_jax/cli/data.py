@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -190,68 +191,76 @@ def prepare_command(
     After a kill, the same command continues. Several runs of it on one folder share the work: each
     takes shards that no other holds. The records are the same either way.
     """
-    fields = source_options["caption_fields"]
+    kind = _kind(source)
+    given = _given(context)
+    _check_options(context, source, kind, pictures, source_options["caption_fields"])
+    folder = description = None
+    if not pictures:
+        from cogview2_jax import bundle as bundles
+
+        folder = common.check_model(bundle)
+        description = bundles.read_description(folder)
+    with common.refusing():
+        inputs = _source(source, kind, description, pictures=pictures, **source_options)
+        if unread := given & source_options.keys() - _READ_BY[kind] - _READ_BY_ALL:
+            raise ValueError(f"{_named(context, unread)}: not an option for {kind}")
+    common.check_writable(out)
+    with common.refusing():
+        layout = description and _layout(description, sizes, stride, text_slots)
+    shared = {"shard_size": shard_size, "workers": workers}
+    of_tokens = {"batch_size": batch_size, "allow_unknown": allow_unknown or None, "apart": apart}
+    prepare = _preparation(kind, folder, description, layout, of_tokens)
+    _report(out, _prepared(out, inputs, prepare, **shared))
+
+
+def _check_options(
+    context: click.Context, source: str, kind: str, pictures: bool, fields: tuple[str, ...]
+) -> None:
+    """Raises UsageError for options that contradict each other."""
     if len(fields) > 2 or len(set(fields)) < len(fields):
         raise click.UsageError("--caption-field can be given once or twice, with two names")
-    given = _given(context)
-    if pictures and given & _OF_TOKENS:
+    of_tokens = _given(context) & _OF_TOKENS
+    if pictures and of_tokens:
         raise click.UsageError(
             "--pictures keeps files as they are: it goes with no --size, --stride, --text-slots,"
             " --apart, --allow-unknown, --batch-size or --bundle"
         )
-    if _kind(source) == "a token file" and (wrong := given & (_OF_TOKENS - {"bundle"})):
+    if kind == _TOKEN_FILE and (wrong := of_tokens - {"bundle"}):
         raise click.UsageError(
             f"{source} has tokens already: it goes with no {_named(context, wrong)}"
         )
-    description = None
-    if not pictures:
-        folder = common.check_model(bundle)
-        from cogview2_jax import bundle as bundles
 
-        description = bundles.read_description(folder)
-    with common.refusing():
-        inputs = _source(source, description, pictures=pictures, **source_options)
-        read = _READ_BY[_kind(source)] | _READ_BY_ALL
-        if unread := given & source_options.keys() - read:
-            raise ValueError(f"{_named(context, unread)}: not an option for {_kind(source)}")
-    common.check_writable(out)
-    shared = {"shard_size": shard_size, "workers": workers}
-    if description is None:
-        from cogview2_jax.data.prepare import prepare_pictures
 
-        _report(out, _prepared(out, inputs, prepare_pictures, **shared))
-        return
-    with common.refusing():
-        layout = _layout(description, sizes, stride, text_slots)
-    from cogview2_jax.data.prepare import prepare_token_file, prepare_tokens
+def _preparation(
+    kind: str,
+    folder: Path | None,
+    description: Description | None,
+    layout: RecordLayout | None,
+    of_tokens: dict[str, Any],
+) -> Callable[..., Report]:
+    """The function that prepares this kind of source: token records of a layout, with the model in
+    `folder`, or picture records without one.
+    """
+    from cogview2_jax.data import prepare
 
-    if _kind(source) == "a token file":
+    if folder is None or description is None or layout is None:
+        return prepare.prepare_pictures
+    from cogview2_jax import bundle as bundles
+
+    if kind == _TOKEN_FILE:
         text_model = bundles.read_text_model(folder, description)
-        _report(
-            out,
-            _prepared(
-                out, inputs, prepare_token_file, layout=layout, text_model=text_model, **shared
-            ),
-        )
-        return
+        return functools.partial(prepare.prepare_token_file, layout=layout, text_model=text_model)
     common.use_compilation_cache()
     with common.refusing():
         model = bundles.load(folder, networks=("tokenizer",))
-
-    report = _prepared(
-        out,
-        inputs,
-        prepare_tokens,
+    return functools.partial(
+        prepare.prepare_tokens,
         layout=layout,
         text_model=model.text_model,
         tokenizer=model.tokenizer,
         tokenizer_config=model.tokenizer_config,
-        batch_size=batch_size,
-        allow_unknown=allow_unknown or None,
-        apart=apart,
-        **shared,
+        **of_tokens,
     )
-    _report(out, report)
 
 
 @data_group.command(
@@ -307,8 +316,9 @@ def gather_command(out: Path, packages: Path, seed: int) -> None:
 
 # Options of token records, and the options that each kind of source reads.
 _OF_TOKENS = {"sizes", "stride", "text_slots", "apart", "allow_unknown", "batch_size", "bundle"}
+_TOKEN_FILE = "a token file"
 _READ_BY: dict[str, set[str]] = {
-    "a token file": set(),
+    _TOKEN_FILE: set(),
     "a captions file": {"images", "image_field", "caption_fields"},
     "scenes": {"split", "caption_fields"},
     "a folder": set(),
@@ -332,7 +342,7 @@ def _given(context: click.Context) -> set[str]:
 def _kind(source: str) -> str:
     path = Path(source)
     if path.suffix == ".bin":
-        return "a token file"
+        return _TOKEN_FILE
     if path.suffix in (".jsonl", ".tsv") or path.is_file():
         return "a captions file"
     if source == "scenes":
@@ -390,6 +400,7 @@ def _layout(
 
 def _source(
     source: str,
+    kind: str,
     description: Description | None,
     *,
     pictures: bool,
@@ -404,8 +415,8 @@ def _source(
     from cogview2_jax.data import sources
 
     found: Source
-    path, kind = Path(source), _kind(source)
-    if kind == "a token file":
+    path = Path(source)
+    if kind == _TOKEN_FILE:
         if description is None:
             raise ValueError(f"{source} has tokens, no pictures: leave out --pictures")
         found = sources.TokenFile(path, _layout(description, (), None, None))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview2_jax.cli import common, pictures, sheets
+from cogview2_jax.cli import common, lines, pictures, sheets
 from cogview2_jax.pipeline import settings
 from cogview2_jax.styles import PLAIN
 
@@ -69,17 +70,19 @@ class How:
     overwrite: bool
     style: str = PLAIN
 
-    def outputs(self, request: Request) -> tuple[list[str], common.Outputs]:
-        """The pictures' files of an edit, and their writer. Raises as `common.Outputs`."""
-        name = f"{sheets.slug(request.name)}_" if request.line else ""
-        name += sheets.slug(request.picture.stem)
-        return self.outputs_of(f"{name}_{sheets.slug(request.text)}", request.description())
+    def draw(
+        self,
+        name: str,
+        description: dict[str, Any],
+        begin: float,
+        redraw: Callable[..., Any],
+        cv: CogView | None = None,
+    ) -> CogView:
+        """Write the pictures that `redraw` makes with a model and the arguments of all edits.
 
-    def outputs_of(
-        self, name: str, description: dict[str, Any]
-    ) -> tuple[list[str], common.Outputs]:
-        """The pictures' files, which begin with `name`, and their writer, whose report has the
-        description and what is said here. Raises as `common.Outputs`.
+        Files begin with `name`; the report has the `description`, what is said here, and the time
+        since `begin`. `redraw` returns uint8 [n, y, x, 3]. Loads the model when it is not yet, and
+        returns it. Raises as `common.Outputs`, and ClickException where `redraw` raises ValueError.
         """
         name += f"_seed{self.seed}"
         name += "" if self.stage == pictures.LAST_STAGE else f"_{self.stage}"
@@ -93,11 +96,21 @@ class How:
             **({} if self.style == PLAIN else {"style": self.style}),
         }
         description |= common.circumstances(self.folder, self.dtype)
-        report = f"{name}.json"
-        return files, common.Outputs(self.out, files, report, description, self.overwrite)
+        outputs = common.Outputs(self.out, files, f"{name}.json", description, self.overwrite)
+        cv = cv or common.load(self.folder, settings.STAGES[self.stage], self.dtype)[0]
+        import jax
 
-    def load(self) -> CogView:
-        return common.load(self.folder, settings.STAGES[self.stage], self.dtype)[0]
+        with common.refusing():
+            made = redraw(
+                cv,
+                key=jax.random.key(self.seed),
+                num_images=self.num_images,
+                stage=self.stage,
+                candidates=self.candidates,
+            )
+        contents = {file: sheets.png(each) for file, each in zip(files, made, strict=True)}
+        outputs.write(contents, {"total": time.perf_counter() - begin})
+        return cv
 
 
 def file_facts(name: str, file: Path) -> dict[str, str]:
@@ -142,6 +155,7 @@ Examples:
 )
 @click.option(
     "--lines",
+    "file",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help=f"Many edits, a line each, as published: {_FIELDS}. The box is of the square in the middle"
@@ -161,7 +175,7 @@ def edit_command(
     text: str | None,
     box: Box | None,
     mask: Path | None,
-    lines: Path | None,
+    file: Path | None,
     bundle: Path | None,
     stage: str | None,
     candidates: int | None,
@@ -176,9 +190,9 @@ def edit_command(
     are done, and the exit code is 1.
     """
     shared["style"] = style or PLAIN
-    if lines is not None and not (picture is None and text is None and box is None and not mask):
+    if file is not None and not (picture is None and text is None and box is None and not mask):
         raise click.UsageError("--lines names pictures, texts and boxes itself: give nothing else")
-    if lines is None:
+    if file is None:
         if picture is None or text is None:
             raise click.UsageError("give PICTURE and TEXT, or --lines FILE")
         if (box is None) == (mask is None):
@@ -193,8 +207,8 @@ def edit_command(
         candidates=common.candidates(folder, candidates),
         **shared,
     )
-    if lines is not None:
-        _edit_lines(lines, how)
+    if file is not None:
+        _edit_lines(file, how)
         return
     assert picture is not None and text is not None
     _edit(Request(text, picture, box, mask), how, None)
@@ -207,24 +221,13 @@ def _edit(request: Request, how: How, cv: CogView | None) -> CogView:
     with common.refusing():
         part = request.part(opened)
     common.check_part(how.folder, part, opened)
-    files, outputs = how.outputs(request)
-    cv = cv or how.load()
-    import jax
+    name = f"{sheets.slug(request.name)}_" if request.line else ""
+    name += f"{sheets.slug(request.picture.stem)}_{sheets.slug(request.text)}"
 
-    with common.refusing():
-        made = cv.edit(
-            request.text,
-            opened,
-            **part,
-            key=jax.random.key(how.seed),
-            num_images=how.num_images,
-            stage=how.stage,
-            candidates=how.candidates,
-            style=how.style,
-        )
-    contents = {file: sheets.png(each) for file, each in zip(files, made, strict=True)}
-    outputs.write(contents, {"total": time.perf_counter() - begin})
-    return cv
+    def redraw(cv: CogView, **shared: Any) -> Any:
+        return cv.edit(request.text, opened, **part, style=how.style, **shared)
+
+    return how.draw(name, request.description(), begin, redraw, cv)
 
 
 # --- Files of edits -------------------------------------------------------------------------------
@@ -237,11 +240,11 @@ def _edit_lines(file: Path, how: How) -> None:
     def edit(line: bytes, number: int) -> None:
         nonlocal cv
         request = parse_line(line, number)
-        common.require_new(request.name, number, names)
+        lines.require_new(request.name, number, names)
         common.check_model(how.folder, (request.text,), start_token=True, style=how.style)
         cv = _edit(request, how, cv)
 
-    common.for_each_line(file, f"an edit: give lines of {_FIELDS}", edit)
+    lines.for_each_line(file, f"an edit: give lines of {_FIELDS}", edit)
 
 
 def parse_line(line: bytes, number: int) -> Request:
@@ -250,7 +253,7 @@ def parse_line(line: bytes, number: int) -> Request:
     Raises ValueError for another number of fields, edges that are no numbers, and bytes that are no
     UTF-8.
     """
-    fields = common.fields_of(line, number)
+    fields = lines.fields_of(line, number)
     if len(fields) not in (6, 7):
         raise ValueError(f"must have {_FIELDS}: got {len(fields)} fields")
     name = fields[0].strip() if len(fields) == 7 else str(number)

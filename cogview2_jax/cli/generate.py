@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview2_jax.cli import common, pictures, sheets
+from cogview2_jax.cli import common, lines, pictures, sheets
 from cogview2_jax.pipeline import settings
 
 if TYPE_CHECKING:
@@ -21,14 +21,33 @@ if TYPE_CHECKING:
 # The progress bar's names of the running networks.
 _PART_OF = {"coglm": "base", "direct": "direct", "iterative": "iterative", "tokenizer": "pixels"}
 _KINDS = ("pictures", "animations", "confidence")  # of files of a prompt
-# Options that change how a model draws → the field of `Sampling`, or of its part.
-_SAMPLING: dict[str, tuple[str, ...]] = {
-    "temperature": ("base", "temperature"),
-    "top_clusters": ("base", "top_clusters"),
-    "direct_top_clusters": ("direct", "top_clusters"),
-    "direct_within_temperature": ("direct", "within_temperature"),
-    "iterative_temperature": ("iterative_temperature",),
-    "text_upweight": ("text_upweight",),
+_NUMBER, _WHOLE = click.FloatRange(0), click.IntRange(1)
+# Options that change how a model draws: the part of `Sampling`, its field, type and help.
+_SAMPLING: dict[str, tuple[str, str, click.ParamType, str]] = {
+    "temperature": (
+        *("base", "temperature", _NUMBER),
+        "Of the base stage; 0 takes the most probable token.",
+    ),
+    "top_clusters": (
+        *("base", "top_clusters", _WHOLE),
+        "Clusters of the codebook that the base stage draws from.",
+    ),
+    "direct_top_clusters": (
+        *("direct", "top_clusters", _WHOLE),
+        "Clusters that direct super-resolution draws from.",
+    ),
+    "direct_within_temperature": (
+        *("direct", "within_temperature", _NUMBER),
+        "Of direct super-resolution inside a cluster.",
+    ),
+    "iterative_temperature": (
+        *("", "iterative_temperature", _NUMBER),
+        "Of the rounds of iterative super-resolution.",
+    ),
+    "text_upweight": (
+        *("", "text_upweight", click.FLOAT),
+        "Added to the attention scores of words at the base stage.",
+    ),
 }
 
 
@@ -65,8 +84,9 @@ class How:
 
     def load(self) -> CogView:
         cv, _ = common.load(self.folder, settings.STAGES[self.stage], self.dtype)
-        bundle = _resampled(cv.bundle, self.sampling)
-        return dataclasses.replace(cv, bundle=bundle) if self.sampling else cv
+        if not self.sampling:
+            return cv
+        return dataclasses.replace(cv, bundle=_resampled(cv.bundle, self.sampling))
 
 
 def _resampled(bundle: Any, given: dict[str, float]) -> Any:
@@ -74,50 +94,34 @@ def _resampled(bundle: Any, given: dict[str, float]) -> Any:
 
     Raises ClickException for a value that is refused.
     """
-
-    def changed(part: Any, fields: dict[str, float]) -> Any:
-        return dataclasses.replace(part, **fields) if fields else part
-
-    base: dict[str, float] = {}
-    direct: dict[str, float] = {}
-    rest: dict[str, Any] = {}
+    fields: dict[str, dict[str, float]] = {"base": {}, "direct": {}, "": {}}
     for option, value in given.items():
-        *within, name = _SAMPLING[option]
-        (rest if not within else base if within == ["base"] else direct)[name] = value
+        part, name, *_ = _SAMPLING[option]
+        fields[part][name] = value
+
+    def changed(drawn: Any, **more: float) -> Any:
+        """A `Sampling` or `Style` with both of its parts changed."""
+        parts = {
+            name: dataclasses.replace(getattr(drawn, name), **fields[name])
+            for name in ("base", "direct")
+        }
+        return dataclasses.replace(drawn, **parts, **more)
+
     with common.refusing():
-        sampling = bundle.sampling
-        sampling = dataclasses.replace(
-            sampling,
-            base=changed(sampling.base, base),
-            direct=changed(sampling.direct, direct),
-            **rest,
+        return bundle._replace(
+            sampling=changed(bundle.sampling, **fields[""]),
+            styles=tuple(map(changed, bundle.styles)),
         )
-        styles = tuple(
-            dataclasses.replace(
-                style, base=changed(style.base, base), direct=changed(style.direct, direct)
-            )
-            for style in bundle.styles
-        )
-    return bundle._replace(sampling=sampling, styles=styles)
 
 
 def _sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    number, whole = click.FloatRange(0), click.IntRange(1)
-    what = {
-        "temperature": (number, "Of the base stage; 0 takes the most probable token."),
-        "top_clusters": (whole, "Clusters of the codebook that the base stage draws from."),
-        "direct_top_clusters": (whole, "Clusters that direct super-resolution draws from."),
-        "direct_within_temperature": (number, "Of direct super-resolution inside a cluster."),
-        "iterative_temperature": (number, "Of the rounds of iterative super-resolution."),
-        "text_upweight": (click.FLOAT, "Added to the attention scores of words at the base stage."),
-    }
-    for name in reversed(_SAMPLING):
-        kind, words = what[name]
-        flag = f"--{name.replace('_', '-')}"
-        option = click.option(
-            flag, type=kind, metavar="X", help=f"{words}  [default: what the style or bundle says]"
-        )
-        command = option(command)
+    for name, (_, _, kind, words) in reversed(_SAMPLING.items()):
+        command = click.option(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            metavar="X",
+            help=f"{words}  [default: what the style or bundle says]",
+        )(command)
     return command
 
 
@@ -235,17 +239,17 @@ def _of_lines(file: Path, how: How) -> None:
 
     def draw(line: bytes, number: int) -> None:
         nonlocal cv
-        fields = common.fields_of(line, number)
+        fields = lines.fields_of(line, number)
         if len(fields) > 2 or not fields[0].strip():
             what = f"{len(fields)} fields" if fields[0].strip() else "an empty id"
             raise ValueError(f"must be a prompt, or an id, a tab and a prompt: got {what}")
         name, prompt = fields[0].strip() if len(fields) == 2 else str(number), fields[-1]
-        common.require_new(name, number, names)
+        lines.require_new(name, number, names)
         common.check_model(how.folder, (prompt,), style=how.style)
         stem = sheets.stems([prompt], how.seed, _suffix(how))[0]
         cv = _generate([prompt], [f"{sheets.slug(name)}_{stem}"], how, cv)
 
-    common.for_each_line(file, "a prompt", draw)
+    lines.for_each_line(file, "a prompt", draw)
 
 
 def _of_answers(how: How) -> None:
@@ -358,12 +362,8 @@ def _draw(
     from cogview2_jax.pipeline import making
 
     made = cv.making(prompt, key=key, stage=how.stage, **options)
-    grid = cv.bundle.coglm_config.grid
     return {
         "pictures": made.steps[-1][1],
-        "animations": [
-            making.animation([(step, each[i]) for step, each in made.steps], grid, how.animate)
-            for i in range(how.num_images)
-        ],
+        "animations": making.animations(made.steps, cv.bundle.coglm_config.grid, how.animate),
         "confidence": making.confidence(made),
     }

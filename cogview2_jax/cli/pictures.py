@@ -129,7 +129,6 @@ def caption_command(
         shared |= {"candidates": candidates, "seed": seed}
     shared |= common.circumstances(folder, dtype)
     import jax
-    import jax.numpy as jnp
 
     failed = False
     waiting: list[tuple[Path, Any]] = []  # files and their tokens
@@ -141,8 +140,7 @@ def caption_command(
             failed = True
         if waiting and (i == len(pictures) or len(waiting) == settings.CAPTIONED_AT_ONCE):
             # Each picture has its own draws, whichever others are captioned with it.
-            seeds = jnp.full(len(waiting), seed, jnp.uint32)
-            keys = jax.vmap(jax.random.key)(seeds) if candidates > 1 else None
+            keys = jax.random.key(seed).reshape(1).repeat(len(waiting)) if candidates > 1 else None
             said = cv.token_captions(
                 [tokens for _, tokens in waiting], language, keys=keys, candidates=candidates
             )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cogview2_jax.cli import common, pictures, sheets
 from cogview2_jax.cli.edits import How, file_facts
 from cogview2_jax.pipeline import settings
+
+if TYPE_CHECKING:
+    from cogview2_jax.pipeline.cogview import CogView
 
 
 def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,22 +64,11 @@ def vary_command(picture: Path, text: str | None, keep: float, **shared: Any) ->
     opened, how = _checked(picture, text, shared)
     name = f"{sheets.slug(picture.stem)}_varied" + (f"_{sheets.slug(text)}" if text else "")
     description = {"text": text, "keep": keep} | file_facts("picture", picture)
-    files, outputs = how.outputs_of(name, description)
-    cv = how.load()
-    import jax
 
-    with common.refusing():
-        made = cv.vary(
-            opened,
-            text,
-            keep=keep,
-            key=jax.random.key(how.seed),
-            num_images=how.num_images,
-            stage=how.stage,
-            candidates=how.candidates,
-        )
-    contents = {file: sheets.png(each) for file, each in zip(files, made, strict=True)}
-    outputs.write(contents, {"total": time.perf_counter() - begin})
+    def redraw(cv: CogView, **arguments: Any) -> Any:
+        return cv.vary(opened, text, keep=keep, **arguments)
+
+    how.draw(name, description, begin, redraw)
 
 
 @click.command(
@@ -109,7 +101,7 @@ def outpaint_command(
     """
     begin = time.perf_counter()
     opened, how = _checked(picture, text, shared)
-    sides = {"top": top, "left": left, "bottom": bottom, "right": right}
+    sides: dict[str, Any] = {"top": top, "left": left, "bottom": bottom, "right": right}
     from cogview2_jax import bundle as bundles
     from cogview2_jax.pipeline import patch_completion
 
@@ -119,22 +111,11 @@ def outpaint_command(
         patch_completion.plan_mask(mask, config, touched=True)
     name = f"{sheets.slug(picture.stem)}_continued_{sheets.slug(text)}"
     description = {"text": text, **sides} | file_facts("picture", picture)
-    files, outputs = how.outputs_of(name, description)
-    cv = how.load()
-    import jax
 
-    with common.refusing():
-        made = cv.outpaint(
-            text,
-            opened,
-            **sides,
-            key=jax.random.key(how.seed),
-            num_images=how.num_images,
-            stage=how.stage,
-            candidates=how.candidates,
-        )
-    contents = {file: sheets.png(each) for file, each in zip(files, made, strict=True)}
-    outputs.write(contents, {"total": time.perf_counter() - begin})
+    def redraw(cv: CogView, **arguments: Any) -> Any:
+        return cv.outpaint(text, opened, **sides, **arguments)
+
+    how.draw(name, description, begin, redraw)
 
 
 def _checked(picture: Path, text: str | None, shared: dict[str, Any]) -> tuple[Any, How]:

@@ -64,16 +64,13 @@ def prepare_tokens(
         allow_unknown = layout.vocabulary.as_published
     settings = {
         "source": source.fingerprint,
-        "text_model": hashlib.sha256(text_model.serialized_model_proto()).hexdigest(),
-        "first_chinese": layout.vocabulary.first_chinese,
+        **_text_settings(text_model, layout),
         "tokenizer": fingerprint(tokenizer),
         "tokenizer_config": dataclasses.asdict(tokenizer_config),
         "batch_size": batch_size,
         "allow_unknown": allow_unknown,
         "apart": apart,
     }
-    if layout.vocabulary.as_published:  # no key else, as in folders of version 0.1
-        settings["as_published"] = True
     manifest = Manifest(manifests.TOKENS, len(source), shard_size, layout, settings)
     manifests.require_same(folder, manifest)  # before anything is compiled
     for size in layout.sizes:
@@ -116,13 +113,7 @@ def prepare_token_file(
     """Token records of rows that are tokens already. Arguments and errors are those of
     `prepare_tokens`.
     """
-    settings = {
-        "source": source.fingerprint,
-        "text_model": hashlib.sha256(text_model.serialized_model_proto()).hexdigest(),
-        "first_chinese": layout.vocabulary.first_chinese,
-    }
-    if layout.vocabulary.as_published:
-        settings["as_published"] = True
+    settings = {"source": source.fingerprint, **_text_settings(text_model, layout)}
     manifest = Manifest(manifests.TOKENS, len(source), shard_size, layout, settings)
 
     def read(item: Input) -> tuple[Any, list[tuple[str, Refused]]]:
@@ -165,6 +156,17 @@ def prepare_pictures(
 
     recipe = Recipe(read, write, 1)
     return write_shards(source, folder, manifest, recipe, workers, progress)
+
+
+def _text_settings(text_model: spm.SentencePieceProcessor, layout: RecordLayout) -> dict[str, Any]:
+    """What a manifest says of how text was read."""
+    vocabulary = layout.vocabulary
+    return {
+        "text_model": hashlib.sha256(text_model.serialized_model_proto()).hexdigest(),
+        "first_chinese": vocabulary.first_chinese,
+        # No key else, as in folders of version 0.1.
+        **({"as_published": True} if vocabulary.as_published else {}),
+    }
 
 
 def fingerprint(tree: Any) -> str:

@@ -80,11 +80,7 @@ class Desk:
 
     def animations(self, steps: Sequence[tuple[str, np.ndarray]]) -> list[bytes]:
         """How each picture of these steps of `generate` came to be, as animated WebP."""
-        grid = self.cv.bundle.coglm_config.grid
-        return [
-            making.animation([(step, each[i]) for step, each in steps], grid)
-            for i in range(len(steps[-1][1]))
-        ]
+        return making.animations(steps, self.cv.bundle.coglm_config.grid)
 
     def edit(
         self,

@@ -16,6 +16,7 @@ from cogview2_jax.pipeline.making import Making, base_probability, direct_probab
 from cogview2_jax.pipeline.parts import DIRECT_DRAW, ITERATIVE_DRAW
 from cogview2_jax.pipeline.reach import require_stage
 from cogview2_jax.pipeline.stages import decode_image
+from cogview2_jax.styles import find_style, in_style
 from cogview2_jax.tokenizer.pictures import Picture
 
 Array = jax.Array
@@ -158,17 +159,16 @@ class CogView(Edits):
         steps = self._steps(
             [prompt], key, num_images, stage, candidates, keep_best, style, each_round=True
         )
-        grids, rounds = [], 0
+        grids = []
         for part, grid in steps:
             if part != "candidate":
                 grids.append((part, np.asarray(grid)))
-                rounds += part == "round"
-                if part != "round":
-                    progress(part)
-                elif rounds == self.bundle.iterative_config.rounds:
-                    progress("iterative")
-        _, styled = self._in_style([prompt], style)
-        tokens = self._whole_batch(self._tokens(styled).repeat(num_images))
+            if part in ("base", "direct"):
+                progress(part)
+        if stage == STAGES[-1]:
+            progress("iterative")
+        styled = in_style(find_style(self.bundle.styles, style), prompt)
+        tokens = self._tokens_of_images([styled], num_images)
         config = self.bundle.direct_config
         coarse = self._shard_over_mesh(grids[0][1])
         base = base_probability(
@@ -210,9 +210,11 @@ class CogView(Edits):
         """Image tokens [b, cells] of each "candidate", and after "base", "direct" and "iterative",
         up to the stage `last`; with `each_round`, after each "round" in place of "iterative".
         """
-        model, styled = self._in_style(prompts, style)
+        found = find_style(self.bundle.styles, style)
+        styled = [in_style(found, prompt) for prompt in prompts]
         tokens, keys = self._drawing(styled, key, num_images)
-        scored = self._scored(prompts, styled, tokens, num_images)
+        # Candidates are scored without the template, as published.
+        scored = tokens if found is None else self._tokens_of_images(prompts, num_images)
 
         # The images of a prompt share its prefill; on a mesh each device has its own images'.
         alone = self.execution.sharding is None
@@ -225,7 +227,7 @@ class CogView(Edits):
                 keys,
                 self.bundle.cluster_labels,
                 config=self.bundle.coglm_config,
-                **model._sampling,
+                **self._sampling(found),
             )
 
         coarse: list[np.ndarray] = []
@@ -242,7 +244,7 @@ class CogView(Edits):
         yield "base", base
         if last == "base":
             return
-        fine = model._direct(tokens, base, keys(DIRECT_DRAW))
+        fine = self._direct(tokens, base, keys(DIRECT_DRAW), found)
         yield "direct", fine
         if last == "direct":
             return

@@ -14,9 +14,9 @@ from cogview2_jax.networks import inputs
 from cogview2_jax.pipeline import editing, patch_completion, settings
 from cogview2_jax.pipeline.editing import Box
 from cogview2_jax.pipeline.parts import VARIED_DRAW, Parts
-from cogview2_jax.pipeline.prompts import PromptTokens, caption_text
+from cogview2_jax.pipeline.prompts import caption_text
 from cogview2_jax.pipeline.reach import last_stage, require_stage, what_is_missing
-from cogview2_jax.styles import PLAIN
+from cogview2_jax.styles import PLAIN, Style, find_style, in_style
 from cogview2_jax.tokenizer.pictures import Picture, fit_picture, open_picture
 
 Array = jax.Array
@@ -87,7 +87,8 @@ class Edits(Parts):
         patch = patch_completion.plan_part(
             box, mask, (opened.height, opened.width), self.bundle.direct_config
         )
-        return self._complete(prompt, opened, patch, num_images, key, stage, candidates, style)
+        found = find_style(self.bundle.styles, style)
+        return self._complete(prompt, opened, patch, num_images, key, stage, candidates, found)
 
     def outpaint(
         self,
@@ -141,7 +142,7 @@ class Edits(Parts):
         if prompt is None:
             prompt = self._short_caption(crop)
         tokens, keys = self._drawing([prompt], key, num_images)
-        read = self._read_with_start(prompt, num_images)
+        read = self._tokens_of_images([prompt], num_images, start_token=True)
         config = self.bundle.coglm_config
         known = self._known(tokens, crop)
         masks = _rectangles(keys(VARIED_DRAW), config.grid, keep)
@@ -160,13 +161,16 @@ class Edits(Parts):
         key: Array,
         stage: str,
         candidates: int | None,
-        style: str = PLAIN,
+        style: Style | None = None,
     ) -> np.ndarray:
-        """The picture with the cells of `patch` redrawn: uint8 [num_images, y, x, 3]."""
-        model, styled = self._in_style([prompt], style)
-        tokens, keys = self._drawing(styled, key, num_images)
-        scored = self._scored([prompt], styled, tokens, num_images)
-        read = self._read_with_start(styled[0], num_images)
+        """The picture with the cells of `patch` redrawn: uint8 [num_images, y, x, 3].
+
+        Super-resolution reads the prompt with its `<start_of_image>`.
+        """
+        styled = in_style(style, prompt)
+        tokens, keys = self._drawing([styled], key, num_images)
+        scored = tokens if style is None else self._tokens_of_images([prompt], num_images)
+        read = self._tokens_of_images([styled], num_images, start_token=True)
         config = self.bundle.coglm_config
         top, left, bottom, right = patch.crop
         if bottom - top <= config.grid[0] * TOKEN_STRIDE:
@@ -175,14 +179,10 @@ class Edits(Parts):
         part = editing.Edit(top, left, bottom - top, right - left, cells)
         crop = editing.cut(picture, part)
         filling = patch_completion.sequence(patch.coarse, *self._known(tokens, crop), config)
-        made = model._redraw(
-            scored, read, [filling], crop, patch.fine[None], keys, stage, candidates
+        made = self._redraw(
+            scored, read, [filling], crop, patch.fine[None], keys, stage, candidates, style
         )
         return editing.paste(picture, made[:num_images], part, cells_only=True)
-
-    def _read_with_start(self, prompt: str, num_images: int) -> PromptTokens:
-        """The prompt as super-resolution of an edit reads it: with its `<start_of_image>`."""
-        return self._whole_batch(self._tokens([prompt], start_token=True).repeat(num_images))
 
     def _short_caption(self, crop: np.ndarray) -> str:
         """An English caption that leaves room for a `<start_of_image>`."""

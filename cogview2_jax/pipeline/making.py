@@ -14,6 +14,7 @@ from cogview2_jax import config as configs
 from cogview2_jax.config import Grid
 from cogview2_jax.networks import coglm, direct_sr, inputs
 from cogview2_jax.networks.transformer import tied_logits, word_rows
+from cogview2_jax.pipeline.editing import cell_of_pixel
 from cogview2_jax.pipeline.settings import ANIMATIONS
 from cogview2_jax.sharding import Execution
 
@@ -133,6 +134,14 @@ def animation(
     return content.getvalue()
 
 
+def animations(
+    steps: Sequence[tuple[str, np.ndarray]], grid: Grid, kind: str = ANIMATIONS[0]
+) -> list[bytes]:
+    """The `animation` of each picture of steps as `CogView.watch` yields them."""
+    number = len(steps[-1][1])
+    return [animation([(step, each[i]) for step, each in steps], grid, kind) for i in range(number)]
+
+
 def _first_cells(picture: np.ndarray, grid: Grid, number: int) -> np.ndarray:
     """A picture with the first `number` of its cells, and grey."""
     known = (np.arange(grid[0] * grid[1]) < number).reshape(grid)
@@ -162,7 +171,5 @@ def confidence(making: Making) -> list[np.ndarray]:
 
 def _enlarge(cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Each pixel takes the cell [y', x', …] that holds it."""
-    rows, columns = (
-        np.arange(side) * number // side for side, number in zip(size, cells.shape, strict=False)
-    )
+    rows, columns = map(cell_of_pixel, size, cells.shape[:2])
     return cells[np.ix_(rows, columns)]

@@ -1,6 +1,5 @@
 """The steps of the pipeline over a bundle's parameters, host arrays in and out."""
 
-import copy
 import dataclasses
 import functools
 import zlib
@@ -34,13 +33,12 @@ from cogview2_jax.pipeline.stages import (
     super_resolve_iterative,
 )
 from cogview2_jax.sharding import Execution
-from cogview2_jax.styles import PLAIN, find_style, in_style
+from cogview2_jax.styles import Style
 from cogview2_jax.tokenizer import image as image_tokenizer
 from cogview2_jax.tokenizer.pictures import Picture, fit_picture
 
 Array = jax.Array
 _Tree = TypeVar("_Tree")
-_Model = TypeVar("_Model", bound="Parts")
 
 # Draw numbers above any candidate's, so that no two stages share a key.
 DIRECT_DRAW, ITERATIVE_DRAW, VARIED_DRAW = 2**32 - 1, 2**32 - 2, 2**32 - 3
@@ -65,31 +63,15 @@ class Parts:
     def _size(self) -> tuple[int, int]:
         return editing.picture_size(self.bundle.direct_config)
 
-    def _in_style(
-        self: _Model, prompts: Sequence[str], name: str | None
-    ) -> tuple[_Model, list[str]]:
-        """The model with the sampling of a style, and the prompts in its template. Without a name,
-        the style is the first of the bundle, if it has any.
-        """
-        styles = self.bundle.styles
-        default = styles[0].name if styles else PLAIN
-        style = find_style(styles, default if name is None else name)
-        if style is None:
-            return self, list(prompts)
-        sampling = dataclasses.replace(self.bundle.sampling, base=style.base, direct=style.direct)
-        if self.bundle.coglm:
-            _ = self._decoding_params  # made once, for the copy too
-        model = copy.copy(self)  # and not made anew: the parameters are in their places
-        object.__setattr__(model, "bundle", self.bundle._replace(sampling=sampling))
-        return model, [in_style(style, prompt) for prompt in prompts]
-
-    @property
-    def _sampling(self) -> dict[str, Any]:
+    def _sampling(self, style: Style | None = None) -> dict[str, Any]:
         """Arguments that the stages with cluster sampling share."""
+        sampling = self.bundle.sampling
+        if style is not None:
+            sampling = dataclasses.replace(sampling, base=style.base, direct=style.direct)
         return {
             "execution": self.execution,
             # Static: without this, another number of candidates would compile again.
-            "sampling": dataclasses.replace(self.bundle.sampling, candidates=1),
+            "sampling": dataclasses.replace(sampling, candidates=1),
             "num_clusters": self.bundle.num_clusters,
         }
 
@@ -111,24 +93,23 @@ class Parts:
             start_token=start_token,
         )
 
+    def _tokens_of_images(
+        self, prompts: Sequence[str], num_images: int, *, start_token: bool = False
+    ) -> PromptTokens:
+        """The tokens of every image of every prompt."""
+        tokens = self._tokens(prompts, start_token=start_token)
+        return self._whole_batch(tokens.repeat(num_images))
+
     def _drawing(
         self, prompts: Sequence[str], key: Array, num_images: int
     ) -> tuple[PromptTokens, Callable[[int], Array]]:
-        """The tokens of every image of every prompt, and a function: draw number → keys."""
+        """`_tokens_of_images`, and a function: draw number → keys."""
         key = one_key(key)
-        tokens = self._whole_batch(self._tokens(prompts).repeat(num_images))
+        tokens = self._tokens_of_images(prompts, num_images)
         hashes = np.array([zlib.crc32(prompt.encode()) for prompt in prompts], np.uint32)
         return tokens, lambda draw: self._whole_batch(
             image_keys(key, hashes, num_images, np.uint32(draw))
         )
-
-    def _scored(
-        self, prompts: Sequence[str], styled: Sequence[str], tokens: PromptTokens, num_images: int
-    ) -> PromptTokens:
-        """The prompts as candidates are scored with: without the style's template, as published."""
-        if list(prompts) == list(styled):
-            return tokens
-        return self._whole_batch(self._tokens(prompts).repeat(num_images))
 
     def _whole_batch(self, tree: _Tree) -> _Tree:
         """Arrays [b, …] on the mesh, with the last row repeated until the batch splits evenly."""
@@ -164,6 +145,7 @@ class Parts:
         keys: Callable[[int], Array],
         stage: str,
         candidates: int | None,
+        style: Style | None = None,
     ) -> np.ndarray:
         """A crop with the missing cells of `fillings` drawn, up to `stage`: uint8 [b, y, x, 3].
 
@@ -186,12 +168,12 @@ class Parts:
                 keys,
                 self.bundle.cluster_labels,
                 config=self.bundle.coglm_config,
-                **self._sampling,
+                **self._sampling(style),
             )
 
         made = self._best_of(tokens, list(self._drawn(tokens, draw, keys, times)))
         if stage != "base":
-            drawn = self._direct(read, made, keys(DIRECT_DRAW))
+            drawn = self._direct(read, made, keys(DIRECT_DRAW), style)
             kept = self._picture_tokens(crop, self.bundle.direct_config.grid)
             made = np.where(fine, drawn, kept)
         if stage == "full":
@@ -382,7 +364,9 @@ class Parts:
             made += said[: len(images) - len(made)]
         return made
 
-    def _direct(self, tokens: PromptTokens, coarse: np.ndarray, keys: Array) -> np.ndarray:
+    def _direct(
+        self, tokens: PromptTokens, coarse: np.ndarray, keys: Array, style: Style | None = None
+    ) -> np.ndarray:
         fine = super_resolve_direct(
             self.bundle.params("direct"),
             *tokens.direct,
@@ -390,7 +374,7 @@ class Parts:
             keys,
             self.bundle.cluster_labels,
             config=self.bundle.direct_config,
-            **self._sampling,
+            **self._sampling(style),
         )
         return np.asarray(fine)
 

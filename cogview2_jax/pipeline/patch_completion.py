@@ -333,7 +333,7 @@ def _mask_cells(mask: np.ndarray, crop: Pixels, cells: int) -> np.ndarray:
 
 
 def _touched_cells(mask: np.ndarray, crop: Pixels, cells: int) -> np.ndarray:
-    """As `_mask_cells`, the cells of which `editing.paste` replaces a masked pixel."""
+    """As `_mask_cells`, but every cell in which `editing.paste` replaces a masked pixel."""
     length = crop.bottom - crop.top
     rows, columns = np.arange(length) + crop.top, np.arange(length) + crop.left
     height, width = mask.shape

@@ -16,7 +16,6 @@ pictures, and `CogView.rank` orders them:
     any        share of prompts for which some picture does: the most that ranking can reach
 """
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +25,10 @@ import click
 import jax
 import numpy as np
 
-import cogview2_jax
 from cogview2_jax.data import scenes
 from cogview2_jax.data.scenes import ATTRIBUTES, SceneObject
 from cogview2_jax.pipeline.cogview import CogView
+from experiments import results
 from experiments.caption_match import judge
 from experiments.caption_match.scoring import Prompt, make_prompts
 
@@ -125,10 +124,7 @@ def main(
     json_file: Path | None,
 ) -> None:
     begin = time.monotonic()
-    try:
-        cv = cogview2_jax.load(bundle)
-    except (ValueError, OSError) as error:
-        raise click.UsageError(str(error)) from None
+    cv = results.load_model(bundle)
     report: dict[str, Any] = {"captions": caption_scores(cv, num_pictures, num_captions, seed)}
     for language, kinds in report["captions"].items():
         for kind, shares in kinds.items():
@@ -138,17 +134,14 @@ def main(
     report["ranking"] = ranking(cv, prompts, num_images, seed, judge.load())
     click.echo("  ".join(f"{name} {value}" for name, value in report["ranking"].items()))
     if json_file:
-        report |= {
+        settings = {
             "num_pictures": num_pictures,
             "num_captions": num_captions,
             "num_prompts": num_prompts,
             "num_images": num_images,
             "seed": seed,
-            "bundle": bundle.name if bundle else None,
-            "seconds": round(time.monotonic() - begin, 1),
-            "jax": jax.__version__,
         }
-        json_file.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        results.write(json_file, report | settings, bundle, begin)
 
 
 if __name__ == "__main__":

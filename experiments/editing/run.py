@@ -19,7 +19,6 @@ The row `drawing` has the clean drawings of what the edits should show: the judg
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +28,11 @@ import click
 import jax
 import numpy as np
 
-import cogview2_jax
 from cogview2_jax.data import scenes
 from cogview2_jax.data.scenes import ObjectClaim, Scene, SceneObject
 from cogview2_jax.pipeline.cogview import CogView
 from cogview2_jax.pipeline.editing import Box
+from experiments import results
 from experiments.caption_match import judge
 
 _NEAR = scenes.CELL / 2  # pixels: an object further off than this has moved
@@ -154,29 +153,19 @@ def main(
     json_file: Path | None,
 ) -> None:
     begin = time.monotonic()
-    try:
-        cv = cogview2_jax.load(bundle)
-    except (ValueError, OSError) as error:
-        raise click.UsageError(str(error)) from None
-    params, results = judge.load(), {}
+    cv = results.load_model(bundle)
+    params, found = judge.load(), {}
     for kind in kinds:
         rng = np.random.default_rng((0xED17, seed))
         languages = [scenes.LANGUAGES[number % 2] for number in range(num_edits)]
         tasks = [make_task(rng, language, kind) for language in languages]
-        results[kind] = measure(tasks, run_edits(cv, tasks, seed, methods), params)
-        for method, shares in results[kind].items():
+        found[kind] = measure(tasks, run_edits(cv, tasks, seed, methods), params)
+        for method, shares in found[kind].items():
             said = "".join(f"  {name} {value}" for name, value in shares.items())
             click.echo(f"{kind:8s}{method:8s}{said}")
     if json_file:
-        report = {
-            **results,
-            "num_edits": num_edits,
-            "seed": seed,
-            "bundle": bundle.name if bundle else None,
-            "seconds": round(time.monotonic() - begin, 1),
-            "jax": jax.__version__,
-        }
-        json_file.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        figures = {**found, "num_edits": num_edits, "seed": seed}
+        results.write(json_file, figures, bundle, begin)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from pathlib import Path
 import click
 import numpy as np
 
-import cogview2_jax
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.config import TOKEN_STRIDE
 from cogview2_jax.data import scenes
 from cogview2_jax.tokenizer.image import to_pixels, to_tokens
 from cogview2_jax.tokenizer.pictures import fit_picture
 from experiments.caption_match import judge
+from experiments.results import load_model
 
 ATTRIBUTES = ("shape", "colour", "size", "fill")
 BATCH = 8
@@ -57,10 +57,7 @@ def score(
 @click.option("--num-scenes", type=click.IntRange(BATCH), default=200, show_default=True)
 @click.option("--bundle", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(num_scenes: int, folder: Path | None) -> None:
-    try:
-        bundle = cogview2_jax.load(folder).bundle
-    except (ValueError, OSError) as error:
-        raise click.UsageError(str(error)) from None
+    bundle = load_model(folder).bundle
     num_scenes = num_scenes // BATCH * BATCH
     examples = [scenes.example("validation", index) for index in range(num_scenes)]
     judge_params = judge.load()

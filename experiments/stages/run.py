@@ -25,10 +25,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-import cogview2_jax
 from cogview2_jax.data import scenes
 from experiments.caption_match import judge, scoring
 from experiments.caption_match.run import STAGES, experiment
+from experiments.results import load_model
 
 README_PROMPTS = (
     "a red circle above a striped blue square",
@@ -119,10 +119,7 @@ def main(
     json_file: Path | None,
     grid_file: Path | None,
 ) -> None:
-    try:
-        model = cogview2_jax.load(bundle)
-    except (ValueError, OSError) as error:
-        raise click.UsageError(str(error)) from None
+    model = load_model(bundle)
     prompts = scoring.make_prompts(num_prompts, seed)
     _, pictures, found = experiment(model.generate_stages, prompts, num_images, seed, judge.load())
     results = measure(pictures, prompts, found)

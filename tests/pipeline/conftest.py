@@ -19,3 +19,8 @@ def cv(tiny: Bundle) -> CogView:
 def stages(cv: CogView) -> dict[str, np.ndarray]:
     """Two pictures of PROMPT after each stage, with key 0."""
     return cv.generate_stages([PROMPT], jax.random.key(0), 2)
+
+
+def noise(height, width, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3))
+    return values.astype(np.uint8)

@@ -13,15 +13,10 @@ from cogview2_jax.pipeline import stages as programs
 from cogview2_jax.pipeline.patch_completion import box_mask, picture_mask, plan_mask
 from cogview2_jax.tokenizer.image import to_pixels, to_tokens
 from tests.common import load
-from tests.pipeline.conftest import OTHER, PROMPT
+from tests.pipeline.conftest import OTHER, PROMPT, noise
 
 TINY_SIDE, BASE_SIDE = 96, 32  # of the tiny model's pictures, and of those of its base stage
 SHORT = "a star"
-
-
-def noise(height, width, seed=0):
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3))
-    return values.astype(np.uint8)
 
 
 # --- Geometry -------------------------------------------------------------------------------------

@@ -45,12 +45,15 @@ class TokenFile:
         row, vocabulary = np.array(self._rows[index]), self._layout.vocabulary
         name, slots = f"{self._file.name} row {index}", self._layout.text_slots
         image, text = row[slots + 1 :], row[: slots + 1]
-        if wrong := [int(one) for one in image if not 0 <= one < vocabulary.num_image]:
-            raise Refused("malformed record", f"{wrong[0]} is no image token", name)
         words = text[text != vocabulary.pad]
-        most = vocabulary.num_image + vocabulary.num_text
-        if wrong := [int(one) for one in words if not vocabulary.num_image <= one < most]:
-            raise Refused("malformed record", f"{wrong[0]} is no text token", name)
+        first_text = vocabulary.num_image
+        for kind, ids, low, high in (
+            ("image", image, 0, first_text),
+            ("text", words, first_text, first_text + vocabulary.num_text),
+        ):
+            wrong = ids[(ids < low) | (ids >= high)]
+            if wrong.size:
+                raise Refused("malformed record", f"{wrong[0]} is no {kind} token", name)
         if not len(words):
             raise Refused("empty caption", "no text token", name)
         if text[-1] != vocabulary.pad:
