@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from cogview2_jax.cli import common
+from cogview2_jax.cli import common, sources
 from cogview2_jax.data import defaults
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def prepare_command(
     After a kill, the same command continues. Several runs of it on one folder share the work: each
     takes shards that no other holds. The records are the same either way.
     """
-    kind = _kind(source)
+    kind = sources.kind_of(source)
     given = _given(context)
     _check_options(context, source, kind, pictures, source_options["caption_fields"])
     folder = description = None
@@ -201,8 +201,9 @@ def prepare_command(
         folder = common.check_model(bundle)
         description = bundles.read_description(folder)
     with common.refusing():
-        inputs = _source(source, kind, description, pictures=pictures, **source_options)
-        if unread := given & source_options.keys() - _READ_BY[kind] - _READ_BY_ALL:
+        tokens = description and _layout(description, (), None, None)
+        inputs = sources.open_source(source, kind, tokens, pictures=pictures, **source_options)
+        if unread := given & source_options.keys() - sources.READ_BY[kind] - sources.READ_BY_ALL:
             raise ValueError(f"{_named(context, unread)}: not an option for {kind}")
     common.check_writable(out)
     with common.refusing():
@@ -225,7 +226,7 @@ def _check_options(
             "--pictures keeps files as they are: it goes with no --size, --stride, --text-slots,"
             " --apart, --allow-unknown, --batch-size or --bundle"
         )
-    if kind == _TOKEN_FILE and (wrong := of_tokens - {"bundle"}):
+    if kind == sources.TOKEN_FILE and (wrong := of_tokens - {"bundle"}):
         raise click.UsageError(
             f"{source} has tokens already: it goes with no {_named(context, wrong)}"
         )
@@ -247,7 +248,7 @@ def _preparation(
         return prepare.prepare_pictures
     from cogview2_jax import bundle as bundles
 
-    if kind == _TOKEN_FILE:
+    if kind == sources.TOKEN_FILE:
         text_model = bundles.read_text_model(folder, description)
         return functools.partial(prepare.prepare_token_file, layout=layout, text_model=text_model)
     common.use_compilation_cache()
@@ -314,17 +315,8 @@ def gather_command(out: Path, packages: Path, seed: int) -> None:
         click.echo(f"{len(report.refused)} were left out: see {out / 'refused.jsonl'}")
 
 
-# Options of token records, and the options that each kind of source reads.
+# Options of token records.
 _OF_TOKENS = {"sizes", "stride", "text_slots", "apart", "allow_unknown", "batch_size", "bundle"}
-_TOKEN_FILE = "a token file"
-_READ_BY: dict[str, set[str]] = {
-    _TOKEN_FILE: set(),
-    "a captions file": {"images", "image_field", "caption_fields"},
-    "scenes": {"split", "caption_fields"},
-    "a folder": set(),
-    "a tfds data set": {"split", "image_field", "caption_fields", "data_dir", "download"},
-}
-_READ_BY_ALL = {"count"}
 
 
 def _named(context: click.Context, parameters: set[str]) -> str:
@@ -337,17 +329,6 @@ def _given(context: click.Context) -> set[str]:
     """The parameters that the user gave, not their defaults."""
     given = ParameterSource.COMMANDLINE
     return {name for name in context.params if context.get_parameter_source(name) == given}
-
-
-def _kind(source: str) -> str:
-    path = Path(source)
-    if path.suffix == ".bin":
-        return _TOKEN_FILE
-    if path.suffix in (".jsonl", ".tsv") or path.is_file():
-        return "a captions file"
-    if source == "scenes":
-        return "scenes"
-    return "a folder" if path.is_dir() else "a tfds data set"
 
 
 def _prepared(
@@ -396,51 +377,3 @@ def _layout(
         sizes or (config.grid[0] * TOKEN_STRIDE,),
         config.vocabulary,
     )
-
-
-def _source(
-    source: str,
-    kind: str,
-    description: Description | None,
-    *,
-    pictures: bool,
-    split: str,
-    count: int | None,
-    images: Path | None,
-    image_field: str,
-    caption_fields: tuple[str, ...],
-    data_dir: Path | None,
-    download: bool,
-) -> Source:
-    from cogview2_jax.data import sources
-
-    found: Source
-    path = Path(source)
-    if kind == _TOKEN_FILE:
-        if description is None:
-            raise ValueError(f"{source} has tokens, no pictures: leave out --pictures")
-        found = sources.TokenFile(path, _layout(description, (), None, None))
-    elif kind == "a captions file":
-        fields = caption_fields or (defaults.CAPTION_FIELD,)
-        found = sources.CaptionsFile(path, images, fields, image_field, pictures_only=pictures)
-    elif kind == "scenes":
-        if count is None:
-            raise ValueError("scenes has no end: give --count")
-        found = sources.Scenes(count, split, caption_fields)
-    elif kind == "a folder":
-        if not pictures:
-            raise ValueError(
-                f"{source} is a folder: give its captions file (.jsonl or .tsv), or --pictures"
-            )
-        found = sources.PictureFolder(path)
-    else:
-        found = sources.Tfds(
-            source,
-            split,
-            data_dir,
-            caption_fields,
-            image_field,
-            download=download,
-            pictures_only=pictures,
-        )
-    return found if count is None else sources.First(found, count)

@@ -24,15 +24,16 @@ from cogview2_jax.errors import first_difference, one_line
 
 FORMAT = 1
 MANIFEST, REPORT, REFUSED = "records.json", "report.json", "refused.jsonl"
-TOKENS, PICTURES = "tokens", "pictures"
+TOKENS, PICTURES, FEATURES = "tokens", "pictures", "features"
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The settings that every record of a folder depends on.
 
-    `settings` holds the others as JSON values: source, fields, tokenizer. `layout` is None if
-    `kind` is "pictures": then a record is the unchanged content of a picture file.
+    `settings` holds the others as JSON values: source, fields, tokenizer. `layout` is None unless
+    `kind` is "tokens": in "pictures" a record is the unchanged content of a picture file, in
+    "features" the float32 values that a network found in one (`cogview2_jax.evaluation`).
     """
 
     kind: str
@@ -42,9 +43,10 @@ class Manifest:
     settings: dict[str, Any]
 
     def __post_init__(self) -> None:
-        if self.kind not in (TOKENS, PICTURES) or (self.kind == PICTURES) != (self.layout is None):
+        kinds = TOKENS, PICTURES, FEATURES
+        if self.kind not in kinds or (self.kind != TOKENS) != (self.layout is None):
             raise ValueError(
-                f"kind must be {TOKENS} with a layout, or {PICTURES}: got {self.kind!r}"
+                f"kind must be {TOKENS} with a layout, {PICTURES} or {FEATURES}: got {self.kind!r}"
             )
         check_count("num_inputs", self.num_inputs, 0)
         check_count("shard_size", self.shard_size)

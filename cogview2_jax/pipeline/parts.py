@@ -262,10 +262,10 @@ class Parts:
     ) -> np.ndarray:
         """`CogView.scores` of pictures that are `picture_tokens`: float32 [texts, pictures]."""
         text, picture = np.divmod(np.arange(len(texts) * len(images)), len(images))
-        scores = self._pair_scores(texts, images, text, picture, as_released)
+        scores = self.pair_scores(texts, images, text, picture, as_released)
         return scores.reshape(len(texts), len(images))
 
-    def _pair_scores(
+    def pair_scores(
         self,
         texts: Sequence[str],
         images: Sequence[np.ndarray],
@@ -273,7 +273,10 @@ class Parts:
         picture: np.ndarray,
         as_released: bool = False,
     ) -> np.ndarray:
-        """The scores of pairs of a text and a picture, by their numbers: float32 [pairs]."""
+        """The scores of pairs of a text and a picture that is `picture_tokens`: float32 [pairs].
+
+        `text` and `picture` are their numbers, int [pairs].
+        """
         read, coarse = self._tokens(texts), np.stack(images)
         if as_released:
             read = read._replace(english=np.zeros_like(read.english))
@@ -319,7 +322,7 @@ class Parts:
         of_each = [list(dict.fromkeys(texts)) for texts in zip(*said, strict=True)]
         texts = [each for texts in of_each for each in texts]
         picture = np.repeat(np.arange(len(images)), [len(texts) for texts in of_each])
-        scores = self._pair_scores(texts, images, np.arange(len(texts)), picture)
+        scores = self.pair_scores(texts, images, np.arange(len(texts)), picture)
         ends = np.cumsum([len(texts) for texts in of_each])[:-1]
         return [
             mine[int(np.argmax(found))]

@@ -8,7 +8,7 @@ by name.
 import pickletools
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 STORAGES = {
     "torch HalfStorage": "float16",
@@ -81,8 +81,8 @@ class Interpreter:
         self._marked: list[list[Any]] = []  # the stacks below each mark
         self._memo: dict[int, Any] = {}
 
-    def run(self, content: bytes) -> Any:
-        """The object that `content` describes."""
+    def run(self, content: BinaryIO) -> Any:
+        """The object that the next pickle in `content` describes. Reads to that pickle's end."""
         argument: Any
         for opcode, argument, _ in pickletools.genops(content):
             name = opcode.name
@@ -187,7 +187,9 @@ class Interpreter:
         self._global(f"{module} {name}")
 
     def _binpersid(self, _: Any) -> None:
-        kind, storage, key, _, count = self._stack.pop()
+        kind, storage, key, _, count, *view = self._stack.pop()  # old files have a view: None
+        if any(view):
+            raise RefusedError("has a storage within another one, which no published file has")
         if kind != "storage" or not isinstance(storage, Global):
             raise ValueError("not a reference to a storage")
         self._stack.append(self._make_storage(key, storage.name, count))

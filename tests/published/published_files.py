@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import random
+import struct
 import sys
 import types
 import zipfile
@@ -63,8 +64,9 @@ class _Storage(NamedTuple):
 class _Pickler(pickle.Pickler):
     """As torch's: tensors by their parts, storages by reference."""
 
-    def __init__(self, file: io.BytesIO, protocol: int) -> None:
+    def __init__(self, file: io.BytesIO, protocol: int, old: bool = False) -> None:
         super().__init__(file, protocol)
+        self.old = old
         self.storages: list[np.ndarray] = []
         self._keys: dict[int, str] = {}
 
@@ -77,7 +79,8 @@ class _Pickler(pickle.Pickler):
             self.storages.append(numbers)
         kind = _KINDS.get(numbers.dtype.name, "BFloat16")
         key = self._keys[id(numbers)]
-        return ("storage", getattr(_TORCH, f"{kind}Storage"), key, "cpu", numbers.size)
+        kept = "storage", getattr(_TORCH, f"{kind}Storage"), key, "cpu", numbers.size
+        return (*kept, None) if self.old else kept
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor):
@@ -108,6 +111,21 @@ def write_pt(file: Path, content: Any, *, protocol: int = 2, old_numpy: bool = F
     if old_numpy:
         data = data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
     write_archive(file, data, pickler.storages)
+
+
+def write_old(file: Path, content: Any, *, keys: list[str] | None = None) -> None:
+    """A file of this content in the format before torch 1.6; `keys` in place of its storages'."""
+    written = io.BytesIO()
+    for head in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True, "type_sizes": {"int": 4}}):
+        pickle.dump(head, written, protocol=2)
+    with mock.patch.dict(sys.modules, {"torch": _TORCH, "torch._utils": _UTILS}):
+        pickler = _Pickler(written, 2, old=True)
+        pickler.dump(content)
+    there = [str(key) for key in range(len(pickler.storages))]
+    pickle.dump(there if keys is None else keys, written, protocol=2)
+    for numbers in pickler.storages:
+        written.write(struct.pack("<q", numbers.size) + numbers.tobytes())
+    file.write_bytes(written.getvalue())
 
 
 def write_archive(file: Path, pickled: bytes, storages: list[np.ndarray]) -> None:

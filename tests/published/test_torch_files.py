@@ -56,6 +56,37 @@ def test_every_dtype_and_shape_is_read_exactly(protocol, tmp_path):
                 )
 
 
+def test_the_format_before_torch_1_6(tmp_path):
+    arrays = {"a": NUMBERS.astype("f4"), "b": NUMBERS[0], "c": np.arange(5), "none": np.zeros(0)}
+    whole = np.arange(24, dtype="f4")
+    written = {name: pf.Tensor(each) for name, each in arrays.items()}
+    written["part"] = pf.Tensor(pf.View(whole, 4, (2, 3), (6, 1)))
+    pf.write_old(tmp_path / "a.pth", {"state_dict": written, "epoch": 3})
+    with TorchFile(tmp_path / "a.pth") as opened:
+        assert opened.content["epoch"] == 3
+        found = opened.content["state_dict"]
+        for name, expected in arrays.items():
+            np.testing.assert_array_equal(found[name].read(), expected)
+        np.testing.assert_array_equal(found["part"].read(), [[4, 5, 6], [10, 11, 12]])
+
+
+def test_a_pickle_of_the_old_format_runs_nothing(tmp_path):
+    pf.write_old(tmp_path / "a.pth", {"a": Evil(os.system, f"touch {tmp_path / 'ran'}")})
+    assert f"asks for '{os.system.__module__}.system'" in refusal(tmp_path / "a.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_of_the_old_format_that_torch_wrote(tmp_path):
+    torch = pytest.importorskip("torch")
+    arrays = {"a": torch.arange(24.0).reshape(4, 6), "b": torch.ones(3, dtype=torch.float16)}
+    arrays["part"] = arrays["a"][1:3, 2:5].T
+    file = tmp_path / "a.pth"
+    torch.save(arrays, file, _use_new_zipfile_serialization=False)
+    with TorchFile(file) as opened:
+        for name, expected in arrays.items():
+            np.testing.assert_array_equal(opened.content[name].read(), expected.numpy())
+
+
 def test_views_of_one_storage(tmp_path):
     storage = np.arange(24, dtype=np.float32)
     views = {
@@ -197,6 +228,18 @@ def damage_entries(change):
     return damage
 
 
+def old(change):
+    """A damage of a file in the format before torch 1.6."""
+
+    def damage(file):
+        pf.write_old(file, {"a": pf.Tensor(NUMBERS), "b": pf.Tensor(NUMBERS[0])})
+        before = file.read_bytes()
+        file.write_bytes(change(before))
+        assert file.read_bytes() != before
+
+    return damage
+
+
 def flip(file):
     content = bytearray(file.read_bytes())
     content[content.index(NUMBERS.astype("f4").tobytes()[:40]) + 7] ^= 1
@@ -222,16 +265,25 @@ def edit_header(file):
 
 
 DAMAGES = {
-    "a changed byte": (flip, "the checksum of 'a/data/0' is wrong"),
+    "a changed byte": (flip, "the checksum of 'data/0' is wrong"),
     "cut in half": (cut(0.5), "damaged"),
     "cut at the end": (cut(0.99), "damaged"),
     "empty": (lambda file: file.write_bytes(b""), "not a zip archive"),
     "of another kind": (lambda file: file.write_bytes(b"\x89PNG" * 99), "not a zip archive"),
-    "of old torch": (
-        lambda file: file.write_bytes(
-            b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19." + bytes(99)
-        ),
-        "torch before 1.6",
+    "of old torch and cut": (old(lambda content: content[:-1]), "it ends within storage '1'"),
+    "of old torch and cut in its pickles": (old(lambda content: content[:300]), "damaged"),
+    "of old torch and nothing else": (old(lambda content: content[:15] + bytes(99)), "damaged"),
+    "of an older torch": (
+        old(lambda content: content.replace(b"\x80\x02M\xe9\x03.", b"\x80\x02M\xe8\x03.")),
+        "version 1000 of torch's old format: only 1001 is read",
+    ),
+    "of old torch on a large machine": (
+        old(lambda content: content.replace(b"little_endianq\x01\x88", b"little_endianq\x01\x89")),
+        "old format",
+    ),
+    "of old torch with other storages": (
+        lambda file: pf.write_old(file, {"a": pf.Tensor(NUMBERS)}, keys=["7"]),
+        "its storages are not those",
     ),
     "an archive of something else": (
         lambda file: pf.write_entries(file, {"readme.txt": b"hello"}),

@@ -1,0 +1,263 @@
+"""`cogview2 evaluate`: FID and its relatives, and the caption loss of pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cogview2_jax.cli import common, sources
+from cogview2_jax.data import defaults
+
+if TYPE_CHECKING:
+    from cogview2_jax.data.shards import Report
+    from cogview2_jax.data.sources import Source
+
+REPORT = "evaluation.json"
+
+
+@click.command(
+    "evaluate",
+    epilog="""\b
+Examples:
+  cogview2 evaluate drawn photos --inception pt_inception-2015-12-05-6726825d.pth --out fid
+  cogview2 evaluate drawn photos.npz --inception pt_inception-2015-12-05-6726825d.pth --out fid
+  cogview2 evaluate drawn/captions.jsonl --caption-loss --out captions
+""",
+)
+@click.argument("pictures")
+@click.argument("reference", required=False)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    metavar="DIR",
+    help=f"Folder of the features, and of {REPORT}. After a kill, the same command continues;"
+    " several runs of it share the work.",
+)
+@click.option(
+    "--inception",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The published weights of FID's network, pt_inception-2015-12-05-6726825d.pth of"
+    " pytorch-fid, or the same tensors as .safetensors.",
+)
+@click.option(
+    "--resize",
+    type=click.Choice(["tensorflow", "torch"]),
+    default="tensorflow",
+    show_default=True,
+    help="To the network's 299 pixels: as the original FID and torch-fidelity do, or as"
+    " pytorch-fid does.",
+)
+@click.option(
+    "--size",
+    type=click.IntRange(8, 4096),
+    default=256,
+    show_default=True,
+    metavar="PIXELS",
+    help="Pictures are cropped at the centre and resized to this side first.",
+)
+@click.option(
+    "--blur",
+    "blurs",
+    type=click.FloatRange(0, 64),
+    multiple=True,
+    default=(0.0,),
+    show_default="0",
+    metavar="RADIUS",
+    help="Also compare pictures after a Gaussian blur, as CogView's table does: give 0, 1, 2, 4, 8,"
+    " each with its own --blur.",
+)
+@click.option(
+    "--caption-loss",
+    is_flag=True,
+    help="How well PICTURES fit their captions by --bundle's CogLM: needs captions.",
+)
+@click.option(
+    "--save-statistics",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.npz",
+    help="Write mean and covariance of PICTURES' features, to compare others with.",
+)
+@click.option("--split", default="train", show_default=True, help="Of scenes or a tfds data set.")
+@click.option("--count", type=click.IntRange(1), metavar="N", help="Only the first N pictures.")
+@click.option(
+    "--caption-field",
+    "caption_fields",
+    multiple=True,
+    metavar="NAME",
+    help="Field with the caption.",
+)
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of tfds data sets."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=lambda: min(os.cpu_count() or 1, 32),
+    show_default="one per processor, at most 32",
+    metavar="N",
+    help="Threads that read and decode pictures.",
+)
+@click.option("--batch-size", type=click.IntRange(1, 4096), default=32, show_default=True)
+@common.bundle_option
+def evaluate_command(
+    pictures: str,
+    reference: str | None,
+    out: Path,
+    inception: Path | None,
+    caption_loss: bool,
+    save_statistics: Path | None,
+    bundle: Path | None,
+    **how: Any,
+) -> int:
+    """How good PICTURES are: FID, KID, precision and recall against REFERENCE, Inception Score,
+    caption loss.
+
+    PICTURES and REFERENCE are folders, captions files (.jsonl, .tsv), the word scenes or tfds data
+    sets, as for `cogview2 data prepare`; REFERENCE may be a .npz file of statistics too. Pictures
+    that cannot be read are left out and listed: the exit code is then 1.
+    """
+    _check(inception, reference, caption_loss, save_statistics)
+    common.check_writable(out)
+    is_file = reference is not None and reference.endswith(".npz")
+    chosen = [name for name in (pictures, None if is_file else reference) if name]
+    with common.refusing():
+        opened = [_source(name, caption_loss and name == pictures, how) for name in chosen]
+        if is_file:
+            from cogview2_jax.evaluation.distances import load_statistics
+
+            load_statistics(Path(str(reference)))
+    common.use_compilation_cache()
+    names = ("pictures", "reference")
+    reports: list[Report] = []
+    if inception is not None:
+        write = _features(inception, how)
+        for name, source in zip(names, opened, strict=False):
+            reports.append(_written(name, source, out / name, write, how["workers"]))
+    if caption_loss:
+        folder = common.check_model(bundle)
+        reports.append(_losses(folder, opened[0], out / "captions", how["workers"]))
+    if not all(report.complete for report in reports):
+        click.echo("another run is working on the rest: run the same command again for the report")
+        return 0
+    place = Path(str(reference)) if is_file else out / "reference" if reference else None
+    measures = _measures(out, place, inception is not None, caption_loss)
+    if save_statistics is not None:
+        _save_statistics(out / "pictures", save_statistics)
+    described = {"pictures": pictures, "reference": reference, "measures": measures}
+    common.write_all(out, {REPORT: common.to_json(described | _settings(how))})
+    refused = sum(sum(report.refused.values()) for report in reports)
+    if refused:
+        common.complain(f"{refused} pictures were left out: see refused.jsonl in {out}")
+    return int(bool(refused))
+
+
+def _check(
+    inception: Path | None,
+    reference: str | None,
+    caption_loss: bool,
+    save_statistics: Path | None,
+) -> None:
+    """Raises UsageError for options that measure nothing, or lack something."""
+    if inception is None and not caption_loss:
+        raise click.UsageError("give --inception FILE, --caption-loss, or both")
+    if inception is None and (reference or save_statistics):
+        raise click.UsageError("a REFERENCE and --save-statistics need --inception FILE")
+    if save_statistics is not None and save_statistics.suffix != ".npz":
+        raise click.UsageError(f"--save-statistics must end in .npz: got {save_statistics}")
+
+
+def _source(name: str, captions: bool, how: dict[str, Any]) -> Source:
+    kind = sources.kind_of(name)
+    if captions and kind == "a folder":
+        raise ValueError(f"{name} is a folder: --caption-loss needs its captions file")
+    return sources.open_source(
+        name,
+        kind,
+        None,
+        pictures=not captions,
+        split=how["split"],
+        count=how["count"],
+        images=None,
+        image_field=defaults.IMAGE_FIELD,
+        caption_fields=how["caption_fields"],
+        data_dir=how["data_dir"],
+        download=False,
+    )
+
+
+def _settings(how: dict[str, Any]) -> dict[str, Any]:
+    named = ("size", "resize", "blurs", "split", "count", "caption_fields", "batch_size")
+    return {
+        "settings": {name: how[name] for name in named},
+        "device": common.devices()[0],
+        "versions": common.versions(),
+    }
+
+
+def _features(inception: Path, how: dict[str, Any]) -> Callable[..., Report]:
+    """The function that writes the features of a source to a folder."""
+    import functools
+
+    from cogview2_jax.evaluation import features
+
+    with common.refusing():
+        encoder = features.inception_encoder(inception, how["resize"])
+    return functools.partial(
+        features.write_features,
+        encoder=encoder,
+        size=how["size"],
+        blurs=tuple(dict.fromkeys(how["blurs"])),
+        batch_size=how["batch_size"],
+    )
+
+
+def _losses(folder: Path, source: Source, out: Path, workers: int) -> Report:
+    import functools
+
+    from cogview2_jax.evaluation import captions
+
+    cv, _ = common.load(folder, ("tokenizer", "coglm"))
+    write = functools.partial(captions.write_caption_losses, cv=cv)
+    return _written("captions", source, out, write, workers)
+
+
+def _written(
+    name: str, source: Source, out: Path, write: Callable[..., Report], workers: int
+) -> Report:
+    from tqdm import tqdm
+
+    with common.refusing(), tqdm(total=len(source), desc=name, unit=" pictures") as bar:
+        return write(source, out, workers=workers, progress=bar.update)
+
+
+def _measures(
+    out: Path, reference: Path | None, features: bool, caption_loss: bool
+) -> dict[str, Any]:
+    import numpy as np
+
+    from cogview2_jax.evaluation import captions, report
+
+    measures: dict[str, Any] = {}
+    with common.refusing():
+        if features:
+            measures = report.measure(out / "pictures", reference, note=common.complain)
+        if caption_loss:
+            losses = np.concatenate(list(captions.read_caption_losses(out / "captions")))
+            error = float(losses.std(ddof=min(1, len(losses) - 1)) / np.sqrt(len(losses)))
+            measures["caption_loss"] = {"mean": float(losses.mean()), "standard_error": error}
+    click.echo(report.table(measures))
+    return measures
+
+
+def _save_statistics(folder: Path, file: Path) -> None:
+    from cogview2_jax.evaluation import distances, report
+
+    with common.refusing(f"{file}: "):
+        distances.save_statistics(file, report.statistics_of(folder))
+    click.echo(file)

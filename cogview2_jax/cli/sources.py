@@ -1,0 +1,87 @@
+"""The argument SOURCE of commands that read many pictures, and its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cogview2_jax.data import defaults
+
+if TYPE_CHECKING:
+    from cogview2_jax.data.records import RecordLayout
+    from cogview2_jax.data.sources import Source
+
+# The options that each kind of source reads.
+TOKEN_FILE = "a token file"
+READ_BY: dict[str, set[str]] = {
+    TOKEN_FILE: set(),
+    "a captions file": {"images", "image_field", "caption_fields"},
+    "scenes": {"split", "caption_fields"},
+    "a folder": set(),
+    "a tfds data set": {"split", "image_field", "caption_fields", "data_dir", "download"},
+}
+READ_BY_ALL = {"count"}
+
+
+def kind_of(source: str) -> str:
+    """What SOURCE names: a key of `READ_BY`."""
+    path = Path(source)
+    if path.suffix == ".bin":
+        return TOKEN_FILE
+    if path.suffix in (".jsonl", ".tsv") or path.is_file():
+        return "a captions file"
+    if source == "scenes":
+        return "scenes"
+    return "a folder" if path.is_dir() else "a tfds data set"
+
+
+def open_source(
+    source: str,
+    kind: str,
+    layout: RecordLayout | None,
+    *,
+    pictures: bool,
+    split: str,
+    count: int | None,
+    images: Path | None,
+    image_field: str,
+    caption_fields: tuple[str, ...],
+    data_dir: Path | None,
+    download: bool,
+) -> Source:
+    """The inputs that SOURCE names, of `kind`; `layout` is that of a file of tokens.
+
+    Raises ValueError and OSError.
+    """
+    from cogview2_jax.data import sources
+
+    found: Source
+    path = Path(source)
+    if kind == TOKEN_FILE:
+        if layout is None:
+            raise ValueError(f"{source} has tokens, no pictures: leave out --pictures")
+        found = sources.TokenFile(path, layout)
+    elif kind == "a captions file":
+        fields = caption_fields or (defaults.CAPTION_FIELD,)
+        found = sources.CaptionsFile(path, images, fields, image_field, pictures_only=pictures)
+    elif kind == "scenes":
+        if count is None:
+            raise ValueError("scenes has no end: give --count")
+        found = sources.Scenes(count, split, caption_fields)
+    elif kind == "a folder":
+        if not pictures:
+            raise ValueError(
+                f"{source} is a folder: give its captions file (.jsonl or .tsv), or --pictures"
+            )
+        found = sources.PictureFolder(path)
+    else:
+        found = sources.Tfds(
+            source,
+            split,
+            data_dir,
+            caption_fields,
+            image_field,
+            download=download,
+            pictures_only=pictures,
+        )
+    return found if count is None else sources.First(found, count)

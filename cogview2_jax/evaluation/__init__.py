@@ -1,0 +1,1 @@
+"""How good pictures are: FID and its relatives, and how well pictures fit their captions."""

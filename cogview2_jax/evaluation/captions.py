@@ -1,0 +1,123 @@
+"""How well pictures fit their captions: CogView's caption loss, and CLIP score with any encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cogview2_jax.data import manifest as manifests
+from cogview2_jax.data.manifest import Manifest
+from cogview2_jax.data.prepare import fingerprint
+from cogview2_jax.data.shards import Recipe, Report, write_shards
+from cogview2_jax.data.sources import Input, Refused, Source
+from cogview2_jax.evaluation.features import read_rows
+from cogview2_jax.pipeline.cogview import CogView
+from cogview2_jax.pipeline.settings import SCORED_AT_ONCE
+from cogview2_jax.tokenizer import text
+from cogview2_jax.tokenizer.cleaning import TextError
+from cogview2_jax.tokenizer.pictures import open_picture
+
+_LOSS = "caption loss"
+
+
+def caption_losses(
+    cv: CogView, pictures: Sequence[np.ndarray], captions: Sequence[str]
+) -> np.ndarray:
+    """The mean negative log-likelihood of each caption's tokens, given its picture: float32 [n].
+
+    `pictures` are `cv.picture_tokens`. Their mean is CogView's caption loss (arXiv 2105.13290,
+    section 4.2): what CogLM itself thinks of the pair, best judged by a model that did not draw the
+    picture.
+    """
+    if len(pictures) != len(captions):
+        raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: one for each")
+    if not captions:
+        return np.zeros(0, np.float32)
+    numbers = np.arange(len(captions))
+    return -cv.pair_scores(captions, pictures, numbers, numbers)
+
+
+def write_caption_losses(
+    source: Source,
+    folder: Path,
+    cv: CogView,
+    *,
+    shard_size: int = 1024,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda inputs: None,
+) -> Report:
+    """Write `caption_losses` of all pictures of `source`, each with its first caption, to `folder`:
+    shards, resumed and shared as those of `features.write_features`.
+
+    A caption that is empty or too long for the model is refused, with its picture.
+    """
+    bundle = cv.bundle
+    settings = {
+        "source": source.fingerprint,
+        "measure": _LOSS,
+        "coglm": fingerprint(bundle.coglm),
+        "tokenizer": fingerprint(bundle.tokenizer),
+    }
+    manifest = Manifest(manifests.FEATURES, len(source), shard_size, None, settings)
+    manifests.require_same(folder, manifest)
+    config = bundle.coglm_config
+
+    def read(item: Input) -> tuple[tuple[Any, str], list[Any]]:
+        caption = first_caption(item)
+        try:
+            text.encode_prompt(bundle.text_model, caption, config.vocabulary, config.max_text)
+        except (TextError, ValueError) as error:
+            raise Refused("caption", str(error), item.name) from error
+        return (open_picture(item.picture), caption), []
+
+    def write(items: Sequence[tuple[Any, str]]) -> list[list[bytes]]:
+        tokens = [cv.picture_tokens(picture) for picture, _ in items]
+        losses = caption_losses(cv, tokens, [caption for _, caption in items])
+        return [[np.asarray(loss, "<f4").tobytes()] for loss in losses]
+
+    recipe = Recipe(read, write, SCORED_AT_ONCE)
+    return write_shards(source, folder, manifest, recipe, workers, progress)
+
+
+def first_caption(item: Input) -> str:
+    """The first caption of an input. Raises Refused if it has none."""
+    for captions in item.captions:
+        for caption in captions.values():
+            if caption.strip():
+                return caption
+    raise Refused("empty caption", "no caption", item.name)
+
+
+def read_caption_losses(folder: Path) -> Iterator[np.ndarray]:
+    """The losses in a folder of `write_caption_losses`, float32 [n] for each shard, in order.
+
+    Raises ValueError if the folder is not complete, is damaged or holds something else.
+    """
+    manifest = manifests.read(folder)
+    if manifest.settings.get("measure") != _LOSS:
+        raise ValueError(f"{folder} has no caption losses")
+    for rows in read_rows(folder, manifest, 1):
+        yield rows[:, 0]
+
+
+def clip_scores(pictures: np.ndarray, captions: np.ndarray, scale: float = 100.0) -> np.ndarray:
+    """`scale` times the cosine of each picture's embedding to its caption's, at least 0: float32
+    [n] (CLIPScore, Hessel et al., arXiv 2104.08718, with the scale of 100 that is usual today).
+
+    Both are [n, d], of any text–image encoder. Raises ValueError for other shapes, values that are
+    not finite, and embeddings of length 0.
+    """
+    pictures, captions = (np.asarray(each, np.float64) for each in (pictures, captions))
+    if pictures.ndim != 2 or pictures.shape != captions.shape:
+        raise ValueError(
+            f"embeddings must be [n, d], of as many pictures as captions: got"
+            f" {list(pictures.shape)} and {list(captions.shape)}"
+        )
+    lengths = np.linalg.norm(pictures, axis=1) * np.linalg.norm(captions, axis=1)
+    if not np.isfinite(lengths).all() or (lengths == 0).any():
+        raise ValueError("embeddings must be finite, and none of length 0")
+    cosines = (pictures * captions).sum(1) / lengths
+    return (scale * np.maximum(cosines, 0)).astype(np.float32)
