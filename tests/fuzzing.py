@@ -26,7 +26,7 @@ ADDRESSES = 16 << 30  # bytes of address space that a test may add: more is a Me
 
 
 def examples(usual: int) -> Any:
-    """Settings of a generated test: `usual` examples in CI. COGVIEW2_FUZZ_EXAMPLES multiplies."""
+    """Settings of a generated test: `usual` examples. COGVIEW2_FUZZ_EXAMPLES multiplies."""
     times = float(os.environ.get("COGVIEW2_FUZZ_EXAMPLES", "1"))
     return hypothesis.settings(
         max_examples=max(1, round(usual * times)),

@@ -73,7 +73,15 @@ def test_without_a_sharding_nothing_happens():
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["follow coglm", "follow direct", "follow iterative", "logits"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        "follow coglm",
+        pytest.param("follow direct", marks=pytest.mark.long),
+        pytest.param("follow iterative", marks=pytest.mark.long),
+        "logits",
+    ],
+)
 def test_a_mesh_follows_one_device(run):
     """20 steps on 8 virtual devices split in every way, and kernels and tokenizer on a mesh: see
     `training_runs.py`.

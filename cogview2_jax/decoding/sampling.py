@@ -1,5 +1,5 @@
-"""Logits → token: two-step cluster sampling, top-k, and their greedy forms (section 3.3 and
-appendix of the paper).
+"""Logits → token: two-step cluster sampling, top-k, their greedy forms (section 3.3 and appendix of
+the paper), and nucleus sampling, which the paper compares with.
 
 Every function works over the last axis, for any leading dimensions, in float32. Row `i` of the
 flattened leading dimensions has its own random key, which depends only on `key` and `i`. So the
@@ -223,6 +223,50 @@ def sample_top_k(
 
     def draw(key: jax.Array, row: jax.Array) -> jax.Array:
         return _draw_one(key, top_k_logits(row, k, max_k=max_k) / _divisor(temperature))
+
+    return _draw_rows(draw, key, logits, block, among)
+
+
+def top_p_probabilities(logits: jax.Array, p: float, temperature: float = 1.0) -> jax.Array:
+    """softmax(logits / temperature) over the nucleus, the fewest most probable tokens with a sum of
+    at least `p` (Holtzman et al., arXiv 1904.09751): [..., v] float32, each row sums to 1.
+
+    Of equal tokens at its edge, those with lower ids are in it. Temperature 0 leaves the most
+    probable token. Raises ValueError for `p` outside 0 < p ≤ 1.
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"p must be above 0 and at most 1: got {p}")
+    _require_logits(logits)
+    if _is_greedy(temperature):
+        return _one_hot(greedy(logits), logits)
+    whole = jax.nn.softmax(logits.astype(jnp.float32) / _divisor(temperature))
+    order = jnp.argsort(-whole, axis=-1, stable=True)
+    sorted_ = jnp.take_along_axis(whole, order, axis=-1)
+    # A token is in if those before it do not reach p yet: the first one always is.
+    inside = jnp.cumsum(sorted_, axis=-1) - sorted_ < p
+    kept = jnp.put_along_axis(jnp.zeros_like(whole), order, sorted_ * inside, -1, inplace=False)
+    return kept / kept.sum(-1, keepdims=True)
+
+
+def sample_top_p(
+    key: jax.Array,
+    logits: jax.Array,
+    p: float,
+    temperature: float = 1.0,
+    *,
+    block: int | None = None,
+    among: Among | None = None,
+) -> jax.Array:
+    """Draw from the nucleus (see `top_p_probabilities`): int32 [...] from `logits` [..., v]. It
+    sorts every row. `block` and `among` are as in `sample_top_k`.
+    """
+    if _is_greedy(temperature):
+        one_key(key)  # refused as at any other temperature
+        top_p_probabilities(logits, p, temperature)
+        return greedy(logits)
+
+    def draw(key: jax.Array, row: jax.Array) -> jax.Array:
+        return _draw_one(key, jnp.log(top_p_probabilities(row, p, temperature)))
 
     return _draw_rows(draw, key, logits, block, among)
 

@@ -80,11 +80,11 @@ def _padded(
     return tokens, is_text
 
 
-def text_key_bias(is_text: jax.Array, upweight: float) -> jax.Array:
+def text_key_bias(is_text: jax.Array, upweight: float | jax.Array) -> jax.Array:
     """The term added to every score of a key, float32 [..., t]: `upweight` (published: 1.4) at text
     tokens, 0 at pads, `<start_of_image>` and image tokens.
     """
-    return jnp.where(is_text, jnp.float32(upweight), jnp.float32(0))
+    return jnp.where(is_text, jnp.asarray(upweight, jnp.float32), jnp.float32(0))
 
 
 # --- Text → image ---------------------------------------------------------------------------------

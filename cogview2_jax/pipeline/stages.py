@@ -69,13 +69,40 @@ def decode_image(
     Returns:
         int32 [b · n, cells], raster order.
     """
+    return image_tokens(
+        params,
+        text,
+        is_text,
+        _cluster_sampler(keys, cluster_labels, num_clusters, sampling.base),
+        _copies(keys, text),
+        config=config,
+        text_upweight=sampling.text_upweight,
+        execution=execution,
+    )
+
+
+def image_tokens(
+    params: Params,
+    text: Array,
+    is_text: Array,
+    draw: Callable[[Array, Array], Array],
+    num_images: int = 1,
+    *,
+    config: configs.CogLMConfig,
+    text_upweight: float | Array = 0.0,
+    execution: Execution = Execution(),
+) -> Array:
+    """Coarse image tokens of prompts by any sampler: int32 [b · num_images, cells], raster order.
+
+    `draw` is (logits [b · num_images, num_image] of cell i, i) → int32 [b · num_images]. Of the
+    images, those of the first prompt come first. `text` and `is_text` are as in `decode_image`,
+    which is this with cluster sampling, jitted; here the caller owns jit.
+    """
     unknown = jnp.full((text.shape[0], config.num_image_tokens), -1)
     given = inputs.text_to_image(text, is_text, unknown, config)
-    bias = inputs.text_key_bias(given.is_text, sampling.text_upweight)
-    slots = text.shape[1]
-    draw = _cluster_sampler(keys, cluster_labels, num_clusters, sampling.base)
-    copies, ids = _copies(keys, text), _image_ids(config)
-    return _fill(params, given, bias, slots + 1, slots + 1, copies, draw, ids, config, execution)
+    bias = inputs.text_key_bias(given.is_text, text_upweight)
+    begin, ids = text.shape[1] + 1, _image_ids(config)
+    return _fill(params, given, bias, begin, begin, num_images, draw, ids, config, execution)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "num_clusters", "execution"))

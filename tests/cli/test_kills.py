@@ -135,14 +135,15 @@ def assert_equal(out, other):
         jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_twenty_kills_lose_nothing(start, whole, tmp_path):
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_kills_lose_nothing(kills, start, whole, tmp_path):
     """Killed while it starts, in steps and in saves, at random moments, and once started twice, in
     a folder with many special characters in its name.
     """
     rng = random.Random(7)
     out = tmp_path / "run [v2] *?#100%"
     known = cut_short = 0
-    for number in range(20):
+    for number in range(kills):
         with ending(start(out, "--save-every", 2)) as (process,):
             if number % 3 == 0:
                 time.sleep(rng.uniform(0.0, 3.0))
@@ -167,6 +168,7 @@ def test_twenty_kills_lose_nothing(start, whole, tmp_path):
     assert_equal(out.rename(tmp_path / "plain"), whole())
 
 
+@pytest.mark.long
 def test_sigterm_to_one_process_saves_in_all(start, whole, tmp_path):
     out = tmp_path / "run"
     step = 0
@@ -212,7 +214,9 @@ def test_an_error_of_one_process_ends_the_other(start, tmp_path):
         assert "Traceback" not in running[0].err()
 
 
-@pytest.mark.parametrize(("processes", "limited"), [(1, [0]), (2, [0, 1]), (2, [1])])
+@pytest.mark.parametrize(
+    ("processes", "limited"), [(1, [0]), pytest.param(2, [0, 1], marks=pytest.mark.long), (2, [1])]
+)
 def test_a_checkpoint_that_cannot_be_written(processes, limited, start, begun, whole, tmp_path):
     """Its files may have at most 30,000 bytes, and sooner or later one is larger: the checkpoint
     before it stays. Processes that could write their part do not wait for those that could not.

@@ -198,3 +198,42 @@ def test_wrong_arguments_are_named(golden):
         sampling.sample_top_k(jax.random.key(0), logits, 9, max_k=5)
     with pytest.raises(ValueError, match="max_k must be at least 1: got 0"):
         sampling.top_k_logits(logits, 3, max_k=0)
+
+
+def test_the_nucleus_is_the_fewest_tokens_that_reach_p():
+    logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
+    for p, kept in (
+        (0.05, [1]),
+        (0.4, [1]),
+        (0.41, [1, 3]),
+        (0.85, [1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ):
+        found = np.asarray(sampling.top_p_probabilities(logits, p))
+        assert np.flatnonzero(found).tolist() == kept
+        whole = np.exp(np.asarray(logits)) * (found > 0)
+        np.testing.assert_allclose(found, whole / whole.sum(), atol=TOLERANCE)
+
+
+def test_equal_tokens_at_the_edge_of_the_nucleus_go_by_id():
+    found = sampling.top_p_probabilities(jnp.zeros((2, 8)), 0.5)
+    np.testing.assert_allclose(found, [[0.25] * 4 + [0] * 4] * 2, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("p", "temperature"), [(0.5, 1.0), (0.9, 0.7), (1.0, 1.3)])
+def test_nucleus_draws_follow_their_probabilities(golden, p, temperature):
+    row = golden["logits"][0]
+    logits = jnp.broadcast_to(row, (20_000, row.shape[-1]))
+    drawn = sampling.sample_top_p(jax.random.key(3), logits, p, temperature)
+    expected = sampling.top_p_probabilities(row, p, temperature)
+    assert_drawn_from(np.asarray(drawn), np.asarray(expected, np.float64))
+    few = sampling.sample_top_p(jax.random.key(3), logits[:50], p, temperature, block=7)
+    np.testing.assert_array_equal(few, drawn[:50])
+
+
+def test_a_nucleus_of_wrong_size_is_refused(golden):
+    for p in (0, -0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="p must be above 0 and at most 1"):
+            sampling.sample_top_p(jax.random.key(0), golden["logits"], p)
+    one = sampling.sample_top_p(jax.random.key(0), golden["logits"], 0.9, 0)
+    np.testing.assert_array_equal(one, sampling.greedy(golden["logits"]))

@@ -17,7 +17,7 @@ def test_close_ups_are_larger_than_any_scene(tmp_path):
         assert picture.size == (96, 96)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_fine_tuning_lowers_the_validation_loss(tmp_path):
     arguments = ["--work", tmp_path / "work", "--pictures", 160, "--steps", 20]

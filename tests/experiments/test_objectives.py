@@ -21,10 +21,14 @@ def work(tmp_path_factory):
 
 
 OBJECTIVES = ("image tokenizer", *overfit.MIXES, "direct SR", "iterative SR")
+LONG = {"image tokenizer", "iterative SR"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in OBJECTIVES],
+)
 def test_every_objective_teaches_its_network(objective, bundle, work):
     runs = overfit.runs(bundle, overfit.QUICK, work)
     assert set(runs) == set(OBJECTIVES)

@@ -92,7 +92,7 @@ for config, module in ((base, run.coglm), (DirectSRConfig(base, text_slots=16), 
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_argument_bytes_are_those_of_the_compiler():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

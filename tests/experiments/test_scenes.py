@@ -70,7 +70,7 @@ def test_cells_of_objects_are_where_the_objects_are():
             assert cells[item.y // 8, item.x // 8]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_parts_are_trained_and_a_finished_training_is_not_repeated(monkeypatch, tmp_path):
     def narrow(make):
         def made(vocabulary):

@@ -93,7 +93,9 @@ def half_of(folder, to):
     return to
 
 
-@pytest.mark.parametrize(("mesh", "resumed_on"), [(FSDP, None), (MIXED, FSDP)])
+@pytest.mark.parametrize(
+    ("mesh", "resumed_on"), [pytest.param(FSDP, None, marks=pytest.mark.long), (MIXED, FSDP)]
+)
 def test_two_processes_follow_one_device(mesh, resumed_on, train, state_in, alone, tmp_path):
     """2 processes × 4 devices, each with its own rows; then one process, of 1 device or 8,
     resumes in the middle.

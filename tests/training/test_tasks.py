@@ -127,7 +127,7 @@ def test_a_frozen_base_stays(tiny, records, tmp_path):
     assert changed["layers"]["attention"]["qkv_plus"]["query_key_value"]["kernel"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_strides_can_be_trained_with_nothing_changed_for_the_rest(tiny, pictures, tmp_path):
     config, options = tiny.tokenizer_config, dataclasses.replace(FEW, num_steps=2, validation=0.0)
     others = TokenizerOptions(side=32, strides=(4, 16), keep_others=True)
