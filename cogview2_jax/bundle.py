@@ -188,18 +188,22 @@ def load(
 def place(bundle: Bundle, execution: Execution) -> Bundle:
     """The bundle with its parameters on the devices, in the dtype and sharding of `execution`.
 
-    The transformers' parameters get the dtype `execution.precision.params`, and on a mesh the
-    sharding of their logical axes. The tokenizer's stay float32 and replicated: it is small, and
-    pixels need the precision. Raises ValueError for a parameter that the mesh cannot shard evenly.
+    The transformers' parameters get the dtype `execution.precision.params`, their matrices perhaps
+    int8, and on a mesh the sharding of their logical axes. The tokenizer's stay float32 and
+    replicated: it is small, and pixels need the precision. Raises ValueError for a parameter that
+    the mesh cannot shard evenly, and for int8 on a mesh.
     """
     from cogview2_jax.networks import coglm, direct_sr, iterative_sr
+    from cogview2_jax.networks.quantisation import KERNEL, SCALE, quantise
 
     axes_of = {
         "coglm": lambda: coglm.parameter_axes(bundle.coglm_config),
         "direct": lambda: direct_sr.parameter_axes(bundle.direct_config),
         "iterative": lambda: iterative_sr.parameter_axes(bundle.iterative_config),
     }
-    sharding = execution.sharding
+    sharding, int8 = execution.sharding, execution.precision.matrices is not None
+    if int8 and sharding is not None:
+        raise ValueError("matrices in int8 run on one device: leave the mesh or int8 out")
 
     def placed(name: str) -> Params:
         tree: Params = getattr(bundle, name)
@@ -207,7 +211,15 @@ def place(bundle: Bundle, execution: Execution) -> Bundle:
             return tree
         dtype = jax.numpy.dtype(execution.precision.params if name in axes_of else "float32")
         # On the host: on the device, each shape would compile a program.
-        tree = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype != dtype else leaf, tree)
+        if int8 and name in axes_of:
+            tree = quantise(tree)
+
+        def cast(path: Any, leaf: Any) -> Any:
+            kept = leaf.dtype == dtype or path[-1].key == SCALE
+            kept |= leaf.dtype == np.int8 and path[-1].key == KERNEL
+            return leaf if kept else leaf.astype(dtype)
+
+        tree = jax.tree_util.tree_map_with_path(cast, tree)
         if sharding is None:
             return jax.device_put(tree)
         if name in axes_of:

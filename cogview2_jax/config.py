@@ -34,10 +34,18 @@ TOKEN_STRIDE = 8
 class Precision:
     """Dtypes of the parameters and of the computation: names or jax dtypes. Softmax and LayerNorm
     sums are always float32.
+
+    `matrices` "int8" keeps the transformers' matrices in int8 (`networks.quantisation`), for
+    generation on one device; None: as `params` says.
     """
 
     params: Any = "float32"
     compute: Any = "float32"
+    matrices: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.matrices not in (None, "int8"):
+            raise ValueError(f"matrices must be int8 or None: got {self.matrices!r}")
 
 
 REMATERIALISATION = ("none", "products", "all")

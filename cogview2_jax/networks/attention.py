@@ -20,7 +20,7 @@ from cogview2_jax.config import (
     IterativeSRConfig,
     TransformerConfig,
 )
-from cogview2_jax.networks.products import Dense, product
+from cogview2_jax.networks.products import Dense, product, scale_of
 from cogview2_jax.sharding import Execution, Sharding
 from pallas_kernels import local_attention_2d_with_lse, merge_attention
 
@@ -74,7 +74,7 @@ class PackedDense(nn.Module):
         kernel = self.param("kernel", init, (e, 3 * e), precision.params)
         bias = self.param("bias", nn.initializers.zeros, (3 * e,), precision.params)
         if self.execution.sharding is None:
-            out = product(x, kernel, self.execution)
+            out = product(x, kernel, self.execution, scale_of(self))
             out = out + bias.astype(precision.compute)
             return out.reshape(*x.shape[:-1], 3, heads, -1)
         kernel, bias = (

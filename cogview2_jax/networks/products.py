@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cogview2_jax.networks.quantisation import SCALE
 from cogview2_jax.sharding import Execution
 
 Array = jax.Array
@@ -19,18 +20,26 @@ _init = nn.initializers.normal(0.02)
 _LEAST_ROWS = 8  # of a product on a GPU
 
 
-def product(x: Array, kernel: Array, execution: Execution) -> Array:
-    """x [..., e] times kernel [e, f]: [..., f] in the compute dtype."""
+def product(x: Array, kernel: Array, execution: Execution, scale: Array | None = None) -> Array:
+    """x [..., e] times kernel [e, f]: [..., f] in the compute dtype. `scale` float32 [f] is that of
+    an int8 kernel (`quantisation`).
+    """
     dtype = execution.precision.compute
     x = x.astype(dtype)
-    if not execution.decoding:
-        return jnp.matmul(x, kernel.astype(dtype))
 
     def multiply(rows: Array) -> Array:
-        return jnp.matmul(rows, kernel.astype(dtype), preferred_element_type=jnp.float32)
+        out = jnp.matmul(rows, kernel.astype(dtype), preferred_element_type=jnp.float32)
+        return out if scale is None else out * scale
+
+    if not execution.decoding:
+        if scale is None:
+            return jnp.matmul(x, kernel.astype(dtype))
+        return multiply(x).astype(dtype)
 
     rows = x.reshape(-1, x.shape[-1])
-    out = multiply(rows) if execution.sharding else few_rows(multiply, rows)
+    # Of int8, cuBLAS writes a copy in any case, and Triton's partial sums have all padded rows.
+    as_they_are = execution.sharding is not None or scale is not None
+    out = multiply(rows) if as_they_are else few_rows(multiply, rows)
     return out.astype(dtype).reshape(*x.shape[:-1], -1)
 
 
@@ -47,6 +56,14 @@ def few_rows(multiply: Callable[[Array], Array], rows: Array) -> Array:
     return found
 
 
+def scale_of(module: nn.Module) -> Array | None:
+    """The scale of a module's int8 kernel; None where the kernel has its own values."""
+    if not module.has_variable("params", SCALE):
+        return None
+    scale: Array = module.get_variable("params", SCALE)
+    return scale
+
+
 class Dense(nn.Module):
     """`product` + bias: [..., features]. `axes` are the logical axes of the matrix."""
 
@@ -60,5 +77,5 @@ class Dense(nn.Module):
         init = nn.with_logical_partitioning(_init, self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), precision.params)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), precision.params)
-        out = product(x, kernel, self.execution)
+        out = product(x, kernel, self.execution, scale_of(self))
         return out + bias.astype(precision.compute)
