@@ -22,7 +22,10 @@ __version__ = "0.1.0"
 
 
 def load(
-    path: str | os.PathLike[str] | None = None, *, execution: Execution | None = None
+    path: str | os.PathLike[str] | None = None,
+    *,
+    execution: Execution | None = None,
+    in_turn: bool = False,
 ) -> CogView:
     """The model in the bundle folder `path`, or the one that ships with the package.
 
@@ -30,7 +33,11 @@ def load(
     `execution` is the precision and the mesh, by default float32 on one device. Others are
 
         half = Execution(Precision("bfloat16", "bfloat16"))
+        small = Execution(Precision("bfloat16", "bfloat16", matrices="int8"))
         sharded = Execution(sharding=Sharding(make_mesh(tensor=2)))
+
+    With `in_turn`, a network is on the device only while it is used: slower by the copies, in the
+    memory of the largest one.
 
     Raises FileNotFoundError or ValueError, in one line, for a missing or damaged bundle.
     """
@@ -39,4 +46,4 @@ def load(
     from cogview2_jax.sharding import Execution
 
     execution = Execution() if execution is None else execution
-    return CogView(bundle.load(path, execution=execution), execution)
+    return CogView(bundle.load(path, execution=execution, on_host=True), execution, in_turn)

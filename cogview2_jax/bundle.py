@@ -86,6 +86,15 @@ class Bundle(NamedTuple):
             raise ValueError(f"the model lacks {network}: `{TRAINED_BY[network]}` trains it")
         return found
 
+    def config_of(self, network: str) -> CogLMConfig | DirectSRConfig | IterativeSRConfig | None:
+        """The configuration of a transformer; None for the image tokenizer."""
+        known: dict[str, CogLMConfig | DirectSRConfig | IterativeSRConfig] = {
+            "coglm": self.coglm_config,
+            "direct": self.direct_config,
+            "iterative": self.iterative_config,
+        }
+        return known.get(network)
+
     @property
     def num_clusters(self) -> int:
         return int(self.cluster_labels.max(initial=-1)) + 1
@@ -148,11 +157,14 @@ def load(
     path: str | os.PathLike[str] | None = None,
     networks: Collection[str] | None = None,
     execution: Execution = Execution(),
+    *,
+    on_host: bool = False,
 ) -> Bundle:
     """The bundle in the folder `path`, or the one that ships with the package.
 
     Reads the named `networks`, which must all be there; by default those that are there, at least
-    one. The trees of the others are empty. Parameters are put on the devices by `place`.
+    one. The trees of the others are empty. Parameters are put on the devices by `place`, or stay
+    `on_host`.
 
     Raises FileNotFoundError for a missing folder or file and ValueError for a damaged or
     ill-fitting one and for missing networks, each in one line.
@@ -182,49 +194,28 @@ def load(
             what = f"a cluster label of {wrong[0]}, not from 0 to {size - 1}"
             raise ValueError(f"{folder / WEIGHTS} is damaged ({what}): {ADVICE}")
         bundle = bundle._replace(cluster_labels=labels.astype(np.int32))
-    return place(bundle, execution)
+    return place(bundle, execution, on_host=on_host)
 
 
-def place(bundle: Bundle, execution: Execution) -> Bundle:
+def place(bundle: Bundle, execution: Execution, *, on_host: bool = False) -> Bundle:
     """The bundle with its parameters on the devices, in the dtype and sharding of `execution`.
 
     The transformers' parameters get the dtype `execution.precision.params`, their matrices perhaps
     int8, and on a mesh the sharding of their logical axes. The tokenizer's stay float32 and
-    replicated: it is small, and pixels need the precision. Raises ValueError for a parameter that
+    replicated. With `on_host`, none is put on a device yet. Raises ValueError for a parameter that
     the mesh cannot shard evenly, and for int8 on a mesh.
     """
-    from cogview2_jax.networks import coglm, direct_sr, iterative_sr
-    from cogview2_jax.networks.quantisation import KERNEL, SCALE, quantise
+    from cogview2_jax import placement
 
-    axes_of = {
-        "coglm": lambda: coglm.parameter_axes(bundle.coglm_config),
-        "direct": lambda: direct_sr.parameter_axes(bundle.direct_config),
-        "iterative": lambda: iterative_sr.parameter_axes(bundle.iterative_config),
-    }
-    sharding, int8 = execution.sharding, execution.precision.matrices is not None
-    if int8 and sharding is not None:
-        raise ValueError("matrices in int8 run on one device: leave the mesh or int8 out")
+    placement.require_placeable(execution)
 
     def placed(name: str) -> Params:
         tree: Params = getattr(bundle, name)
+        config = bundle.config_of(name)
         if not tree:
             return tree
-        dtype = jax.numpy.dtype(execution.precision.params if name in axes_of else "float32")
-        # On the host: on the device, each shape would compile a program.
-        if int8 and name in axes_of:
-            tree = quantise(tree)
-
-        def cast(path: Any, leaf: Any) -> Any:
-            kept = leaf.dtype == dtype or path[-1].key == SCALE
-            kept |= leaf.dtype == np.int8 and path[-1].key == KERNEL
-            return leaf if kept else leaf.astype(dtype)
-
-        tree = jax.tree_util.tree_map_with_path(cast, tree)
-        if sharding is None:
-            return jax.device_put(tree)
-        if name in axes_of:
-            return jax.device_put(tree, sharding.of_tree(tree, axes_of[name]()))
-        return jax.device_put(tree, sharding.named())
+        tree = placement.prepared(tree, config, execution.precision)
+        return tree if on_host else placement.put(tree, config, execution.sharding)
 
     trees: dict[str, Any] = {name: placed(name) for name in NETWORKS}
     return bundle._replace(**trees)

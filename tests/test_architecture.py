@@ -14,7 +14,7 @@ FLOORS = (
     ("config", "keys"),
     ("sharding", "styles"),
     ("description", "tokenizer", "networks", "decoding"),
-    ("shapes",),
+    ("shapes", "placement"),
     ("bundle",),
     ("published", "pipeline"),
     ("data",),

@@ -139,8 +139,8 @@ def test_an_edit_has_a_style_when_it_is_named(styled, tiny):
 def test_parameters_are_taken_apart_once(tiny):
     """Whichever styles are drawn in; the sampling is that of the style."""
     model = CogView(tiny._replace(styles=STYLES))
-    apart = model._decoding_params
+    apart = model._params("coglm")
     model.generate("a star", 2, key=jax.random.key(0), stage="base", style="left")
-    assert model._decoding_params is apart
+    assert model._params("coglm") is apart
     sampling = model._sampling(STYLES[0])["sampling"]
     assert dataclasses.replace(sampling, base=PLAINLY) == sampling

@@ -1,5 +1,5 @@
 """The command line: `cogview2 generate`, `caption`, `rank`, `edit`, `infill`, `vary`, `outpaint`,
-`serve`, `evaluate`, `init`, `info`, `convert`, `export`, `data` and `train`.
+`serve`, `evaluate`, `plan`, `init`, `info`, `convert`, `export`, `data` and `train`.
 
 A user's mistake ends in one line on stderr and exit code 2, before anything is computed or written.
 Exit code 1 means that some of several inputs could not be used, and the others were. Files appear
@@ -25,6 +25,7 @@ from cogview2_jax.cli import (
     generate,
     model,
     pictures,
+    plan,
     rank,
     serve,
     train,
@@ -99,6 +100,7 @@ cli.add_command(variations.vary_command)
 cli.add_command(variations.outpaint_command)
 cli.add_command(serve.serve_command)
 cli.add_command(evaluate.evaluate_command)
+cli.add_command(plan.plan_command)
 cli.add_command(model.init)
 cli.add_command(model.info)
 cli.add_command(convert.convert_command)

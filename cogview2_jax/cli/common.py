@@ -171,21 +171,21 @@ def check_writable(out: Path) -> None:
 
 
 def load(
-    folder: Path, networks: Collection[str], dtype: str = "float32"
+    folder: Path, networks: Collection[str], dtype: str = "float32", **how: Any
 ) -> tuple[CogView, Path | None]:
-    """The model with these of its networks, and where compiled programs are kept."""
+    """The model with these of its networks, and where compiled programs are kept. `how` are more
+    arguments of `CogView`.
+    """
     cache = use_compilation_cache()
     from cogview2_jax import bundle as bundles
-    from cogview2_jax.config import Precision
     from cogview2_jax.pipeline.cogview import CogView
+    from cogview2_jax.pipeline.memory import PRECISIONS
     from cogview2_jax.sharding import Execution
 
-    int8 = dtype == "int8"
-    execution = Execution(
-        Precision("bfloat16", "bfloat16", "int8") if int8 else Precision(dtype, dtype)
-    )
+    execution = Execution(PRECISIONS[dtype])
     with refusing():
-        return CogView(bundles.load(folder, networks, execution), execution), cache
+        bundle = bundles.load(folder, networks, execution, on_host=True)
+        return CogView(bundle, execution, **how), cache
 
 
 def choose_stage(folder: Path, asked: str | None) -> str:

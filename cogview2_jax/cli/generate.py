@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview2_jax.cli import common, lines, pictures, sheets
+from cogview2_jax.cli import common, lines, pictures, plan, sheets
 from cogview2_jax.pipeline import settings
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class How:
     style: str
     sampling: dict[str, float]  # by option, those that were given
     dtype: str
+    place: dict[str, Any]  # more arguments of `CogView`
     out: Path
     overwrite: bool
 
@@ -80,10 +81,12 @@ class How:
             **({"keep": self.keep} if self.keep else {}),
             **({} if self.style == PLAIN else {"style": self.style}),
             **({"sampling": self.sampling} if self.sampling else {}),
+            **({"memory": self.place} if self.place else {}),
         } | common.circumstances(self.folder, self.dtype)
 
     def load(self) -> CogView:
-        cv, _ = common.load(self.folder, settings.STAGES[self.stage], self.dtype)
+        networks = settings.STAGES[self.stage]
+        cv, _ = common.load(self.folder, networks, self.dtype, **self.place)
         if not self.sampling:
             return cv
         return dataclasses.replace(cv, bundle=_resampled(cv.bundle, self.sampling))
@@ -135,6 +138,7 @@ Examples:
   cogview2 generate --candidates 16 --keep 2 --out two "a small dotted purple heart"
   cogview2 generate --animate gif --num-images 1 "a red circle above a striped blue square"
   cogview2 generate --prompts prompts.txt --out many
+  cogview2 generate --memory 16GB "a red circle"
 """,
 )
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
@@ -165,6 +169,7 @@ Examples:
 @pictures.style_option("the first of the model, if it has any")
 @_sampling_options
 @common.dtype_option
+@plan.memory_option
 @pictures.out_option
 @common.overwrite_option
 @common.bundle_option
@@ -180,6 +185,7 @@ def generate_command(
     bundle: Path | None,
     animate: str | None,
     dtype: str,
+    memory: int | None,
     out: Path,
     overwrite: bool,
     **sampling: Any,
@@ -201,6 +207,7 @@ def generate_command(
     num_images = _kept(num_images, keep, candidates)
     folder = common.check_model(bundle, prompts, style=style)
     common.check_writable(out)
+    dtype, place = plan.fitting(folder, memory, dtype, num_images)
     how = How(
         folder,
         num_images,
@@ -212,6 +219,7 @@ def generate_command(
         common.style_of(folder, style),
         {name: value for name, value in sampling.items() if value is not None},
         dtype,
+        place,
         out,
         overwrite,
     )

@@ -76,7 +76,8 @@ def logits(
     """
     start, stop = ids or (0, config.vocabulary.size)
     model = network(config, execution)
-    return model.apply({"params": params}, hidden, start, stop, method="logits")
+    outer = {"params": transformer.outer_params(params)}
+    return model.apply(outer, hidden, start, stop, method="logits")
 
 
 def apply(

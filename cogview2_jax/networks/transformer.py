@@ -167,21 +167,28 @@ def unstacked(params: Params) -> Params:
     return params | {"layers": each}
 
 
+def outer_params(params: Params) -> Params:
+    """The parameters outside the layers."""
+    return {name: tree for name, tree in params.items() if name != "layers"}
+
+
 def by_layers(
     model: Transformer,
     params: Params,
     tokens: Array,
     positions: Array,
     context: Any,
-    caches: tuple[Any, ...],
+    caches: tuple[Any, ...] | None,
 ) -> tuple[Array, tuple[Any, ...]]:
     """As `Transformer.__call__`, over `unstacked` parameters and a cache for each layer, in a
-    Python loop: each cache is an array of its own, which the compiler can update in place.
+    Python loop: each cache is an array of its own, which the compiler can update in place. Without
+    caches it is one full pass.
     """
     params = unstacked(params)
-    outer = {"params": {name: tree for name, tree in params.items() if name != "layers"}}
+    outer = {"params": outer_params(params)}
     x = model.apply(outer, tokens, positions, method="embed")
-    execution = dataclasses.replace(model.execution, decoding=True)
+    execution = dataclasses.replace(model.execution, decoding=caches is not None)
+    caches = (None,) * len(params["layers"]) if caches is None else caches
     block = Block(model.config, execution, model.attention)
     written = []
     for layer, cache in zip(params["layers"], caches, strict=True):
@@ -198,7 +205,11 @@ def hidden_states(
     context: Any,
     dropout_key: Array | None = None,
 ) -> Array:
-    """Hidden states [b, s, e] of one full pass, without a cache. Dropout only with a key."""
+    """Hidden states [b, s, e] of one full pass, without a cache. Dropout only with a key, and only
+    over stacked parameters, which training has.
+    """
+    if isinstance(params["layers"], tuple):
+        return by_layers(model, params, inputs.tokens, inputs.positions, context, None)[0]
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     hidden, _ = model.apply(
         {"params": params}, inputs.tokens, inputs.positions, context, None, rngs=rngs

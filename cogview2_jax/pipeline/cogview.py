@@ -37,7 +37,8 @@ class CogView(Edits):
 
     `execution` is the precision of the transformers, and the mesh over which batches and parameters
     are sharded. Images do not depend on it, except for rounding. The parameters in `bundle` are
-    placed accordingly.
+    placed accordingly; with `in_turn` they stay on the host, and each network is on the devices
+    only while it is used.
     """
 
     def generate(
@@ -172,7 +173,7 @@ class CogView(Edits):
         config = self.bundle.direct_config
         coarse = self._shard_over_mesh(grids[0][1])
         base = base_probability(
-            self.bundle.params("coglm"),
+            self._params("coglm"),
             *tokens.base,
             coarse,
             config=config.coglm,
@@ -182,7 +183,7 @@ class CogView(Edits):
         fine = None
         if len(grids) > 1:
             drawn = direct_probability(
-                self.bundle.params("direct"),
+                self._params("direct"),
                 *tokens.direct,
                 coarse,
                 self._shard_over_mesh(grids[1][1]),
@@ -222,7 +223,7 @@ class CogView(Edits):
 
         def draw(keys: Array) -> Array:
             return decode_image(
-                self._decoding_params,
+                self._params("coglm"),
                 *read.base,
                 keys,
                 self.bundle.cluster_labels,

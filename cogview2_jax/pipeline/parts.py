@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cogview2_jax import bundle as bundles
+from cogview2_jax import placement
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.checks import check_count, check_temperature
 from cogview2_jax.config import TOKEN_STRIDE, Grid
 from cogview2_jax.keys import fold_in_all, key_batch, one_key
-from cogview2_jax.networks import coglm, inputs
+from cogview2_jax.networks import inputs
 from cogview2_jax.pipeline import editing, settings
 from cogview2_jax.pipeline.prompts import (
     PromptTokens,
@@ -46,13 +47,27 @@ DIRECT_DRAW, ITERATIVE_DRAW, VARIED_DRAW = 2**32 - 1, 2**32 - 2, 2**32 - 3
 
 @dataclass(frozen=True)
 class Parts:
-    """A bundle, placed for an `execution`, and the pipeline's steps over its parameters."""
+    """A bundle, placed for an `execution`, and the pipeline's steps over its parameters.
+
+    With `in_turn`, parameters stay on the host, and a transformer is on the devices until another
+    one is used: the largest decides how much memory it takes. Of candidates, as many are drawn in
+    one batch as make `at_once` pictures.
+    """
 
     bundle: Bundle
     execution: Execution = Execution()
+    in_turn: bool = False
+    at_once: int = settings.DECODED_AT_ONCE
+    _held: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bundle", bundles.place(self.bundle, self.execution))
+        bundle = bundles.place(self.bundle, self.execution, on_host=True)
+        if not self.in_turn:
+            trees = {name: getattr(bundle, name) for name in bundles.NETWORKS}
+            bundle = bundle._replace(
+                **{name: self._put(name, tree) for name, tree in trees.items() if tree}
+            )
+        object.__setattr__(self, "bundle", bundle)
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -75,12 +90,21 @@ class Parts:
             "num_clusters": self.bundle.num_clusters,
         }
 
-    @functools.cached_property
-    def _decoding_params(self) -> Any:
-        """CogLM's parameters, one tree for each layer. Made once, outside the decoding programs:
-        each would take the stack apart again.
-        """
-        return jax.jit(coglm.unstacked)(self.bundle.params("coglm"))
+    def _params(self, network: str) -> Any:
+        """Parameters on the devices: CogLM's with one tree for each layer."""
+        tree = self.bundle.params(network)
+        if self.in_turn and network not in self._held:
+            # The tokenizer is small, and stays.
+            for other in self._held.keys() - {"tokenizer"} if network != "tokenizer" else ():
+                del self._held[other]
+            self._held[network] = self._put(network, tree)
+        return self._held[network] if self.in_turn else tree
+
+    def _put(self, network: str, tree: Any) -> Any:
+        sharding = self.execution.sharding
+        if network == "coglm":
+            return placement.put_for_decoding(tree, self.bundle.coglm_config, sharding)
+        return placement.put(tree, self.bundle.config_of(network), sharding)
 
     def _tokens(self, prompts: Sequence[str], *, start_token: bool = False) -> PromptTokens:
         bundle = self.bundle
@@ -161,7 +185,7 @@ class Parts:
 
         def draw(keys: Array) -> Array:
             return decode_infilling(
-                self._decoding_params,
+                self._params("coglm"),
                 # The first four fields are those of the network's input.
                 inputs.NetworkInput(*(of_each(array) for array in filling[:4])),
                 of_each(filling.slot_of_cell),
@@ -207,11 +231,11 @@ class Parts:
         """The candidates of all images, int32 [b, cells] each.
 
         `draw` is keys [b · n] → tokens [b · n, cells], n for each image. They are drawn in as few
-        batches of one size as `DECODED_AT_ONCE` allows: one batch is one compilation. Those that
+        batches of one size as `at_once` allows: one batch is one compilation. Those that
         nobody asks for are not drawn, with `one_by_one` not even in the same batch.
         """
         images = len(tokens.english)
-        most = 1 if one_by_one else max(1, min(candidates, settings.DECODED_AT_ONCE // images))
+        most = 1 if one_by_one else max(1, min(candidates, self.at_once // images))
         together = next(n for n in range(most, 0, -1) if candidates % n == 0)
         for first in range(0, candidates, together):
             of_each = jnp.stack([keys(first + n) for n in range(together)], axis=1)
@@ -244,7 +268,7 @@ class Parts:
 
     def _scores(self, tokens: PromptTokens, coarse: np.ndarray) -> np.ndarray:
         scores = caption_score(
-            self.bundle.params("coglm"),
+            self._params("coglm"),
             self._shard_over_mesh(coarse),
             *tokens.base,
             tokens.english,
@@ -350,7 +374,7 @@ class Parts:
                 (coarse, np.full(size, language == "en"), drawn)
             )
             ids = decode_caption(
-                self._decoding_params,
+                self._params("coglm"),
                 image,
                 english,
                 allowed,
@@ -371,7 +395,7 @@ class Parts:
         self, tokens: PromptTokens, coarse: np.ndarray, keys: Array, style: Style | None = None
     ) -> np.ndarray:
         fine = super_resolve_direct(
-            self.bundle.params("direct"),
+            self._params("direct"),
             *tokens.direct,
             self._shard_over_mesh(coarse),
             keys,
@@ -390,7 +414,7 @@ class Parts:
         rounds: tuple[int, int] | None = None,
     ) -> np.ndarray:
         refined = super_resolve_iterative(
-            self.bundle.params("iterative"),
+            self._params("iterative"),
             *tokens.iterative,
             self._shard_over_mesh(fine),
             self._shard_over_mesh(may_change),
@@ -406,7 +430,7 @@ class Parts:
         """Image tokens of a stage as the tokenizer draws them: uint8 [b, y, x, 3]."""
         config = self.bundle.coglm_config if stage == "base" else self.bundle.direct_config
         pictures = image_tokenizer.to_pixels(
-            self.bundle.params("tokenizer"),
+            self._params("tokenizer"),
             self._shard_over_mesh(ids),
             grid=config.grid,
             stride=TOKEN_STRIDE,
@@ -417,7 +441,7 @@ class Parts:
     def _picture_tokens(self, picture: Picture, grid: Grid) -> np.ndarray:
         pixels = fit_picture(picture, grid[0] * TOKEN_STRIDE, grid[1] * TOKEN_STRIDE)
         ids = image_tokenizer.to_tokens(
-            self.bundle.params("tokenizer"),
+            self._params("tokenizer"),
             pixels[None],
             stride=TOKEN_STRIDE,
             config=self.bundle.tokenizer_config,

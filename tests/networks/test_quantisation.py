@@ -106,7 +106,7 @@ def test_a_bundle_in_int8_draws_captions_and_edits(tiny):
     scores = cv.scores([arguments[0]], [drawn[0]])
     np.testing.assert_allclose(scores, expected.scores([arguments[0]], [drawn[0]]), atol=1e-4)
     assert (
-        CogView(cv.bundle, INT8).bundle.coglm["layers"]["attention"]["dense"]["kernel"].dtype
+        CogView(cv.bundle, INT8).bundle.coglm["layers"][0]["attention"]["dense"]["kernel"].dtype
         == np.int8
     )  # placed once more
 

@@ -58,7 +58,7 @@ def test_the_best_of_all_candidates_are_kept(cv, stages):
     tokens, keys = cv._drawing(prompts, key, 2)
     drawn = [
         programs.decode_image(
-            cv._decoding_params,
+            cv._params("coglm"),
             *tokens.base,
             keys(number),
             cv.bundle.cluster_labels,

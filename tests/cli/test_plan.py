@@ -1,0 +1,38 @@
+"""`cogview2 plan`, and `generate --memory`, which follows it."""
+
+import json
+
+import pytest
+
+
+def test_the_plan_names_what_fits(run, tiny_folder):
+    code, out, err = run("plan", "--memory", "1GB", "--batch", 2, "--bundle", tiny_folder)
+    assert code == 0, err
+    head, *rows, chosen = out.splitlines()
+    assert head.split()[:2] == ["dtype", "pictures"]
+    assert rows[0].split()[:2] == ["bfloat16", "2"]
+    assert chosen.startswith("bfloat16, 2 pictures at once, all networks:")
+
+
+def test_nothing_fits_into_nothing(run, tiny_folder):
+    options = "--batch", 1, "--dtype", "int8", "--bundle", tiny_folder
+    code, out, err = run("plan", "--memory", "1KB", *options)
+    assert code == 1 and "nothing fits into 1,000 bytes" in err and "int8" in out
+
+
+def test_generate_follows_the_plan(run, tiny_folder, tmp_path):
+    options = "--num-images", 1, "--stage", "base", "--bundle", tiny_folder
+    code, _, err = run("generate", "a star", "--memory", "64MiB", *options, "--out", tmp_path / "a")
+    assert code == 0 and "--memory 64.00 MiB: bfloat16, 1 pictures at once" in err
+    (report,) = (tmp_path / "a").glob("*.json")
+    made = json.loads(report.read_text())
+    assert made["dtype"] == "bfloat16" and made["memory"] == {"in_turn": False, "at_once": 1}
+    code, _, err = run("generate", "a star", "--memory", "9KB", *options, "--out", tmp_path / "b")
+    assert code == 2 and "take at least" in err and "give fewer --num-images" in err
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("size", ["", "0", "16XB", "-1GB", "GB", "1e3"])
+def test_a_size_that_is_none_is_refused(size, run, tiny_folder):
+    code, _, err = run("plan", f"--memory={size}", "--bundle", tiny_folder)
+    assert code == 2 and "must be a size such as 16GB or 24GiB" in err
