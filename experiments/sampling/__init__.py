@@ -1,0 +1,1 @@
+"""Cluster sampling beside top-k and nucleus sampling, and textual attention."""
