@@ -16,6 +16,8 @@ from cogview2_jax.cli import common, lines, pictures, plan, sheets
 from cogview2_jax.pipeline import settings
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cogview2_jax.pipeline.cogview import CogView
 
 # The progress bar's names of the running networks.
@@ -207,7 +209,7 @@ def generate_command(
     num_images = _kept(num_images, keep, candidates)
     folder = common.check_model(bundle, prompts, style=style)
     common.check_writable(out)
-    dtype, place = plan.fitting(folder, memory, dtype, num_images)
+    dtype, place = plan.fitting(folder, memory, dtype, num_images, bool(keep or animate))
     how = How(
         folder,
         num_images,
@@ -355,6 +357,27 @@ class _Bar:
         self._bar.close()
 
 
+def _pictures(cv: CogView, prompt: str, key: Any, how: How, options: dict[str, Any]) -> np.ndarray:
+    """uint8 [num_images, y, x, 3]: all at once, or with --memory as many as fit."""
+    import numpy as np
+
+    at_once = how.place.get("at_once", how.num_images)
+    progress, made = options.pop("progress"), []
+    for first in range(0, how.num_images, at_once):
+        # The last batch is whole, so that it compiles nothing; its rest is dropped.
+        last = first + at_once >= how.num_images
+        found = cv.generate_stages(
+            [prompt],
+            key=key,
+            stages=(how.stage,),
+            first=first,
+            progress=progress if last else lambda part: None,
+            **options | {"num_images": at_once},
+        )
+        made.append(found[how.stage][0])
+    return np.concatenate(made)[: how.num_images]
+
+
 def _draw(
     cv: CogView, row: dict[str, Any], how: How, progress: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -365,8 +388,7 @@ def _draw(
     options: dict[str, Any] = {"num_images": how.num_images, "candidates": how.candidates}
     options |= {"keep_best": bool(how.keep), "style": how.style, "progress": progress}
     if not how.animate:
-        pictures = cv.generate_stages([prompt], key=key, stages=(how.stage,), **options)
-        return {"pictures": pictures[how.stage][0]}
+        return {"pictures": _pictures(cv, prompt, key, how, options)}
     from cogview2_jax.pipeline import making
 
     made = cv.making(prompt, key=key, stage=how.stage, **options)

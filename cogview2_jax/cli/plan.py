@@ -46,25 +46,27 @@ memory_option = click.option(
 
 
 def fitting(
-    folder: Path, memory: int | None, dtype: str, num_images: int
+    folder: Path, memory: int | None, dtype: str, num_images: int, together: bool
 ) -> tuple[str, dict[str, Any]]:
     """The dtype for `--memory`, and more arguments of `CogView`; without it, dtype as asked.
 
-    Raises ClickException if `num_images` do not fit.
+    Of `num_images`, as many are drawn at once as fit, all of them if they must be `together`.
+    Raises ClickException if not even one fits.
     """
     if memory is None:
         return dtype, {}
     source = click.get_current_context().get_parameter_source("dtype")
     dtypes = (dtype,) if source == ParameterSource.COMMANDLINE else _DTYPES
-    chosen, looked = _best(folder, memory, dtypes, (num_images,))
+    fewer = [] if together else [size for size in (16, 8, 4, 2, 1) if size < num_images]
+    chosen, looked = _best(folder, memory, dtypes, (num_images, *fewer))
     if chosen is None:
         least = min(looked, key=lambda plan: plan.peak)
         raise click.ClickException(
-            f"{num_images} pictures at once take at least {_size(least.peak)} ({least.dtype},"
-            f" {least.stage}), more than {_size(memory)}: give fewer --num-images"
+            f"{least.batch} pictures at once take at least {_size(least.peak)} ({least.dtype},"
+            f" {least.stage}), more than {_size(memory)}"
         )
     common.complain(f"--memory {_size(memory)}: {_said(chosen)}")
-    return chosen.dtype, {"in_turn": chosen.in_turn, "at_once": num_images}
+    return chosen.dtype, {"in_turn": chosen.in_turn, "at_once": chosen.batch}
 
 
 @click.command(

@@ -80,6 +80,7 @@ class CogView(Edits):
         keep_best: bool = False,
         stages: Sequence[str] = STAGES,
         style: str | None = None,
+        first: int = 0,
         progress: Callable[[str], None] = lambda part: None,
     ) -> dict[str, np.ndarray]:
         """Pictures after each of `stages`: stage → uint8 [prompts, num_images, y, x, 3], one batch.
@@ -88,7 +89,8 @@ class CogView(Edits):
         with "base", "direct", "iterative" and "pixels" as each is finished.
 
         With `keep_best`, `candidates` is how many base pictures a prompt gets in all; the
-        `num_images` with the best `caption_score` are kept, best first.
+        `num_images` with the best `caption_score` are kept, best first. Images are numbered from
+        `first` on: those of two calls, 0 to 3 and 4 to 7, are those of one call of 8.
         """
         if not stages:
             raise ValueError(f"stages must be of {', '.join(STAGES)}: got none")
@@ -96,7 +98,10 @@ class CogView(Edits):
             require_stage(stage, self.networks)
         num_images = check_count("num_images", num_images)
         last = max(stages, key=STAGES.index)
-        steps = self._steps(prompts, key, num_images, last, candidates, keep_best, style)
+        first = check_count("first", first, 0)
+        steps = self._steps(
+            prompts, key, num_images, last, candidates, keep_best, style, first=first
+        )
         grids = {}
         for part, grid in steps:
             if part != "candidate":
@@ -207,13 +212,14 @@ class CogView(Edits):
         keep_best: bool,
         style: str | None,
         each_round: bool = False,
+        first: int = 0,
     ) -> Iterator[tuple[str, Any]]:
         """Image tokens [b, cells] of each "candidate", and after "base", "direct" and "iterative",
         up to the stage `last`; with `each_round`, after each "round" in place of "iterative".
         """
         found = find_style(self.bundle.styles, style)
         styled = [in_style(found, prompt) for prompt in prompts]
-        tokens, keys = self._drawing(styled, key, num_images)
+        tokens, keys = self._drawing(styled, key, num_images, first)
         # Candidates are scored without the template, as published.
         scored = tokens if found is None else self._tokens_of_images(prompts, num_images)
 

@@ -81,6 +81,32 @@ def parameters(description: Description, network: str, precision: Precision) -> 
     return jax.eval_shape(made)
 
 
+def example(description: Description, stage: str, batch: int) -> tuple[Any, ...]:
+    """Arguments of a stage's program behind the parameters, for `batch` pictures of one word."""
+    base = description.coglm_config
+    fine = math.prod(description.direct_config.grid)
+    coarse = jnp.zeros((batch, base.num_image_tokens), jnp.int32)
+    tokens = jnp.zeros((batch, fine), jnp.int32)
+    keys = jax.random.split(jax.random.key(0), batch)
+    num_image = base.vocabulary.num_image
+    labels = jnp.arange(num_image, dtype=jnp.int32) % min(CLUSTERS, num_image)
+
+    def text(slots: int) -> tuple[Any, Any]:
+        first = jnp.broadcast_to(jnp.arange(slots) == 0, (batch, slots))
+        return jnp.where(first, num_image, 0).astype(jnp.int32), first
+
+    if stage == "base":
+        return *text(base.max_text), keys, labels
+    if stage == "score":
+        return coarse, *text(base.max_text), jnp.ones(batch, bool)
+    if stage == "direct":
+        return *text(description.direct_config.text_slots), coarse, keys, labels
+    if stage == "iterative":
+        slots = description.iterative_config.text_slots
+        return *text(slots), tokens, jnp.ones((batch, fine), bool), keys
+    return (tokens,)
+
+
 def lowered(
     description: Description, stage: str, batch: int, precision: Precision, place: Any = None
 ) -> Any:
@@ -89,28 +115,7 @@ def lowered(
     """
     execution, base = Execution(precision), description.coglm_config
     num_image = base.vocabulary.num_image
-    cells, fine = base.num_image_tokens, math.prod(description.direct_config.grid)
-
-    def arguments() -> tuple[Any, ...]:
-        def text(slots: int) -> tuple[Any, Any]:
-            ids = jnp.zeros((batch, slots), jnp.int32)
-            return ids, ids > 0
-
-        coarse, tokens = jnp.zeros((batch, cells), jnp.int32), jnp.zeros((batch, fine), jnp.int32)
-        keys = jax.random.split(jax.random.key(0), batch)
-        labels = jnp.zeros(num_image, jnp.int32)
-        if stage == "base":
-            return *text(base.max_text), keys, labels
-        if stage == "score":
-            return coarse, *text(base.max_text), jnp.ones(batch, bool)
-        if stage == "direct":
-            return *text(description.direct_config.text_slots), coarse, keys, labels
-        if stage == "iterative":
-            slots = description.iterative_config.text_slots
-            return *text(slots), tokens, jnp.ones((batch, fine), bool), keys
-        return (tokens,)
-
-    shapes = jax.eval_shape(arguments)
+    shapes = jax.eval_shape(lambda: example(description, stage, batch))
     params = parameters(description, NETWORK_OF[stage], precision)
     if place is not None:
         params, shapes = jax.tree.map(
@@ -150,8 +155,13 @@ def usage(
 ) -> Usage:
     """What a stage takes, by compiling its program: seconds to a minute at the published size."""
     params = parameters(description, NETWORK_OF[stage], precision)
+    return usage_of(lowered(description, stage, batch, precision, place).compile(), params)
+
+
+def usage_of(program: Any, params: Any) -> Usage:
+    """What a compiled program of `lowered` takes, its parameters apart."""
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    found = lowered(description, stage, batch, precision, place).compile().memory_analysis()
+    found = program.memory_analysis()
     whole = (
         found.argument_size_in_bytes
         + found.output_size_in_bytes

@@ -5,10 +5,17 @@ the larger of the two is its bound. Exponentials, noise, sampling and masked key
 so nothing reaches it.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-from cogview2_jax.config import TransformerConfig
+from cogview2_jax.config import (
+    CogLMConfig,
+    DirectSRConfig,
+    IterativeSRConfig,
+    TransformerConfig,
+)
 from cogview2_jax.training.metrics import matrix_rate
 from experiments.generation_speed.workload import Sizes
 from experiments.local_attention.bounds import Rates, best_seconds, measure_rates, visible_keys
@@ -17,15 +24,16 @@ from pallas_kernels.local_attention.window import Window
 _ITEMSIZE = 4
 
 
-def rates() -> Rates:
+def rates(dtype: str = "float32") -> Rates:
     """The highest of several: products of two square matrices; a copy, and a matrix read for one
     row's product.
     """
-    found = measure_rates("float32")
+    found = measure_rates(dtype)
     rows, columns = (16384, 2048) if jax.default_backend() == "cpu" else (2**16, 2**13)
     matrix = jnp.ones((rows, columns))
     read = best_seconds(jax.jit(lambda matrix: matrix @ matrix[0]), matrix)
-    return Rates(max(found.flops, matrix_rate()), max(found.bytes, matrix.nbytes / read))
+    flops = max(found.flops, matrix_rate()) if dtype == "float32" else found.flops
+    return Rates(flops, max(found.bytes, matrix.nbytes / read))
 
 
 def layer_weights(config: TransformerConfig) -> int:
@@ -44,32 +52,50 @@ def bytes_a_token(
     return itemsize * (weights + cache)
 
 
+def base_seconds(config: CogLMConfig, batch: int, found: Rates, itemsize: int) -> float:
+    """Of the base stage: the prefill, then a step for each cell."""
+    sizes = config.transformer
+    weights = sizes.num_layers * layer_weights(sizes)
+    table = config.vocabulary.num_image * sizes.hidden_size
+    slots = config.max_text + 1 + config.num_image_tokens
+    read = bytes_a_token(sizes, config.vocabulary.num_image, slots, batch, itemsize)
+    step = max(read / found.bytes, 2 * batch * (weights + table) / found.flops)
+    prefill = 2 * batch * weights * (config.max_text + 1) / found.flops
+    return config.num_image_tokens * step + prefill
+
+
+def direct_flops(config: DirectSRConfig) -> float:
+    """Of direct super-resolution of one picture."""
+    seen = visible_keys(config.grid, Window(*config.window))
+    seen += visible_keys(config.grid, Window(*config.cross_window, ratio=config.ratio))
+    seen += config.num_prefix**2
+    return _flops(config.coglm, config.num_prefix, config.num_image_tokens, seen)
+
+
+def iterative_flops(config: IterativeSRConfig) -> float:
+    """Of all rounds of one picture."""
+    fine = math.prod(config.grid)
+    seen = visible_keys(config.grid, Window(*config.window))
+    seen += (fine + config.text_slots) * config.text_slots
+    return config.rounds * _flops(config, config.text_slots, fine, seen)
+
+
+def _flops(config: CogLMConfig | IterativeSRConfig, prefix: int, fine: int, seen: int) -> float:
+    """Of one pass over a prefix and fine cells, with `seen` pairs of a query and a key."""
+    sizes = config.transformer
+    weights = sizes.num_layers * layer_weights(sizes)
+    table = config.vocabulary.num_image * sizes.hidden_size
+    pair = 4 * sizes.num_layers * sizes.hidden_size
+    return 2 * (weights * (prefix + fine) + table * fine) + pair * seen
+
+
 def bounds(sizes: Sizes, found: Rates) -> dict[str, float]:
     """Seconds of each of `report.STAGES`."""
-    base, direct, iterative = sizes.coglm, sizes.direct, sizes.iterative
-    config = base.transformer
-    weights, width = config.num_layers * layer_weights(config), config.hidden_size
-    table = sizes.image_tokens * width
-    seconds = {}
-    for batch in (1, 4, 16):
-        slots = base.max_text + 1 + base.num_image_tokens
-        read = bytes_a_token(config, sizes.image_tokens, slots, batch, _ITEMSIZE)
-        flops = 2 * batch * (weights + table)
-        step = max(read / found.bytes, flops / found.flops)
-        prefill = 2 * batch * weights * (base.max_text + 1) / found.flops
-        seconds[f"stage1_batch{batch}"] = base.num_image_tokens * step + prefill
-
-    pair = 4 * config.num_layers * width  # of a query and a key that it sees, in all layers
-    fine = direct.num_image_tokens
-    seen = visible_keys(direct.grid, Window(*direct.window))
-    seen += visible_keys(direct.grid, Window(*direct.cross_window, ratio=direct.ratio))
-    seen += direct.num_prefix**2
-    products = 2 * (weights * (direct.num_prefix + fine) + table * fine) + pair * seen
-    seconds["direct"] = products / found.flops
-
-    seen = visible_keys(iterative.grid, Window(*iterative.window))
-    seen += (fine + iterative.text_slots) * iterative.text_slots
-    products = 2 * (weights * (iterative.text_slots + fine) + table * fine) + pair * seen
-    seconds["iterative"] = iterative.rounds * products / found.flops
+    seconds = {
+        f"stage1_batch{batch}": base_seconds(sizes.coglm, batch, found, _ITEMSIZE)
+        for batch in (1, 4, 16)
+    }
+    seconds["direct"] = direct_flops(sizes.direct) / found.flops
+    seconds["iterative"] = iterative_flops(sizes.iterative) / found.flops
     seconds["whole"] = seconds["stage1_batch1"] + seconds["direct"] + seconds["iterative"]
     return seconds

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cogview2_jax.config import CogLMConfig
 from cogview2_jax.decoding import loops
-from cogview2_jax.decoding.sampling import sample_clusters
 from cogview2_jax.networks import coglm, inputs
 from cogview2_jax.networks.transformer import word_rows
-from experiments.generation_speed.workload import Networks
+from cogview2_jax.sharding import Execution
 
 Array = jax.Array
 
@@ -41,16 +41,23 @@ def window_steps(coarse: int, ratio: int) -> tuple[int, int]:
     return steps, side * side
 
 
-def decoder(params: Any, made: Networks, length: int, number: int) -> Callable[[], Any]:
+def decoder(
+    params: Any,
+    config: CogLMConfig,
+    draw: Callable[[Array, Array], Array],
+    length: int,
+    number: int,
+    execution: Execution = Execution(),
+) -> Callable[[], Any]:
     """`number` steps of cached decoding, the last of those that fill a cache of `length` slots, as
-    a call that compiles nothing. Every step reads the whole cache, so all cost the same.
+    a call that compiles nothing. Every step reads the whole cache, so all cost the same. `draw` is
+    (logits [1, num_image], step) → int32 [1].
     """
-    config, sampling = made.sizes.coglm, made.sampling.base
-    key, labels, clusters = jax.random.key(0), jnp.asarray(made.labels), made.sizes.clusters
     slots = jnp.arange(length)
 
     def run(params: Any) -> Array:
         rows = word_rows(params, (0, config.vocabulary.num_image))
+        shared: dict[str, Any] = {"config": config, "execution": execution}
 
         def step(cache: coglm.Cache, tokens: Array, i: Array) -> tuple[Array, coglm.Cache]:
             slot = length - number + i
@@ -60,15 +67,12 @@ def decoder(params: Any, made: Networks, length: int, number: int) -> Callable[[
                 (slots <= slot)[None, None],
             )
             bias = jnp.zeros((1, length))
-            hidden, cache = coglm.extend(params, cache, given, slot, config=config, bias=bias)
-            return coglm.next_logits(hidden[:, 0], rows), cache
-
-        def sample(logits: Array, i: Array) -> Array:
-            return sample_clusters(jax.random.fold_in(key, i), logits, labels, clusters, sampling)
+            hidden, cache = coglm.extend(params, cache, given, slot, bias=bias, **shared)
+            return coglm.next_logits(hidden[:, 0], rows, execution=execution), cache
 
         start = jnp.zeros((1, config.vocabulary.num_image))
-        cache = coglm.init_cache(config, 1, length)
-        return loops.decode(step, sample, start, cache, number)[0]
+        cache = coglm.init_cache(config, 1, length, execution)
+        return loops.decode(step, draw, start, cache, number)[0]
 
     program = jax.jit(run).lower(params).compile()
     return lambda: jax.block_until_ready(program(params))

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from cogview2_jax.decoding.sampling import sample_clusters
 from cogview2_jax.networks import coglm, direct_sr, inputs, iterative_sr
 from experiments.generation_speed import (
     best_torch,
@@ -141,10 +143,15 @@ def decode_one_by_one(made: Networks) -> dict[str, Times]:
         "sliding_window": (steps, text + config.num_image_tokens // 4 + 1 + window),
     }
     params = jax.jit(coglm.unstacked)(made.coglm)
+    key, labels, how = jax.random.key(0), jnp.asarray(made.labels), made.sampling.base
+
+    def draw(logits: jax.Array, i: jax.Array) -> jax.Array:
+        return sample_clusters(jax.random.fold_in(key, i), logits, labels, sizes.clusters, how)
+
     found = {}
     for row, (number, length) in lengths.items():
         timed_steps = min(TIMED_STEPS, window)
-        call = one_by_one.decoder(params, made, length, timed_steps)
+        call = one_by_one.decoder(params, config, draw, length, timed_steps)
         call()
         found[row] = timed(call, 2)[0].scaled(number / timed_steps)
     return found
