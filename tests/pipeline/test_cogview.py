@@ -149,7 +149,7 @@ def test_the_best_candidate_is_kept(cv, tiny, monkeypatch):
     np.testing.assert_array_equal(choosy.generate(PROMPT, 2, key=key, stage="base"), made)
     assert len(drawn) == 2
     # In batches of two images, one after another, the pictures are the same.
-    monkeypatch.setattr("cogview2_jax.pipeline.settings.DECODED_AT_ONCE", 2)
+    choosy = dataclasses.replace(choosy, at_once=2)
     np.testing.assert_array_equal(choosy.generate(PROMPT, 2, key=key, stage="base"), made)
     assert len(drawn) == 5
     np.testing.assert_array_equal(

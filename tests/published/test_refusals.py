@@ -117,7 +117,7 @@ MUTATIONS = {
     ),
     "a command as the file": (edit_state(lambda s: Evil()), "asks for 'posix.system'"),
     "a truncated file": (truncate, "mp_rank_00_model_states.pt is damaged"),
-    "a changed number": (flip, "checksum of 'mp_rank_00_model_states/data/0' is wrong"),
+    "a changed number": (flip, "checksum of 'data/0' is wrong"),
     "an empty file": (replace(RANK.format(0), b""), "not a zip archive"),
     "no module": (edit_state(lambda s: {"model": s["module"]}), "no tensors under 'module'"),
     "a list": (edit_state(lambda s: [1, 2]), "no tensors under 'module'"),
