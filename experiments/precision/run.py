@@ -1,7 +1,7 @@
 """What do bfloat16 and int8 matrices cost in quality?
 
 \b
-    python -m experiments.precision.run --num-images 1 --json results.json
+    python -m experiments.precision.run --num-prompts 100 --num-images 1 --json results.json
 
 Each precision scores real scenes with CogLM, for the largest error of a logit, and draws pictures
 of the same prompts from the same seeds, which the judge of caption_match reads.
