@@ -52,7 +52,9 @@ def test_every_recorded_number_is_met(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["direct_sr", "iterative_sr"])
+@pytest.mark.parametrize(
+    "file", ["direct_sr", pytest.param("iterative_sr", marks=pytest.mark.long)]
+)
 def test_the_kernels_meet_every_recorded_number_of_super_resolution(monkeypatch, file):
     calls = []
 

@@ -21,7 +21,7 @@ def work(tmp_path_factory):
 
 
 OBJECTIVES = ("image tokenizer", *overfit.MIXES, "direct SR", "iterative SR")
-LONG = {"image tokenizer", "iterative SR"}
+LONG = {"image tokenizer", "direct SR", "iterative SR"}
 
 
 @pytest.mark.slow

@@ -75,7 +75,11 @@ def task_of(network, bundle, folder, options, start=None):
 
 @pytest.mark.parametrize(
     "network",
-    ["coglm", *(pytest.param(name, marks=pytest.mark.slow) for name in TASKS if name != "coglm")],
+    [
+        "coglm",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("direct", "iterative")),
+        pytest.param("tokenizer", marks=pytest.mark.long),
+    ],
 )
 def test_it_trains_from_nothing_and_goes_on(network, tiny, records, pictures, tmp_path):
     options = dataclasses.replace(FEW, learning_rate=3e-3, average=0.5)
