@@ -7,8 +7,6 @@ They are shards as `data prepare` writes them: a kill costs the shards that were
 the same call, in any number of processes at once, continues.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
