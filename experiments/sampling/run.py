@@ -264,21 +264,16 @@ def main(
 ) -> None:
     begin = time.monotonic()
     cv = results.load_model(bundle)
-    made = {
-        part: compare(cv, PARTS[part](cv), num_prompts, num_images, seed, real) for part in parts
-    }
-    for part, rows in made.items():
+    made: dict[str, Any] = {}
+    for part in parts:  # each takes many minutes: what is done is written
+        rows = compare(cv, PARTS[part](cv), num_prompts, num_images, seed, real)
+        made[part] = rows
         click.echo(f"\n{part}\n{table(rows)}")
-    if plot_file and "samplers" in made:
-        plot(made["samplers"], plot_file)
-    if json_file:
-        described = {
-            "num_prompts": num_prompts,
-            "num_images": num_images,
-            "seed": seed,
-            "real": real,
-        }
-        results.write(json_file, described | {"parts": made}, bundle, begin)
+        if plot_file and part == "samplers":
+            plot(rows, plot_file)
+        if json_file:
+            counts = {"num_prompts": num_prompts, "num_images": num_images, "real": real}
+            results.write(json_file, {**counts, "seed": seed, "parts": made}, bundle, begin)
 
 
 if __name__ == "__main__":
