@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,14 +135,7 @@ Examples:
 @click.option(
     "--download", is_flag=True, help="Have tfds download and prepare a data set that is not there."
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(1, 256),
-    default=lambda: min(os.cpu_count() or 1, 32),
-    show_default="one per processor, at most 32",
-    metavar="N",
-    help="Threads that read and decode pictures.",
-)
+@sources.workers_option
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 10**9),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,14 +95,7 @@ Examples:
 @click.option(
     "--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of tfds data sets."
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(1, 256),
-    default=lambda: min(os.cpu_count() or 1, 32),
-    show_default="one per processor, at most 32",
-    metavar="N",
-    help="Threads that read and decode pictures.",
-)
+@sources.workers_option
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=32, show_default=True)
 @common.bundle_option
 def evaluate_command(
@@ -202,8 +195,6 @@ def _settings(how: dict[str, Any]) -> dict[str, Any]:
 
 def _features(inception: Path, how: dict[str, Any]) -> Callable[..., Report]:
     """The function that writes the features of a source to a folder."""
-    import functools
-
     from cogview2_jax.evaluation import features
 
     with common.refusing():
@@ -218,8 +209,6 @@ def _features(inception: Path, how: dict[str, Any]) -> Callable[..., Report]:
 
 
 def _losses(folder: Path, source: Source, out: Path, workers: int) -> Report:
-    import functools
-
     from cogview2_jax.evaluation import captions
 
     cv, _ = common.load(folder, ("tokenizer", "coglm"))

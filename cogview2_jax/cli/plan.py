@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from cogview2_jax.cli import common
+from cogview2_jax.pipeline import settings
 
 if TYPE_CHECKING:
     from cogview2_jax.pipeline.memory import Plan
@@ -57,7 +57,7 @@ def fitting(
         return dtype, {}
     source = click.get_current_context().get_parameter_source("dtype")
     dtypes = (dtype,) if source == ParameterSource.COMMANDLINE else _DTYPES
-    fewer = [] if together else [size for size in (16, 8, 4, 2, 1) if size < num_images]
+    fewer = [] if together else [size for size in settings.BATCHES if size < num_images]
     chosen, looked = _best(folder, memory, dtypes, (num_images, *fewer))
     if chosen is None:
         least = min(looked, key=lambda plan: plan.peak)
@@ -94,7 +94,7 @@ Examples:
     "batches",
     type=click.IntRange(1, 4096),
     multiple=True,
-    default=(16, 8, 4, 2, 1),
+    default=settings.BATCHES,
     show_default=True,
     metavar="N",
     help="Pictures at once, to choose from.",
@@ -140,7 +140,6 @@ def _best(
     total = len(dtypes) * len(batches) * len(memories.NETWORK_OF)
     with tqdm(total=total, desc="plan", unit="program", leave=False) as bar:
 
-        @functools.cache
         def measure(stage: str, batch: int, precision: Any) -> memories.Usage:
             bar.update()
             return memories.usage(description, stage, batch, precision)

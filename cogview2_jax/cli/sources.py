@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from cogview2_jax.data import defaults
 
 if TYPE_CHECKING:
     from cogview2_jax.data.records import RecordLayout
     from cogview2_jax.data.sources import Source
+
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=lambda: min(os.cpu_count() or 1, 32),
+    show_default="one per processor, at most 32",
+    metavar="N",
+    help="Threads that read and decode pictures.",
+)
 
 # The options that each kind of source reads.
 TOKEN_FILE = "a token file"

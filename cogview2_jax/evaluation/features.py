@@ -25,9 +25,6 @@ from cogview2_jax.evaluation import inception
 from cogview2_jax.sharding import Sharding
 from cogview2_jax.tokenizer.pictures import fit_picture
 
-# The radii that DALL-E (arXiv 2102.12092, figure 9) and CogView (arXiv 2105.13290, table 1) blur
-# both sets of pictures with before their features are compared: FID-0, FID-1, FID-2, FID-4, FID-8.
-BLURS = (0, 1, 2, 4, 8)
 LOGITS = "logits"
 ENCODER = "inception-2015-12-05"
 
@@ -65,7 +62,11 @@ def inception_encoder(
 
 
 def blurred(picture: np.ndarray, radius: float) -> np.ndarray:
-    """A picture uint8 [y, x, 3] through Pillow's Gaussian blur of standard deviation `radius`."""
+    """A picture uint8 [y, x, 3] through Pillow's Gaussian blur of standard deviation `radius`.
+
+    DALL-E (arXiv 2102.12092, figure 9) and CogView (arXiv 2105.13290, table 1) blur both sets with
+    0, 1, 2, 4 and 8 before their features are compared: FID-0 to FID-8.
+    """
     if not radius:
         return picture
     return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))

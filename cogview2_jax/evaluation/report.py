@@ -24,7 +24,6 @@ def measure(
     pictures: Path,
     reference: Path | None,
     *,
-    compare: bool = True,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The measures of a folder of `write_features` against another one, or against a .npz file of
@@ -32,8 +31,8 @@ def measure(
 
     "fid" has one value for each blur, "kid", "precision", "recall" and "inception_score" are
     of the pictures without blur. What cannot be measured is left out, and `note` is told why.
-    Without a reference only the Inception Score is left. `compare` false leaves KID, precision and
-    recall out. Raises ValueError for folders that do not go together.
+    Without a reference only the Inception Score is left. Raises ValueError for folders that do not
+    go together.
     """
     settings = manifests.read(pictures).settings
     made: dict[str, Any] = {}
@@ -60,7 +59,7 @@ def measure(
                 )
         fid[f"{blur:g}"] = distances.frechet_distance(own, other)
     made["fid"] = fid
-    if compare and not is_file:
+    if not is_file:
         made |= _compared(pictures, reference, note)
     return made
 

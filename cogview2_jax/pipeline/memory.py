@@ -18,13 +18,12 @@ from cogview2_jax.description import Description
 from cogview2_jax.networks import coglm, direct_sr, iterative_sr
 from cogview2_jax.networks.quantisation import quantise
 from cogview2_jax.networks.transformer import unstacked
-from cogview2_jax.pipeline import stages
+from cogview2_jax.pipeline import settings, stages
 from cogview2_jax.sharding import Execution
 from cogview2_jax.tokenizer import image as image_tokenizer
 
 # Of the cluster labels: it changes no figure by more than their sums, and is not in config.json.
 CLUSTERS = 500
-BATCHES = (16, 8, 4, 2, 1)
 PRECISIONS = {
     "float32": Precision(),
     "bfloat16": Precision("bfloat16", "bfloat16"),
@@ -127,7 +126,7 @@ def lowered(
         "execution": execution,
     }
     clusters = {"num_clusters": min(CLUSTERS, num_image)}
-    program, settings = {
+    program, static = {
         "base": (stages.decode_image, {"config": base} | sampling | clusters),
         "score": (stages.caption_score, {"config": base, "execution": execution}),
         "direct": (
@@ -147,7 +146,7 @@ def lowered(
             },
         ),
     }[stage]
-    return program.lower(params, *shapes, **settings)
+    return program.lower(params, *shapes, **static)
 
 
 def usage(
@@ -194,7 +193,7 @@ def best(
     memory: int,
     *,
     dtypes: Sequence[str] = ("bfloat16", "int8"),
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int] = settings.BATCHES,
     measure: Callable[[str, int, Precision], Usage] | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> tuple[Plan | None, list[Plan]]:

@@ -16,6 +16,7 @@ NUM_EDITED = 4  # of `edit`, as published, `vary` and `outpaint`
 ANIMATIONS = ("webp", "gif")
 KEPT = 0.5  # of a picture's cells, by `vary`
 DECODED_AT_ONCE = 16  # pictures in a batch of the base stage, candidates included
+BATCHES = (16, 8, 4, 2, 1)  # pictures at once that a plan of memory chooses from
 SCORED_AT_ONCE = 8  # pairs of text and picture in a batch of `scores`
 CAPTIONED_AT_ONCE = 8  # pictures in a batch of `captions`
 TOP_K = 10  # of `caption` with a key

@@ -102,6 +102,7 @@ class TorchFile:
         self._file = open(path, "rb")  # noqa: SIM115 (closed by `close`)
         self._checked: set[str] = set()
         self._entries: dict[str, Entry] = {}
+        self._old_sizes: dict[str, int] | None = None  # of storages, in the format before torch 1.6
         try:
             if self._file.read(len(_OLD)) == _OLD:
                 self.content = self._old_content()
@@ -198,15 +199,15 @@ class TorchFile:
             raise RefusedError(
                 f"is in version {version!r} of torch's old format: only 1001 is read"
             )
-        self._old_sizes: dict[str, int] = {}
+        sizes = self._old_sizes = {}
         content = self._interpreted(self._file)
         keys = self._interpreted(self._file)
-        if sorted(keys) != sorted(self._old_sizes):
+        if sorted(keys) != sorted(sizes):
             raise ValueError("its storages are not those that its tensors name")
         end = os.fstat(self._file.fileno()).st_size
         place = self._file.tell()
         for key in keys:
-            size = self._old_sizes[key]
+            size = sizes[key]
             if place + 8 + size > end:
                 raise ValueError(f"it ends within storage {key!r}")
             self._entries[f"data/{key}"] = Entry(f"data/{key}", size, place + 8)
@@ -217,7 +218,7 @@ class TorchFile:
         if kind not in STORAGES or not isinstance(key, str):
             raise ValueError("not a reference to a storage")
         name, dtype = f"data/{key}", np.dtype(jax.numpy.dtype(STORAGES[kind]))
-        if hasattr(self, "_old_sizes"):
+        if self._old_sizes is not None:
             self._old_sizes[key] = _whole(count) * dtype.itemsize
             return Storage(name, dtype, count)
         if name not in self._entries:

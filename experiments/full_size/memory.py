@@ -42,16 +42,7 @@ LIMITS = {("bfloat16", 4): 24, ("int8", 4): 16, ("int8", 1): 12}
 
 def measured(dtype: str, batch: int) -> dict[str, Usage]:
     """What each stage takes, by a compiler for sm_90a."""
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="h200",
-        topology="1x1x1",
-        target_config=compile_gate.TARGET,
-    )
-    mesh = topologies.make_mesh(topology, (1,), ("device",))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    place = compile_gate.absent_device()
     used = {}
     for stage in NETWORK_OF:
         with compile_gate.lowering_for_gpu():

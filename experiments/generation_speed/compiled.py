@@ -82,16 +82,7 @@ def main(cases: Sequence[str]) -> int:
 
 def compiled(config: CogLMConfig, case: Case) -> str:
     """The optimised text of `decode_image`, with parameters taken apart by layers."""
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="h200",
-        topology="1x1x1",
-        target_config=compile_gate.TARGET,
-    )
-    mesh = topologies.make_mesh(topology, (1,), ("device",))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    place = compile_gate.absent_device()
     execution = Execution(Precision(jnp.bfloat16, jnp.bfloat16, case.matrices))
     batch, vocabulary = case.batch, config.vocabulary
 

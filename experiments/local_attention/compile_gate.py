@@ -184,20 +184,25 @@ def attention_and_gradients(
     return out, lse, *pull((dout, dlse))
 
 
-def compile_kernels(
-    shape: tuple[int, ...], window: Window, dtype: str, blocks: BlockSizes, folder: Path
-) -> list[Kernel]:
-    """Compiles forward and backward for queries of a shape, and reads what the kernels need."""
+def absent_device() -> jax.sharding.NamedSharding:
+    """The place of arguments on one device for sm_90a, which need not be there."""
     from jax.experimental import topologies
 
-    for path in ("kept", "dump"):
-        shutil.rmtree(folder / path)
-        (folder / path).mkdir()
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET
     )
     mesh = topologies.make_mesh(topology, (1,), ("device",))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def compile_kernels(
+    shape: tuple[int, ...], window: Window, dtype: str, blocks: BlockSizes, folder: Path
+) -> list[Kernel]:
+    """Compiles forward and backward for queries of a shape, and reads what the kernels need."""
+    for path in ("kept", "dump"):
+        shutil.rmtree(folder / path)
+        (folder / path).mkdir()
+    place = absent_device()
     b, y, x, h, d = shape
     key_shape = (b, y // window.ratio, x // window.ratio, h, d)
     queries, keys = (jax.ShapeDtypeStruct(s, dtype, sharding=place) for s in (shape, key_shape))

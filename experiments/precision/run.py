@@ -15,16 +15,12 @@ from typing import Any
 
 import click
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cogview2_jax import bundle as bundles
 from cogview2_jax.config import Precision
 from cogview2_jax.data import scenes
-from cogview2_jax.data.sources import Scenes
-from cogview2_jax.networks import coglm, inputs
 from cogview2_jax.pipeline.cogview import CogView
-from cogview2_jax.pipeline.prompts import prompt_tokens
 from cogview2_jax.sharding import Execution
 from experiments import results
 from experiments.caption_match import judge
@@ -45,19 +41,6 @@ def megabytes(cv: CogView) -> float:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) / 1e6
 
 
-def logits_of_scenes(cv: CogView, tokens: np.ndarray, texts: list[str]) -> np.ndarray:
-    """CogLM's logits of the image tokens at each cell, float32 [n, cells, num_image]."""
-    bundle, config = cv.bundle, cv.bundle.coglm_config
-    slots = bundle.direct_config.text_slots, bundle.iterative_config.text_slots
-    read = prompt_tokens(texts, bundle.text_model, config, *slots).base
-    text, is_text = map(jnp.asarray, read)
-    given = inputs.text_to_image(text, is_text, jnp.asarray(tokens), config)
-    how: dict[str, Any] = {"config": config, "execution": cv.execution}
-    params = bundle.params("coglm")
-    hidden = coglm.hidden_states(params, given, **how)[:, config.max_text : -1]
-    return np.asarray(coglm.logits(params, hidden, ids=(0, config.vocabulary.num_image), **how))
-
-
 def errors(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
     """Of logits, against those of float32."""
     apart = np.abs(found - exact)
@@ -73,7 +56,7 @@ def compare(
     bundle: Path | None, num_prompts: int, num_images: int, scenes_read: int, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Figures of each precision."""
-    examples = [Scenes(scenes_read, "validation", ("en",))[n] for n in range(scenes_read)]
+    examples = results.validation_scenes(scenes_read)
     texts = [example.captions[0]["en"] for example in examples]
     prompts, params = make_prompts(num_prompts, seed), judge.load()
     tokens, exact = None, None
@@ -83,7 +66,7 @@ def compare(
         cv = CogView(bundles.load(bundle, execution=execution), execution)
         if tokens is None:
             tokens = np.stack([cv.picture_tokens(example.picture) for example in examples])
-        logits = logits_of_scenes(cv, tokens, texts)
+        logits = np.asarray(results.image_logits(cv, tokens, texts))
         exact = logits if exact is None else exact
         pictures = generate_all(cv.generate_stages, prompts, jax.random.key(seed), num_images, 10)
         right = {}

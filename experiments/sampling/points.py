@@ -13,11 +13,10 @@ import numpy as np
 from cogview2_jax.config import ClusterSampling
 from cogview2_jax.decoding import sampling
 from cogview2_jax.keys import fold_in_all
-from cogview2_jax.networks import coglm
 from cogview2_jax.pipeline import stages
 from cogview2_jax.pipeline.cogview import CogView
-from cogview2_jax.pipeline.prompts import PromptTokens, prompt_tokens
 from cogview2_jax.tokenizer.clusters import cluster_codebook
+from experiments import results
 
 # Logits [..., v], clusters' labels [v] and how many there are → what is drawn from, [..., v].
 Probabilities = Callable[[jax.Array, jax.Array, int], jax.Array]
@@ -83,19 +82,12 @@ def attention(shipped: ClusterSampling) -> list[Point]:
     ]
 
 
-def prompts_of(cv: CogView, prompts: Sequence[str]) -> PromptTokens:
-    """The tokens of prompts, for each network."""
-    bundle = cv.bundle
-    slots = bundle.direct_config.text_slots, bundle.iterative_config.text_slots
-    return prompt_tokens(prompts, bundle.text_model, bundle.coglm_config, *slots)
-
-
 class Drawer:
     """Draws pictures of the base stage, by any point, `at_once` prompts at a time."""
 
     def __init__(self, cv: CogView, num_images: int, at_once: int = 25) -> None:
         self._cv, self._num_images, self._at_once = cv, num_images, at_once
-        self._params = jax.jit(coglm.unstacked)(cv.bundle.params("coglm"))
+        self._params = cv.bundle.params("coglm")
 
     def clusters(self, point: Point) -> tuple[jax.Array, int]:
         """The cluster of each token, int32 [v], and how many there are."""
@@ -135,7 +127,7 @@ class Drawer:
             filled = some + some[-1:] * (self._at_once - len(some))
             key = jax.random.fold_in(jax.random.key(seed), begin)
             keys = jax.random.split(key, self._at_once * self._num_images)
-            drawn = np.asarray(tokens(self._params, *prompts_of(cv, filled).base, keys))
+            drawn = np.asarray(tokens(self._params, *results.prompts_of(cv, filled).base, keys))
             made.append(drawn.reshape(self._at_once, self._num_images, -1)[: len(some)])
         return np.concatenate(made)
 

@@ -24,9 +24,7 @@ from tqdm import tqdm
 
 from cogview2_jax.config import TOKEN_STRIDE
 from cogview2_jax.data import scenes
-from cogview2_jax.data.sources import Scenes
 from cogview2_jax.evaluation import distances
-from cogview2_jax.networks import coglm, inputs
 from cogview2_jax.pipeline import stages
 from cogview2_jax.pipeline.cogview import CogView
 from cogview2_jax.tokenizer import image as image_tokenizer
@@ -51,7 +49,9 @@ class Judged:
 
     def __init__(self, num_real: int) -> None:
         self._params = judge.load()
-        real = [fit_picture(item.picture, _SIDE, _SIDE) for item in _real(num_real)]
+        real = [
+            fit_picture(item.picture, _SIDE, _SIDE) for item in results.validation_scenes(num_real)
+        ]
         self._real = distances.statistics([self.features(np.stack(real))])
 
     def features(self, pictures: np.ndarray) -> np.ndarray:
@@ -91,11 +91,6 @@ class Judged:
         }
 
 
-def _real(number: int) -> list[Any]:
-    source = Scenes(number, "validation", ())
-    return [source[index] for index in range(number)]
-
-
 def _apart(rows: np.ndarray) -> float:
     """The mean distance of pairs of pictures [n, d], as a root mean square of their values."""
     first, second = np.triu_indices(len(rows), 1)
@@ -113,7 +108,7 @@ def pictures_of(
     says: uint8 [prompts, n, 192, 192, 3].
     """
     bundle, number = cv.bundle, tokens.shape[1]
-    text, is_text = points.prompts_of(cv, prompts).direct
+    text, is_text = results.prompts_of(cv, prompts).direct
     flat, made = tokens.reshape(-1, tokens.shape[-1]), []
     for begin in range(0, len(flat), at_once):
         rows = np.arange(begin, begin + at_once).clip(max=len(flat) - 1)
@@ -145,21 +140,10 @@ def logits_of_real(cv: CogView, number: int) -> tuple[jax.Array, jax.Array]:
     """The model's logits at each cell of real pictures with their captions, float32
     [n, cells, num_image], and their tokens, int32 [n, cells].
     """
-    config, items = cv.bundle.coglm_config, _captioned(number)
+    items = results.validation_scenes(number)
     tokens = np.stack([cv.picture_tokens(item.picture) for item in items])
-    texts = [next(iter(item.captions[0].values())) for item in items]
-    text, is_text = map(jnp.asarray, points.prompts_of(cv, texts).base)
-    given = inputs.text_to_image(text, is_text, jnp.asarray(tokens), config)
-    bias = inputs.text_key_bias(given.is_text, cv.bundle.sampling.text_upweight)
-    hidden = coglm.hidden_states(cv.bundle.params("coglm"), given, config=config, bias=bias)
-    before = hidden[:, config.max_text : -1]  # each slot predicts the next
-    logits = coglm.logits(cv.bundle.params("coglm"), before, config=config)
-    return logits[..., : config.vocabulary.num_image], jnp.asarray(tokens)
-
-
-def _captioned(number: int) -> list[Any]:
-    source = Scenes(number, "validation", ("en",))
-    return [source[index] for index in range(number)]
+    texts = [item.captions[0]["en"] for item in items]
+    return results.image_logits(cv, tokens, texts), jnp.asarray(tokens)
 
 
 def compare(

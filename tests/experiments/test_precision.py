@@ -6,6 +6,7 @@ import pytest
 
 from cogview2_jax.pipeline.cogview import CogView
 from cogview2_jax.sharding import Execution
+from experiments import results
 from experiments.precision import run
 
 
@@ -26,7 +27,7 @@ def test_each_precision_is_smaller_and_near(tiny):
     for precision in run.PRECISIONS.values():
         cv = CogView(tiny, Execution(precision))
         sizes.append(run.megabytes(cv))
-        logits = run.logits_of_scenes(cv, tokens, texts)
+        logits = np.asarray(results.image_logits(cv, tokens, texts))
         exact = logits if exact is None else exact
         assert run.errors(logits, exact)["mean_logit_error"] < 0.1 * np.abs(exact).mean()
     assert sizes[0] == 2 * sizes[1] and sizes[2] < sizes[0] and sizes[3] < sizes[1]

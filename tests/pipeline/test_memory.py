@@ -4,23 +4,13 @@ import jax
 import pytest
 
 from cogview2_jax import bundle as bundles
-from cogview2_jax.config import (
-    CogLMConfig,
-    DirectSRConfig,
-    HVQVAEConfig,
-    IterativeSRConfig,
-    Precision,
-    Sampling,
-)
-from cogview2_jax.description import Description
+from cogview2_jax.config import Precision
 from cogview2_jax.pipeline import memory
 from cogview2_jax.pipeline.cogview import CogView
 from cogview2_jax.pipeline.memory import NETWORK_OF, PRECISIONS, Usage
 from cogview2_jax.sharding import Execution
+from experiments.full_size.memory import PUBLISHED
 
-PUBLISHED = Description(
-    CogLMConfig(), DirectSRConfig(), IterativeSRConfig(), HVQVAEConfig(), Sampling(), {}
-)
 GB = 10**9
 
 
