@@ -1,7 +1,12 @@
-"""Reading files that a user names: none makes a command wait, or fill the memory."""
+"""Reading files that a user names, none of which makes a command wait or fills the memory; and
+pieces of work that several processes share through a folder.
+"""
 
+import contextlib
+import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 MOST_BYTES = 1 << 30  # of a file that is read as a whole
@@ -27,3 +32,24 @@ def read_file(file: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
     if size > most:
         raise ValueError(f"{os.fspath(file)} has {size:,} bytes, more than {most:,}")
     return Path(file).read_bytes()
+
+
+@contextlib.contextmanager
+def held(lock: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process got a piece of work, whose `lock` it holds until the end; with `wait`,
+    after any other process that holds it. A kill releases the lock.
+
+    Whoever gets it must look whether the work is done already. Raises OSError for a file that
+    cannot be made.
+    """
+    with lock.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            # A process that opened the file before this finds, once it has the lock, the work done.
+            lock.unlink(missing_ok=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from cogview2_jax.config import CogLMConfig, DirectSRConfig, IterativeSRConfig, Precision
 from cogview2_jax.networks import coglm, direct_sr, iterative_sr
@@ -59,9 +61,13 @@ def put_for_decoding(tree: Params, config: CogLMConfig, sharding: Sharding | Non
     if isinstance(tree["layers"], tuple):  # placed before
         return jax.device_put(tree) if sharding is None else tree
     on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree))
-    if sharding is None and on_host:
-        return jax.device_put(unstacked(tree))
-    return jax.jit(unstacked)(put(tree, config, sharding))
+    each = unstacked(tree) if on_host else jax.jit(unstacked)(tree)
+    if sharding is None:
+        return jax.device_put(each)
+    shardings = sharding.of_tree(tree, _AXES[type(config)](config))
+    mesh = sharding.mesh
+    layer = jax.tree.map(lambda stack: NamedSharding(mesh, P(*stack.spec[1:])), shardings["layers"])
+    return jax.device_put(each, shardings | {"layers": (layer,) * len(each["layers"])})
 
 
 def require_placeable(execution: Execution) -> None:

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from cogview2_jax.pipeline.cogview import CogView
+    from cogview2_jax.sharding import Sharding
 
 VERSIONS = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors", "sentencepiece")
 
@@ -77,22 +78,42 @@ def check_model(
     style: str | None = PLAIN,
 ) -> Path:
     """The bundle's folder, once its configuration, its text model, the style and the prompts in it
-    are checked; with `start_token`, a prompt leaves room for one. None is the default style.
+    are checked, as by `prompt_check`.
+    """
+    from cogview2_jax import bundle as bundles
+
+    with refusing():
+        folder = bundles.locate(bundle)
+    check = prompt_check(folder, start_token=start_token, style=style)
+    for prompt in prompts:
+        check(prompt)
+    return folder
+
+
+def prompt_check(
+    folder: Path, *, start_token: bool = False, style: str | None = PLAIN
+) -> Callable[[str], None]:
+    """A function that raises ClickException for a prompt that the model in `folder` cannot read;
+    with `start_token`, a prompt leaves room for one. None is the default style.
+
+    Raises ClickException for a model with a configuration or text model that cannot be used, and
+    for a style that it lacks.
     """
     from cogview2_jax import bundle as bundles
     from cogview2_jax.tokenizer import text
 
     with refusing():
-        folder = bundles.locate(bundle)
         description = bundles.read_description(folder)
         model = bundles.read_text_model(folder, description)
         chosen = find_style(description.styles, style)
     config = description.coglm_config
-    for prompt in prompts:
+
+    def check(prompt: str) -> None:
         with refusing(f"prompt {textwrap.shorten(prompt[:200], 40, placeholder='…')!r}: "):
             most, words = config.max_text - start_token, in_style(chosen, prompt)
             text.encode_prompt(model, words, config.vocabulary, most)
-    return folder
+
+    return check
 
 
 def style_of(folder: Path, asked: str | None) -> str:
@@ -171,7 +192,11 @@ def check_writable(out: Path) -> None:
 
 
 def load(
-    folder: Path, networks: Collection[str], dtype: str = "float32", **how: Any
+    folder: Path,
+    networks: Collection[str],
+    dtype: str = "float32",
+    sharding: Sharding | None = None,
+    **how: Any,
 ) -> tuple[CogView, Path | None]:
     """The model with these of its networks, and where compiled programs are kept. `how` are more
     arguments of `CogView`.
@@ -182,7 +207,7 @@ def load(
     from cogview2_jax.pipeline.memory import PRECISIONS
     from cogview2_jax.sharding import Execution
 
-    execution = Execution(PRECISIONS[dtype])
+    execution = Execution(PRECISIONS[dtype], sharding=sharding)
     with refusing():
         bundle = bundles.load(folder, networks, execution, on_host=True)
         return CogView(bundle, execution, **how), cache
@@ -288,24 +313,37 @@ def require_free(
     there = sorted(name for name in files if (out / name).exists())
     if overwrite or not there:
         return
-    before: Any = None
-    if report in there:
-        with contextlib.suppress(ValueError, OSError, RecursionError):
-            before = json.loads((out / report).read_bytes())
+    before = _report_in(out / report)
     why = "is there already"
-    if isinstance(before, dict):
-        now = json.loads(to_json(settings))
-        changed = [name for name, value in now.items() if before.get(name) != value]
+    if before is not None:
+        changed = _what_changed(before, settings)
         if not changed:
             return
-        name = changed[0]
-        plain = not isinstance(now[name], (dict, list))
-        was = f" {before.get(name)}, now {now[name]}" if plain else ""
-        why = f"was made with other settings ({name}{was})"
+        why = f"was made with other settings ({changed})"
     raise click.ClickException(
         f"{out / (report if report in there else there[0])} {why}: give another --out, or"
         " --overwrite to replace it"
     )
+
+
+def _report_in(file: Path) -> dict[str, Any] | None:
+    """What an earlier command wrote into its report; None if there is none that can be read."""
+    with contextlib.suppress(ValueError, OSError, RecursionError):
+        before = json.loads(file.read_bytes())
+        if isinstance(before, dict):
+            return before
+    return None
+
+
+def _what_changed(before: dict[str, Any] | None, settings: Mapping[str, Any]) -> str:
+    """The first setting that a report has otherwise, in words; "" if it has all of them."""
+    now = json.loads(to_json(settings))
+    before = before or {}
+    for name, value in now.items():
+        if before.get(name) != value:
+            plain = not isinstance(value, (dict, list))
+            return name + (f" {before.get(name)}, now {value}" if plain else "")
+    return ""
 
 
 class Outputs:
@@ -324,6 +362,13 @@ class Outputs:
         """
         self._arguments = out, [*files, report], report, settings, overwrite
         require_free(*self._arguments)
+
+    def are_there(self) -> bool:
+        """Whether the same command has written all of them before."""
+        out, files, report, settings, _ = self._arguments
+        if not all((out / name).exists() for name in files):
+            return False
+        return not _what_changed(_report_in(out / report), settings)
 
     def write(self, contents: Mapping[str, bytes], seconds: Mapping[str, float]) -> None:
         """Write the files and the report, with the time of each part, and print their paths."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable
@@ -76,13 +77,15 @@ class How:
         description: dict[str, Any],
         begin: float,
         redraw: Callable[..., Any],
-        cv: CogView | None = None,
-    ) -> CogView:
-        """Write the pictures that `redraw` makes with a model and the arguments of all edits.
+        load: Callable[[], CogView] | None = None,
+        again: bool = True,
+    ) -> bool:
+        """Write the pictures that `redraw` makes with a model and the arguments of all edits;
+        unless `again`, only if they are not there, else false is returned.
 
         Files begin with `name`; the report has the `description`, what is said here, and the time
-        since `begin`. `redraw` returns uint8 [n, y, x, 3]. Loads the model when it is not yet, and
-        returns it. Raises as `common.Outputs`, and ClickException where `redraw` raises ValueError.
+        since `begin`. `redraw` returns uint8 [n, y, x, 3]; `load` replaces `self.load`. Raises as
+        `common.Outputs`, and ClickException where `redraw` raises ValueError.
         """
         name += f"_seed{self.seed}"
         name += "" if self.stage == pictures.LAST_STAGE else f"_{self.stage}"
@@ -97,7 +100,9 @@ class How:
         }
         description |= common.circumstances(self.folder, self.dtype)
         outputs = common.Outputs(self.out, files, f"{name}.json", description, self.overwrite)
-        cv = cv or common.load(self.folder, settings.STAGES[self.stage], self.dtype)[0]
+        if not again and outputs.are_there():
+            return False
+        cv = (load or self.load)()
         import jax
 
         with common.refusing():
@@ -110,7 +115,10 @@ class How:
             )
         contents = {file: sheets.png(each) for file, each in zip(files, made, strict=True)}
         outputs.write(contents, {"total": time.perf_counter() - begin})
-        return cv
+        return True
+
+    def load(self) -> CogView:
+        return common.load(self.folder, settings.STAGES[self.stage], self.dtype)[0]
 
 
 def file_facts(name: str, file: Path) -> dict[str, str]:
@@ -187,7 +195,8 @@ def edit_command(
     PICTURE may have any shape and size; the results have the same. The model sees a square around
     the part, and only the part's cells change. Writes the pictures and a JSON file with the
     settings, for each edit. A line of --lines that cannot be used is named on stderr; the others
-    are done, and the exit code is 1.
+    are done, and the exit code is 1. Lines that are done already are left as they are; several runs
+    of one command share the lines.
     """
     shared["style"] = style or PLAIN
     if file is not None and not (picture is None and text is None and box is None and not mask):
@@ -211,11 +220,11 @@ def edit_command(
         _edit_lines(file, how)
         return
     assert picture is not None and text is not None
-    _edit(Request(text, picture, box, mask), how, None)
+    _edit(Request(text, picture, box, mask), how, how.load)
 
 
-def _edit(request: Request, how: How, cv: CogView | None) -> CogView:
-    """Do one edit and write its files. Loads the model when it is not yet, and returns it."""
+def _edit(request: Request, how: How, load: Callable[[], CogView], again: bool = True) -> bool:
+    """Do one edit and write its files, as `How.draw`."""
     begin = time.perf_counter()
     opened = common.open_picture(request.picture)
     with common.refusing():
@@ -227,24 +236,24 @@ def _edit(request: Request, how: How, cv: CogView | None) -> CogView:
     def redraw(cv: CogView, **shared: Any) -> Any:
         return cv.edit(request.text, opened, **part, style=how.style, **shared)
 
-    return how.draw(name, request.description(), begin, redraw, cv)
+    return how.draw(name, request.description(), begin, redraw, load, again)
 
 
 # --- Files of edits -------------------------------------------------------------------------------
 
 
 def _edit_lines(file: Path, how: How) -> None:
-    cv: CogView | None = None
+    load = functools.cache(how.load)
+    check = common.prompt_check(how.folder, start_token=True, style=how.style)
     names: dict[str, int] = {}
 
-    def edit(line: bytes, number: int) -> None:
-        nonlocal cv
+    def prepare(line: bytes, number: int) -> Callable[[], bool]:
         request = parse_line(line, number)
         lines.require_new(request.name, number, names)
-        common.check_model(how.folder, (request.text,), start_token=True, style=how.style)
-        cv = _edit(request, how, cv)
+        check(request.text)
+        return functools.partial(_edit, request, how, load, again=False)
 
-    lines.for_each_line(file, f"an edit: give lines of {_FIELDS}", edit)
+    lines.for_each_line(file, f"an edit: give lines of {_FIELDS}", how.out, prepare)
 
 
 def parse_line(line: bytes, number: int) -> Request:

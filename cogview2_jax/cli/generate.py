@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,45 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview2_jax.cli import common, lines, pictures, plan, sheets
+from cogview2_jax.cli import common, devices, lines, pictures, plan, sampling, sheets
 from cogview2_jax.pipeline import settings
 
 if TYPE_CHECKING:
     import numpy as np
 
     from cogview2_jax.pipeline.cogview import CogView
+    from cogview2_jax.sharding import Sharding
 
 # The progress bar's names of the running networks.
 _PART_OF = {"coglm": "base", "direct": "direct", "iterative": "iterative", "tokenizer": "pixels"}
 _KINDS = ("pictures", "animations", "confidence")  # of files of a prompt
-_NUMBER, _WHOLE = click.FloatRange(0), click.IntRange(1)
-# Options that change how a model draws: the part of `Sampling`, its field, type and help.
-_SAMPLING: dict[str, tuple[str, str, click.ParamType, str]] = {
-    "temperature": (
-        *("base", "temperature", _NUMBER),
-        "Of the base stage; 0 takes the most probable token.",
-    ),
-    "top_clusters": (
-        *("base", "top_clusters", _WHOLE),
-        "Clusters of the codebook that the base stage draws from.",
-    ),
-    "direct_top_clusters": (
-        *("direct", "top_clusters", _WHOLE),
-        "Clusters that direct super-resolution draws from.",
-    ),
-    "direct_within_temperature": (
-        *("direct", "within_temperature", _NUMBER),
-        "Of direct super-resolution inside a cluster.",
-    ),
-    "iterative_temperature": (
-        *("", "iterative_temperature", _NUMBER),
-        "Of the rounds of iterative super-resolution.",
-    ),
-    "text_upweight": (
-        *("", "text_upweight", click.FLOAT),
-        "Added to the attention scores of words at the base stage.",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -65,9 +39,10 @@ class How:
     stage: str
     candidates: int
     style: str
-    sampling: dict[str, float]  # by option, those that were given
+    chosen: dict[str, float]  # by option of sampling, those that were given
     dtype: str
     place: dict[str, Any]  # more arguments of `CogView`
+    sharding: Sharding | None
     out: Path
     overwrite: bool
 
@@ -82,52 +57,17 @@ class How:
             "candidates": self.candidates,
             **({"keep": self.keep} if self.keep else {}),
             **({} if self.style == PLAIN else {"style": self.style}),
-            **({"sampling": self.sampling} if self.sampling else {}),
+            **({"sampling": self.chosen} if self.chosen else {}),
             **({"memory": self.place} if self.place else {}),
+            **devices.described(self.sharding),
         } | common.circumstances(self.folder, self.dtype)
 
     def load(self) -> CogView:
         networks = settings.STAGES[self.stage]
-        cv, _ = common.load(self.folder, networks, self.dtype, **self.place)
-        if not self.sampling:
+        cv, _ = common.load(self.folder, networks, self.dtype, self.sharding, **self.place)
+        if not self.chosen:
             return cv
-        return dataclasses.replace(cv, bundle=_resampled(cv.bundle, self.sampling))
-
-
-def _resampled(bundle: Any, given: dict[str, float]) -> Any:
-    """A bundle, or its description, with these sampling options, in every style too.
-
-    Raises ClickException for a value that is refused.
-    """
-    fields: dict[str, dict[str, float]] = {"base": {}, "direct": {}, "": {}}
-    for option, value in given.items():
-        part, name, *_ = _SAMPLING[option]
-        fields[part][name] = value
-
-    def changed(drawn: Any, **more: float) -> Any:
-        """A `Sampling` or `Style` with both of its parts changed."""
-        parts = {
-            name: dataclasses.replace(getattr(drawn, name), **fields[name])
-            for name in ("base", "direct")
-        }
-        return dataclasses.replace(drawn, **parts, **more)
-
-    with common.refusing():
-        return bundle._replace(
-            sampling=changed(bundle.sampling, **fields[""]),
-            styles=tuple(map(changed, bundle.styles)),
-        )
-
-
-def _sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for name, (_, _, kind, words) in reversed(_SAMPLING.items()):
-        command = click.option(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            metavar="X",
-            help=f"{words}  [default: what the style or bundle says]",
-        )(command)
-    return command
+        return dataclasses.replace(cv, bundle=sampling.changed(cv.bundle, self.chosen))
 
 
 @click.command(
@@ -169,9 +109,10 @@ Examples:
 @pictures.stage_option
 @pictures.candidates_option
 @pictures.style_option("the first of the model, if it has any")
-@_sampling_options
+@sampling.options
 @common.dtype_option
 @plan.memory_option
+@devices.options
 @pictures.out_option
 @common.overwrite_option
 @common.bundle_option
@@ -190,16 +131,20 @@ def generate_command(
     memory: int | None,
     out: Path,
     overwrite: bool,
-    **sampling: Any,
+    data: int,
+    **given: Any,
 ) -> None:
     """Draw pictures of each PROMPT, in English or Chinese.
 
     Writes every picture, a labelled grid of all and a JSON file with prompts, seed, versions and
     timings. A picture depends on its prompt, the seed and its number alone, so --num-images 8
     begins with the pictures of --num-images 4. A prompt that the model cannot read is refused
-    before anything is drawn. With --prompts, each line has a JSON file of its own, a line that
-    cannot be used is named on stderr, the others are drawn, and the exit code is 1. Without any
-    prompt, a terminal is asked for one after another.
+    before anything is drawn. Without any prompt, a terminal is asked for one after another.
+
+    With --prompts, each line has a JSON file of its own, a line that cannot be used is named on
+    stderr, the others are drawn, and the exit code is 1. Lines that are done already are left as
+    they are, so that the same command continues after a kill, and several runs of it share the
+    lines.
     """
     if prompts and file:
         raise click.UsageError("give PROMPTs or --prompts, one of them")
@@ -209,6 +154,10 @@ def generate_command(
     num_images = _kept(num_images, keep, candidates)
     folder = common.check_model(bundle, prompts, style=style)
     common.check_writable(out)
+    number = given.pop("devices")
+    if memory and number > 1:
+        raise click.UsageError("--memory is for one device: leave out --devices")
+    sharding = devices.sharding_of(number, data)
     dtype, place = plan.fitting(folder, memory, dtype, num_images, bool(keep or animate))
     how = How(
         folder,
@@ -219,22 +168,24 @@ def generate_command(
         common.choose_stage(folder, stage),
         common.candidates(folder, candidates),
         common.style_of(folder, style),
-        {name: value for name, value in sampling.items() if value is not None},
+        {name: value for name, value in given.items() if value is not None},
         dtype,
         place,
+        sharding,
         out,
         overwrite,
     )
     from cogview2_jax import bundle as bundles
 
-    _resampled(bundles.read_description(folder), how.sampling)  # refused before anything is read
+    # Refused before anything is read.
+    sampling.changed(bundles.read_description(folder), how.chosen)
     if file:
         _of_lines(file, how)
     elif asking:
         _of_answers(how)
     else:
         names = sheets.stems(prompts, seed, _suffix(how))
-        _generate(prompts, names, how)
+        _generate(prompts, names, how, how.load)
 
 
 def _suffix(how: How) -> str:
@@ -244,39 +195,46 @@ def _suffix(how: How) -> str:
 
 def _of_lines(file: Path, how: How) -> None:
     """The pictures of every line of a file."""
-    cv: CogView | None = None
+    load = functools.cache(how.load)
+    check = common.prompt_check(how.folder, style=how.style)
     names: dict[str, int] = {}
 
-    def draw(line: bytes, number: int) -> None:
-        nonlocal cv
+    def prepare(line: bytes, number: int) -> Callable[[], bool]:
         fields = lines.fields_of(line, number)
         if len(fields) > 2 or not fields[0].strip():
             what = f"{len(fields)} fields" if fields[0].strip() else "an empty id"
             raise ValueError(f"must be a prompt, or an id, a tab and a prompt: got {what}")
         name, prompt = fields[0].strip() if len(fields) == 2 else str(number), fields[-1]
         lines.require_new(name, number, names)
-        common.check_model(how.folder, (prompt,), style=how.style)
-        stem = sheets.stems([prompt], how.seed, _suffix(how))[0]
-        cv = _generate([prompt], [f"{sheets.slug(name)}_{stem}"], how, cv)
+        check(prompt)
+        stem = f"{sheets.slug(name)}_{sheets.stems([prompt], how.seed, _suffix(how))[0]}"
+        return functools.partial(_generate, [prompt], [stem], how, load, again=False)
 
-    lines.for_each_line(file, "a prompt", draw)
+    lines.for_each_line(file, "a prompt", how.out, prepare)
 
 
 def _of_answers(how: How) -> None:
     """The pictures of prompts that are typed, until an empty one."""
-    cv: CogView | None = None
+    load = functools.cache(how.load)
+    check = common.prompt_check(how.folder, style=how.style)
     while prompt := click.prompt("prompt", default="", show_default=False).strip():
         try:
-            common.check_model(how.folder, (prompt,), style=how.style)
-            cv = _generate([prompt], sheets.stems([prompt], how.seed, _suffix(how)), how, cv)
+            check(prompt)
+            _generate([prompt], sheets.stems([prompt], how.seed, _suffix(how)), how, load)
         except click.ClickException as error:
             common.complain(error.message)
 
 
 def _generate(
-    prompts: Sequence[str], names: Sequence[str], how: How, cv: CogView | None = None
-) -> CogView:
-    """Draw prompts and write their files. Loads the model when it is not yet, and returns it."""
+    prompts: Sequence[str],
+    names: Sequence[str],
+    how: How,
+    load: Callable[[], CogView],
+    again: bool = True,
+) -> bool:
+    """Draw prompts and write their files; unless `again`, only if they are not there, else false
+    is returned.
+    """
     begin = time.perf_counter()
     whole = names[0] if len(names) == 1 else f"{names[0]}_and_{len(names) - 1}_more"
     grid = f"{whole}_grid.png"
@@ -286,8 +244,10 @@ def _generate(
     description = how.description() | {"prompts": rows, "grid": grid}
     files = [name for row in rows for kind in _KINDS for name in row.get(kind, ())] + [grid]
     outputs = common.Outputs(how.out, files, f"{whole}.json", description, how.overwrite)
+    if not again and outputs.are_there():
+        return False
 
-    cv = cv or how.load()
+    cv = load()
     timings = {"load": time.perf_counter() - begin}
     made: list[Any] = []
     contents: dict[str, Any] = {}
@@ -304,7 +264,7 @@ def _generate(
     }
     contents[grid] = sheets.png(sheets.labelled_grid(prompts, made))
     outputs.write(contents, timings)
-    return cv
+    return True
 
 
 def _files_of(prompt: str, name: str, num_images: int, animate: str | None) -> dict[str, Any]:

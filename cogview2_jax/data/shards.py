@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data.manifest import Manifest
 from cogview2_jax.data.sources import Input, Refused, Source, left_out
+from cogview2_jax.files import held
 from cogview2_jax.tokenizer.pictures import PictureError
 
 OTHER_FILE = "other file"  # the kind of a file that a source does not read
@@ -88,8 +89,8 @@ def write_shards(
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             for shard in range(manifest.num_shards):
-                with _held(folder, manifest, shard) as mine:
-                    if mine and not _is_done(folder, manifest, shard):
+                with _to_write(folder, manifest, shard) as mine:
+                    if mine:
                         inputs = _Inputs(source, recipe, pool, workers, progress)
                         _write_shard(inputs, folder, manifest, shard)
         finally:
@@ -202,10 +203,6 @@ def require_written(file: Path, digests: Sequence[bytes]) -> None:
         raise OSError(f"{file.name} does not hold what was written to it: a full or failing disk")
 
 
-def _is_done(folder: Path, manifest: Manifest, shard: int) -> bool:
-    return manifest.shard_file(folder, shard).exists()
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time; the others wait."""
@@ -218,25 +215,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held(folder: Path, manifest: Manifest, shard: int) -> Iterator[bool]:
-    """Whether this process got the shard's lock, held until the end; a kill releases it."""
+def _to_write(folder: Path, manifest: Manifest, shard: int) -> Iterator[bool]:
+    """Whether the shard is still to be written, and by this process."""
     file = manifest.shard_file(folder, shard)
     if file.exists():
         yield False
         return
-    lock = file.with_name(f".{file.name}.lock")
-    with lock.open("wb") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            # A process that opened the file before this finds, once it has the lock, the shard
-            # done.
-            lock.unlink(missing_ok=True)
+    with held(file.with_name(f".{file.name}.lock")) as mine:
+        yield mine and not file.exists()
 
 
 # --- Reports --------------------------------------------------------------------------------------

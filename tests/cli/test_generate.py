@@ -1,8 +1,11 @@
 """generate: prompts from a file or a terminal, styles and sampling settings."""
 
+import fcntl
 import io
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -13,8 +16,10 @@ import cogview2_jax
 from cogview2_jax import bundle as bundles
 from cogview2_jax.config import ClusterSampling
 from cogview2_jax.styles import Style
+from tests.processes import Started, ending
 
 TEXT = "a small green star"
+COLOURS = ("red", "green", "blue", "yellow")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,109 @@ def test_a_file_of_prompts(run, tiny_folder, tmp_path):
         np.testing.assert_array_equal(images, expected)
     names = sorted(file.name for file in out.glob("*.json"))
     assert [name.split("_")[0] for name in names] == ["1", "cat"]
+
+
+def test_lines_that_are_done_are_left_as_they_are(run, tiny_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{TEXT}\na red circle\n")
+    options = ("--bundle", tiny_folder, "--num-images", 1, "--stage", "base", "--candidates", 1)
+    command = ("generate", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out")
+    assert run(*command, *options)[0] == 0
+
+    def times():
+        return {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+
+    before = times()
+    code, out, err = run(*command, *options)
+    assert (code, out) == (0, "") and "2 lines were done before" in err and times() == before
+    picture = next((tmp_path / "out").glob("2_*_0.png"))
+    picture.unlink()
+    assert run(*command, *options)[0] == 0
+    after = times()
+    assert set(after) == set(before)
+    assert {name[0] for name in after if after[name] != before[name]} == {"2"}
+    code, _, err = run(*command, *options, "--seed", 1, "--num-images", 2)
+    assert code == 0 and "done before" not in err  # other files
+
+
+def test_a_line_of_another_run_is_waited_for(run, tiny_folder, tmp_path):
+    """It may end without having done it."""
+    (tmp_path / "prompts.txt").write_text(f"{TEXT}\na red circle\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    other = (out / ".prompts.txt.line1.lock").open("wb")
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def end_when_the_second_line_is_there():
+        while not list(out.glob("2_*.json")):
+            time.sleep(0.01)
+        assert not list(out.glob("1_*"))
+        other.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(end_when_the_second_line_is_there)
+        options = ("--bundle", tiny_folder, "--num-images", 1, "--stage", "base")
+        code, _, err = run(
+            "generate", "--prompts", tmp_path / "prompts.txt", "--out", out, *options
+        )
+        ended.result()
+    assert code == 0 and set(written(out)) == {TEXT, "a red circle"}
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_runs_share_the_lines(tiny_folder, tmp_path):
+    """Three runs of one command, one of them killed, draw what one run draws."""
+    lines = [f"a {colour} {shape}" for colour in COLOURS for shape in ("star", "circle")]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    options = ["--bundle", tiny_folder, "--num-images", 1, "--candidates", 1, "--out"]
+    command = ["-m", "cogview2_jax.cli", "generate", "--prompts", tmp_path / "prompts.txt"]
+
+    def start(name, out):
+        return Started([*command, *options, tmp_path / out], tmp_path / name, tmp_path / "cache")
+
+    with ending([start("one", "alone")]) as (one,):
+        assert one.finish() == 0, one.err()
+    with ending([start(f"run{n}", "shared") for n in range(3)]) as runs:
+        runs[0].wait_until(lambda: list((tmp_path / "shared").glob("*.json")))
+        runs[0].kill()
+        for other in runs[1:]:
+            assert other.finish() == 0, other.err()
+    alone, shared = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).glob("*.png")}
+        for name in ("alone", "shared")
+    )
+    assert len(alone) == 2 * len(lines) and shared == alone
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_several_devices_draw_what_one_draws(tiny_folder, tmp_path):
+    command = ["-m", "cogview2_jax.cli", "generate", TEXT, "--bundle", tiny_folder]
+    command += ["--num-images", 3, "--candidates", 2, "--out"]
+    choices = {"one": [], "many": ["--devices", 4, "--data", 2]}
+    for name, options in choices.items():
+        run = Started(
+            [*command, tmp_path / name, *options], tmp_path / f"{name}.log", tmp_path, devices=4
+        )
+        with ending([run]):
+            assert run.finish() == 0, run.err()
+    (one, _), (many, report) = (written(tmp_path / name)[TEXT] for name in choices)
+    assert report["mesh"] == {"data": 2, "tensor": 2}
+    # Equal tokens; the decoder's sums may round a pixel to the next level.
+    assert len(many) == 3 and np.abs(one.astype(int) - many).max() <= 1
+
+
+def test_devices_that_are_not_there(run, tiny_folder, tmp_path):
+    common = ("generate", TEXT, "--bundle", tiny_folder, "--out", tmp_path / "out")
+    for options, words in (
+        (("--devices", 9999), "--devices 9999: there is"),
+        (("--devices", 3, "--data", 2), "must be a multiple of --data 2: got 3"),
+        (("--devices", 2, "--memory", "16GB"), "leave out --devices"),
+    ):
+        code, out, err = run(*common, *options)
+        assert (code, out) == (2, "") and words in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_terminal_is_asked(run, tiny_folder, tmp_path, monkeypatch):
