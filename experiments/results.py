@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import cogview2_jax
+from cogview2_jax.config import TOKEN_STRIDE
 from cogview2_jax.data.sources import Input, Scenes
 from cogview2_jax.networks import coglm, inputs
+from cogview2_jax.pipeline import stages
 from cogview2_jax.pipeline.cogview import CogView
 from cogview2_jax.pipeline.prompts import PromptTokens, prompt_tokens
+from cogview2_jax.tokenizer import image as image_tokenizer
 
 
 def load_model(bundle: Path | None) -> CogView:
@@ -51,6 +54,71 @@ def image_logits(cv: CogView, tokens: np.ndarray, texts: Sequence[str]) -> jax.A
     hidden = coglm.hidden_states(params, given, bias=bias, **how)
     before = hidden[:, config.max_text : -1]  # each slot predicts the next
     return coglm.logits(params, before, ids=(0, config.vocabulary.num_image), **how)
+
+
+def super_resolved(
+    cv: CogView, prompts: Sequence[str], tokens: np.ndarray, at_once: int = 50
+) -> np.ndarray:
+    """Base tokens int32 [prompts, n, cells] through direct super-resolution, as the bundle says:
+    int32 [prompts, n, fine cells].
+    """
+    bundle, number = cv.bundle, tokens.shape[1]
+    text, is_text = prompts_of(cv, prompts).direct
+
+    def drawn(rows: np.ndarray, flat: np.ndarray) -> jax.Array:
+        return stages.super_resolve_direct(
+            bundle.params("direct"),
+            text[rows // number],
+            is_text[rows // number],
+            flat[rows],
+            jax.random.split(jax.random.key(rows[0]), len(rows)),
+            bundle.cluster_labels,
+            config=bundle.direct_config,
+            sampling=bundle.sampling,
+            num_clusters=bundle.num_clusters,
+            execution=cv.execution,
+        )
+
+    return in_batches(drawn, tokens, at_once)
+
+
+def pixels_of(cv: CogView, tokens: np.ndarray, at_once: int = 50) -> np.ndarray:
+    """Fine tokens int32 [prompts, n, cells] as pictures: uint8 [prompts, n, y, x, 3]."""
+    bundle = cv.bundle
+
+    def pixels(rows: np.ndarray, flat: np.ndarray) -> jax.Array:
+        return image_tokenizer.to_pixels(
+            bundle.params("tokenizer"),
+            flat[rows],
+            grid=bundle.direct_config.grid,
+            stride=TOKEN_STRIDE,
+            config=bundle.tokenizer_config,
+        )
+
+    return in_batches(pixels, tokens, at_once)
+
+
+def in_batches(
+    function: Callable[[np.ndarray, np.ndarray], jax.Array], rows: np.ndarray, at_once: int
+) -> np.ndarray:
+    """`function` of numbers of rows [b] and all rows [prompts · n, …], for `rows` [prompts, n, …]:
+    [prompts, n, …]. Every batch has one size; the last one repeats its last row.
+    """
+    flat, made = rows.reshape(-1, *rows.shape[2:]), []
+    for begin in range(0, len(flat), at_once):
+        chosen = np.arange(begin, begin + at_once).clip(max=len(flat) - 1)
+        made.append(np.asarray(function(chosen, flat))[: len(flat) - begin])
+    whole = np.concatenate(made)
+    return whole.reshape(*rows.shape[:2], *whole.shape[1:])
+
+
+def parts_before(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The parts that `file` has of an earlier run with these settings: they are kept."""
+    if file is None or not file.exists():
+        return {}
+    before: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    same = all(before.get(name) == value for name, value in settings.items())
+    return dict(before["parts"]) if same else {}
 
 
 def write(file: Path, figures: dict[str, Any], bundle: Path | None, begin: float) -> None:

@@ -49,6 +49,17 @@ def read(folder: Path) -> Collection:
     return Collection(np.stack(_in_parallel(one, items)), items)
 
 
+def of_kinds(collection: Collection, kinds: Sequence[str]) -> Collection:
+    """The pictures of things of these kinds, or all. Raises ValueError for a kind without any."""
+    there = {item.kind for item in collection.items}
+    if unknown := sorted(set(kinds) - there):
+        raise ValueError(f"kinds must be of {', '.join(sorted(there))}: got {unknown[0]}")
+    if not kinds:
+        return collection
+    kept = [number for number, item in enumerate(collection.items) if item.kind in kinds]
+    return Collection(collection.pictures[kept], [collection.items[number] for number in kept])
+
+
 def to_train(
     collection: Collection, share: float = 1.0, at_once: int = 1024
 ) -> Iterator[list[Example]]:

@@ -13,7 +13,7 @@ Pictures and tokens are held in memory (about 2 GB for 2,000 pictures), so that 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from cogview2_jax import bundle as bundles
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.cli.sheets import png
-from cogview2_jax.config import Precision
+from cogview2_jax.config import Precision, Training
 from cogview2_jax.data.records import RecordLayout, text_part
 from cogview2_jax.networks import inputs
 from cogview2_jax.pipeline import stages
@@ -91,6 +91,11 @@ _PARTS = ("tokenizer", "coglm", "direct", "iterative")
     help="Of all steps, for a trial; of the pictures ten times as much.",
 )
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.option("--kind", "kinds", multiple=True, metavar="NAME", help="Only such things: food, …")
+@click.option(
+    "--batch-size", type=click.IntRange(1), help="Of CogLM; 512 if left out. 64 suits a CPU."
+)
+@click.option("--dropout", type=click.FloatRange(0, 0.9), default=0.1, show_default=True)
 def main(pictures: Path, work: Path, out: Path, tokenizer: Path | None, **how: Any) -> None:
     keep_freed_memory()
     for bundle in train(pictures, work, tokenizer, **how):
@@ -99,10 +104,19 @@ def main(pictures: Path, work: Path, out: Path, tokenizer: Path | None, **how: A
 
 
 def train(
-    pictures: Path, work: Path, tokenizer: Path | None, *, until: str, share: float, dtype: str
+    pictures: Path,
+    work: Path,
+    tokenizer: Path | None,
+    *,
+    until: str,
+    share: float,
+    dtype: str,
+    kinds: Sequence[str],
+    batch_size: int | None,
+    dropout: float,
 ) -> Iterator[Bundle]:
     """The bundle after each part, from zero or from what `work` holds already."""
-    execution = Execution(Precision(compute=jnp.dtype(dtype)))
+    execution = Execution(Precision(compute=jnp.dtype(dtype)), Training(dropout))
     done = _PARTS[: _PARTS.index(until) + 1]
 
     work.mkdir(parents=True, exist_ok=True)
@@ -113,7 +127,7 @@ def train(
     def run(task: Task, options: Options, name: str) -> Any:
         return run_task(task, options, work / name, LoopOptions(save_every=2000, log_every=100))
 
-    collection = examples.read(pictures)
+    collection = examples.of_kinds(examples.read(pictures), kinds)
     bundle = _untrained(pictures)
     if tokenizer:
         trained = bundles.load(tokenizer, ("tokenizer",))
@@ -129,7 +143,7 @@ def train(
         return
 
     rows, unseen, layout = _records(work, bundle, collection, share)
-    options = fewer(COGLM)
+    options = fewer(dataclasses.replace(COGLM, batch_size=batch_size or COGLM.batch_size))
     data = functools.partial(memory.token_data, layout=layout, name="illustrations")
     task = coglm_task(bundle, data(rows, unseen, options=options), options, TASKS, execution)
     bundle = bundle._replace(coglm=run(task, options, "coglm"))

@@ -22,16 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from cogview2_jax.config import TOKEN_STRIDE
-from cogview2_jax.data import scenes
-from cogview2_jax.evaluation import distances
-from cogview2_jax.pipeline import stages
 from cogview2_jax.pipeline.cogview import CogView
-from cogview2_jax.tokenizer import image as image_tokenizer
-from cogview2_jax.tokenizer.pictures import fit_picture
 from experiments import results
-from experiments.caption_match import judge
-from experiments.caption_match.scoring import Prompt, make_prompts
+from experiments.caption_match.judged import Judged
+from experiments.caption_match.scoring import make_prompts
 from experiments.sampling import points
 from experiments.sampling.points import Drawer, Point
 
@@ -40,100 +34,6 @@ PARTS = {
     "clusters": lambda cv: points.cluster_counts(),
     "attention": lambda cv: points.attention(cv.bundle.sampling.base),
 }
-_SIDE = 192  # of the judge's pictures
-_outputs = jax.jit(judge.apply)
-
-
-class Judged:
-    """Measures pictures of Scenes against real ones of the validation split."""
-
-    def __init__(self, num_real: int) -> None:
-        self._params = judge.load()
-        real = [
-            fit_picture(item.picture, _SIDE, _SIDE) for item in results.validation_scenes(num_real)
-        ]
-        self._real = distances.statistics([self.features(np.stack(real))])
-
-    def features(self, pictures: np.ndarray) -> np.ndarray:
-        """The judge's outputs, mean and largest over its grid: float32 [n, d]."""
-        found = []
-        for begin in range(0, len(pictures), 32):
-            part = pictures[begin : begin + 32]
-            filled = np.concatenate([part, np.repeat(part[-1:], 32 - len(part), axis=0)])
-            reading = _outputs(self._params, filled)
-            flat = [reading.present[..., None], *reading.words.values()]
-            grid = jax.nn.sigmoid(jnp.concatenate(flat, axis=-1))
-            both = jnp.concatenate([grid.mean((1, 2)), grid.max((1, 2))], axis=-1)
-            found.append(np.asarray(both)[: len(part)])
-        return np.concatenate(found)
-
-    def measure(self, prompts: Sequence[Prompt], pictures: np.ndarray) -> dict[str, float]:
-        """Of pictures uint8 [prompts, n, 192, 192, 3]. Errors are standard errors over prompts."""
-        flat = pictures.reshape(-1, *pictures.shape[2:])
-        seen = judge.read(self._params, flat)
-        number = pictures.shape[1]
-        right = np.array(
-            [
-                scenes.check(prompts[index // number].claims, objects).all_named
-                for index, objects in enumerate(seen)
-            ],
-            float,
-        ).reshape(-1, number)
-        small = pictures[:, :, ::6, ::6].astype(np.float32) / 255
-        apart = [_apart(each.reshape(number, -1)) for each in small]
-        made = distances.statistics([self.features(flat)])
-        return {
-            "right": float(right.mean()),
-            "right_error": _error(right.mean(1)),
-            "diversity": float(np.mean(apart)),
-            "diversity_error": _error(np.array(apart)),
-            "fid": distances.frechet_distance(made, self._real),
-        }
-
-
-def _apart(rows: np.ndarray) -> float:
-    """The mean distance of pairs of pictures [n, d], as a root mean square of their values."""
-    first, second = np.triu_indices(len(rows), 1)
-    return float(np.sqrt(((rows[first] - rows[second]) ** 2).mean(1)).mean())
-
-
-def _error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values)))
-
-
-def pictures_of(
-    cv: CogView, prompts: Sequence[str], tokens: np.ndarray, at_once: int = 50
-) -> np.ndarray:
-    """Base tokens [prompts, n, cells] through direct super-resolution, which draws as the bundle
-    says: uint8 [prompts, n, 192, 192, 3].
-    """
-    bundle, number = cv.bundle, tokens.shape[1]
-    text, is_text = results.prompts_of(cv, prompts).direct
-    flat, made = tokens.reshape(-1, tokens.shape[-1]), []
-    for begin in range(0, len(flat), at_once):
-        rows = np.arange(begin, begin + at_once).clip(max=len(flat) - 1)
-        fine = stages.super_resolve_direct(
-            bundle.params("direct"),
-            text[rows // number],
-            is_text[rows // number],
-            flat[rows],
-            jax.random.split(jax.random.key(begin), at_once),
-            bundle.cluster_labels,
-            config=bundle.direct_config,
-            sampling=bundle.sampling,
-            num_clusters=bundle.num_clusters,
-            execution=cv.execution,
-        )
-        pixels = image_tokenizer.to_pixels(
-            bundle.params("tokenizer"),
-            fine,
-            grid=bundle.direct_config.grid,
-            stride=TOKEN_STRIDE,
-            config=bundle.tokenizer_config,
-        )
-        made.append(np.asarray(pixels)[: len(flat) - begin])
-    pictures = np.concatenate(made)
-    return pictures.reshape(*tokens.shape[:2], *pictures.shape[1:])
 
 
 def logits_of_real(cv: CogView, number: int) -> tuple[jax.Array, jax.Array]:
@@ -158,11 +58,12 @@ def compare(
     for point in tqdm(chosen, desc="points"):
         begin = time.monotonic()
         drawn = drawer.draw(point, texts, seed)
+        fine = results.super_resolved(cv, texts, drawn)
         labels, number = drawer.clusters(point)
         mass, never = points.cut_off(logits, tokens, point, labels, number)
         rows.append(
             {"family": point.family, "setting": point.setting}
-            | judged.measure(prompts, pictures_of(cv, texts, drawn))
+            | judged.measure(prompts, results.pixels_of(cv, fine))
             | {"cut_off": float(mass.mean()), "real_never_drawn": float(never.mean())}
             | {"seconds": round(time.monotonic() - begin, 1)}
         )
@@ -238,26 +139,22 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
 @click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(
     parts: tuple[str, ...],
-    num_prompts: int,
-    num_images: int,
-    real: int,
-    seed: int,
     json_file: Path | None,
     plot_file: Path | None,
     bundle: Path | None,
+    **how: Any,
 ) -> None:
     begin = time.monotonic()
     cv = results.load_model(bundle)
-    made: dict[str, Any] = {}
+    made = results.parts_before(json_file, how)
     for part in parts:  # each takes many minutes: what is done is written
-        rows = compare(cv, PARTS[part](cv), num_prompts, num_images, seed, real)
+        rows = compare(cv, PARTS[part](cv), **how)
         made[part] = rows
         click.echo(f"\n{part}\n{table(rows)}")
         if plot_file and part == "samplers":
             plot(rows, plot_file)
         if json_file:
-            counts = {"num_prompts": num_prompts, "num_images": num_images, "real": real}
-            results.write(json_file, {**counts, "seed": seed, "parts": made}, bundle, begin)
+            results.write(json_file, {**how, "parts": made}, bundle, begin)
 
 
 if __name__ == "__main__":

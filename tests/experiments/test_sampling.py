@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cogview2_jax.pipeline.cogview import CogView
+from experiments.caption_match import judged
 from experiments.sampling import points, run
 from experiments.sampling.points import Drawer
 
@@ -60,8 +61,8 @@ def test_what_is_cut_off_is_counted():
 
 
 def test_the_distance_of_pictures():
-    assert run._apart(np.zeros((4, 9))) == 0
-    assert run._apart(np.array([[0.0] * 9, [1.0] * 9])) == pytest.approx(1)
+    assert judged._apart(np.zeros((4, 9))) == 0
+    assert judged._apart(np.array([[0.0] * 9, [1.0] * 9])) == pytest.approx(1)
 
 
 def test_the_table_has_a_line_for_each_point():

@@ -1,0 +1,1 @@
+"""Orders and rounds of iterative super-resolution, compared."""
