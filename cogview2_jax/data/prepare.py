@@ -25,7 +25,7 @@ from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data.manifest import Manifest
 from cogview2_jax.data.records import RecordLayout, text_part
 from cogview2_jax.data.shards import Recipe, Report, write_shards
-from cogview2_jax.data.sources import Captions, Input, Refused, Source
+from cogview2_jax.data.sources import Captions, Input, Refused, Source, refused_text
 from cogview2_jax.tokenizer import text
 from cogview2_jax.tokenizer.cleaning import TextError
 from cogview2_jax.tokenizer.image import to_tokens
@@ -76,7 +76,7 @@ def prepare_tokens(
     for size in layout.sizes:
         _require_memory(tokenizer, tokenizer_config, batch_size, size, layout.stride)
 
-    def read(item: Input) -> tuple[Any, list[tuple[str, Refused]]]:
+    def read(item: Input, number: int) -> tuple[Any, list[tuple[str, Refused]]]:
         rows, refused = [], []
         for captions in _split(item.captions, apart):
             try:
@@ -116,7 +116,7 @@ def prepare_token_file(
     settings = {"source": source.fingerprint, **_text_settings(text_model, layout)}
     manifest = Manifest(manifests.TOKENS, len(source), shard_size, layout, settings)
 
-    def read(item: Input) -> tuple[Any, list[tuple[str, Refused]]]:
+    def read(item: Input, number: int) -> tuple[Any, list[tuple[str, Refused]]]:
         return item.picture, []
 
     def write(batch: Sequence[Any]) -> list[list[bytes]]:
@@ -140,7 +140,7 @@ def prepare_pictures(
     settings = {"source": source.fingerprint}
     manifest = Manifest(manifests.PICTURES, len(source), shard_size, None, settings)
 
-    def read(item: Input) -> tuple[Any, list[tuple[str, Refused]]]:
+    def read(item: Input, number: int) -> tuple[Any, list[tuple[str, Refused]]]:
         picture = item.picture
         if isinstance(picture, (str, os.PathLike)):
             picture = read_picture(picture)
@@ -233,15 +233,6 @@ def _require_memory(
         )
 
 
-# The kinds of `TextError`, as the report counts them.
-_TEXT_KINDS = {
-    "malformed": "malformed line",
-    "empty": "empty caption",
-    "long": "long caption",
-    "unknown": "unknown words",
-}
-
-
 def _text_row(
     captions: Captions, model: spm.SentencePieceProcessor, layout: RecordLayout, allow_unknown: bool
 ) -> np.ndarray:
@@ -251,8 +242,7 @@ def _text_row(
         try:
             texts.append(text.encode(model, words, vocabulary, allow_unknown=allow_unknown))
         except TextError as error:
-            reason = str(error).removeprefix("text ")
-            raise Refused(_TEXT_KINDS[error.kind], f"{field!r} {reason}") from error
+            raise refused_text(error, repr(field)) from error
     needed = sum(map(len, texts)) + len(texts) - 1
     if needed > layout.text_slots:
         raise Refused(

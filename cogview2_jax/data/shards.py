@@ -54,12 +54,13 @@ class Report(NamedTuple):
 class Recipe(NamedTuple):
     """How inputs become records.
 
-    `read` runs in a thread on one input and raises `Refused` or `PictureError`. It returns an item
-    for `write`, or None if nothing of the input is left, and the refusals of single captions.
-    `write` runs in the main thread on up to `batch_size` items and returns the records of each.
+    `read` runs in a thread on one input and its number, and raises `Refused` or `PictureError`. It
+    returns an item for `write`, or None if nothing of the input is left, and the refusals of single
+    captions. `write` runs in the main thread on up to `batch_size` items and returns the records of
+    each.
     """
 
-    read: Callable[[Input], tuple[Any, list[tuple[str, Refused]]]]
+    read: Callable[[Input, int], tuple[Any, list[tuple[str, Refused]]]]
     write: Callable[[Sequence[Any]], list[list[bytes]]]
     batch_size: int
 
@@ -117,7 +118,7 @@ class _Inputs(NamedTuple):
         try:
             item = self.source[index]
             name = item.name
-            made, refused = self.recipe.read(item)
+            made, refused = self.recipe.read(item, index)
         except (Refused, PictureError) as one:
             return None, [_refusal(index, one.name or name, one)]
         return made, [_refusal(index, name, one, caption) for caption, one in refused]

@@ -12,7 +12,7 @@ from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data.manifest import Manifest
 from cogview2_jax.data.prepare import fingerprint
 from cogview2_jax.data.shards import Recipe, Report, write_shards
-from cogview2_jax.data.sources import Input, Refused, Source
+from cogview2_jax.data.sources import Input, Refused, Source, refused_text
 from cogview2_jax.evaluation.features import read_rows
 from cogview2_jax.pipeline.cogview import CogView
 from cogview2_jax.pipeline.settings import SCORED_AT_ONCE
@@ -63,14 +63,9 @@ def write_caption_losses(
     }
     manifest = Manifest(manifests.FEATURES, len(source), shard_size, None, settings)
     manifests.require_same(folder, manifest)
-    config = bundle.coglm_config
 
-    def read(item: Input) -> tuple[tuple[Any, str], list[Any]]:
-        caption = first_caption(item)
-        try:
-            text.encode_prompt(bundle.text_model, caption, config.vocabulary, config.max_text)
-        except (TextError, ValueError) as error:
-            raise Refused("caption", str(error), item.name) from error
+    def read(item: Input, number: int) -> tuple[tuple[Any, str], list[Any]]:
+        caption = readable_caption(item, cv)
         return (open_picture(item.picture), caption), []
 
     def write(items: Sequence[tuple[Any, str]]) -> list[list[bytes]]:
@@ -82,13 +77,19 @@ def write_caption_losses(
     return write_shards(source, folder, manifest, recipe, workers, progress)
 
 
-def first_caption(item: Input) -> str:
-    """The first caption of an input. Raises Refused if it has none."""
-    for captions in item.captions:
-        for caption in captions.values():
-            if caption.strip():
-                return caption
-    raise Refused("empty caption", "no caption", item.name)
+def readable_caption(item: Input, cv: CogView) -> str:
+    """The first caption of an input. Raises Refused if it has none, and if the model cannot read
+    it.
+    """
+    words = [words for captions in item.captions for words in captions.values() if words.strip()]
+    if not words:
+        raise Refused("empty caption", "no caption", item.name)
+    config = cv.bundle.coglm_config
+    try:
+        text.encode_prompt(cv.bundle.text_model, words[0], config.vocabulary, config.max_text)
+    except TextError as error:
+        raise refused_text(error, "caption", item.name) from error
+    return words[0]
 
 
 def read_caption_losses(folder: Path) -> Iterator[np.ndarray]:

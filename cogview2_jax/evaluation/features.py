@@ -103,7 +103,7 @@ def write_features(
     manifest = Manifest(manifests.FEATURES, len(source), shard_size, None, settings)
     manifests.require_same(folder, manifest)
 
-    def read(item: Input) -> tuple[list[np.ndarray], list[Any]]:
+    def read(item: Input, number: int) -> tuple[list[np.ndarray], list[Any]]:
         picture = fit_picture(item.picture, size, size)
         return [blurred(picture, radius) for radius in blurs], []
 

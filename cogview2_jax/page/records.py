@@ -7,23 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from cogview2_jax.page.limits import Refused
+from cogview2_jax.pipeline.saved import MOST_CHARACTERS, parse_settings, settings_of
+from cogview2_jax.pipeline.saved import png as png
 
-NAME = "cogview2"  # of the PNG's text chunk with the settings
 FILE = "settings.json"
-_MOST_BYTES = 100_000  # of settings
-
-
-def png(picture: np.ndarray | Image.Image, settings: Mapping[str, Any]) -> bytes:
-    """A picture as a PNG that holds its settings."""
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    about, content = PngImagePlugin.PngInfo(), io.BytesIO()
-    about.add_itxt(NAME, json.dumps(settings, ensure_ascii=False))
-    image.save(content, "PNG", pnginfo=about)
-    return content.getvalue()
 
 
 def archive(
@@ -45,17 +35,13 @@ def read(file: Path) -> dict[str, Any]:
     """The settings in a picture or JSON file of this page. Raises Refused for any other file."""
     try:
         if file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n":
-            with Image.open(file, formats=("PNG",)) as opened:  # its pixels are not decoded
-                text = str(opened.info[NAME])
-        elif file.stat().st_size > _MOST_BYTES:
+            found = settings_of(file)
+        elif file.stat().st_size > 4 * MOST_CHARACTERS:
             raise Refused("no_settings")
         else:
-            text = file.read_text("utf-8")
-        found = json.loads(text) if len(text) <= _MOST_BYTES else None
-    except Refused:
-        raise
-    except Exception as error:  # damaged files make Pillow raise nearly anything
+            found = parse_settings(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused("no_settings") from error
-    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+    if not isinstance(found.get("prompt"), str):
         raise Refused("no_settings")
     return found

@@ -80,7 +80,7 @@ class CogView(Edits):
         keep_best: bool = False,
         stages: Sequence[str] = STAGES,
         style: str | None = None,
-        first: int = 0,
+        first: int | Sequence[int] = 0,
         progress: Callable[[str], None] = lambda part: None,
     ) -> dict[str, np.ndarray]:
         """Pictures after each of `stages`: stage → uint8 [prompts, num_images, y, x, 3], one batch.
@@ -90,7 +90,8 @@ class CogView(Edits):
 
         With `keep_best`, `candidates` is how many base pictures a prompt gets in all; the
         `num_images` with the best `caption_score` are kept, best first. Images are numbered from
-        `first` on: those of two calls, 0 to 3 and 4 to 7, are those of one call of 8.
+        `first` on, one number for all prompts or one for each: those of two calls, 0 to 3 and 4 to
+        7, are those of one call of 8.
         """
         if not stages:
             raise ValueError(f"stages must be of {', '.join(STAGES)}: got none")
@@ -98,9 +99,11 @@ class CogView(Edits):
             require_stage(stage, self.networks)
         num_images = check_count("num_images", num_images)
         last = max(stages, key=STAGES.index)
-        first = check_count("first", first, 0)
+        numbers = [check_count("first", each, 0) for each in np.ravel(np.asarray(first))]
+        if len(numbers) not in (1, len(prompts)):
+            raise ValueError(f"first must be one number or {len(prompts)}: got {len(numbers)}")
         steps = self._steps(
-            prompts, key, num_images, last, candidates, keep_best, style, first=first
+            prompts, key, num_images, last, candidates, keep_best, style, first=numbers
         )
         grids = {}
         for part, grid in steps:
@@ -212,7 +215,7 @@ class CogView(Edits):
         keep_best: bool,
         style: str | None,
         each_round: bool = False,
-        first: int = 0,
+        first: Sequence[int] = (0,),
     ) -> Iterator[tuple[str, Any]]:
         """Image tokens [b, cells] of each "candidate", and after "base", "direct" and "iterative",
         up to the stage `last`; with `each_round`, after each "round" in place of "iterative".

@@ -125,14 +125,15 @@ class Parts:
         return self._whole_batch(tokens.repeat(num_images))
 
     def _drawing(
-        self, prompts: Sequence[str], key: Array, num_images: int, first: int = 0
+        self, prompts: Sequence[str], key: Array, num_images: int, first: Sequence[int] = (0,)
     ) -> tuple[PromptTokens, Callable[[int], Array]]:
         """`_tokens_of_images`, and a function: draw number → keys of the images from `first` on."""
         key = one_key(key)
         tokens = self._tokens_of_images(prompts, num_images)
         hashes = np.array([zlib.crc32(prompt.encode()) for prompt in prompts], np.uint32)
+        numbers = np.broadcast_to(np.array(first, np.int32), len(prompts))
         return tokens, lambda draw: self._whole_batch(
-            image_keys(key, hashes, num_images, np.uint32(draw), first)
+            image_keys(key, hashes, num_images, np.uint32(draw), numbers)
         )
 
     def _whole_batch(self, tree: _Tree) -> _Tree:

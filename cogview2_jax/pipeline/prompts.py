@@ -70,16 +70,17 @@ def prompt_tokens(
 
 @functools.partial(jax.jit, static_argnames=("num_images",))
 def image_keys(
-    key: Array, prompt_hashes: Array, num_images: int, draw: Array, first: Array | int = 0
+    key: Array, prompt_hashes: Array, num_images: int, draw: Array, first: Array
 ) -> Array:
     """A key for every image of every prompt: [prompts · num_images].
 
     `prompt_hashes` is uint32 [prompts]. An image's key depends only on `key`, on its prompt, on its
-    number, counted from `first`, and on `draw` (the number of the candidate, or the stage).
+    number, counted from `first` int32 [prompts], and on `draw` (the number of the candidate, or the
+    stage).
     """
     of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(one_key(key), prompt_hashes)
-    numbers = first + jnp.arange(num_images)
-    of_image = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_prompt, numbers)
+    numbers = first[:, None] + jnp.arange(num_images)
+    of_image = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_prompt, numbers)
     return fold_in_all(of_image.reshape(-1), draw)
 
 

@@ -14,9 +14,11 @@ from cogview2_jax.data.sources.inputs import (
     Input,
     LeftOut,
     Refused,
+    Sampled,
     Source,
     caption_sets,
     left_out,
+    refused_text,
 )
 from cogview2_jax.data.sources.picture_folder import PictureFolder
 from cogview2_jax.data.sources.scenes import Scenes
@@ -31,10 +33,12 @@ __all__ = [
     "LeftOut",
     "PictureFolder",
     "Refused",
+    "Sampled",
     "Scenes",
     "Source",
     "Tfds",
     "TokenFile",
     "caption_sets",
     "left_out",
+    "refused_text",
 ]

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
+from cogview2_jax.tokenizer.cleaning import TextError
 from cogview2_jax.tokenizer.pictures import Picture
 
 Captions = dict[str, str]  # field -> text
@@ -22,6 +25,21 @@ class Refused(Exception):
     def __init__(self, kind: str, reason: str, name: str = "") -> None:
         super().__init__(reason)
         self.kind, self.reason, self.name = kind, reason, name
+
+
+# The kinds of `TextError`, as reports count them.
+_TEXT_KINDS = {
+    "malformed": "malformed line",
+    "empty": "empty caption",
+    "long": "long caption",
+    "unknown": "unknown words",
+}
+
+
+def refused_text(error: TextError, what: str, name: str = "") -> Refused:
+    """Why a caption is refused; `what` names it."""
+    reason = str(error).removeprefix("text ")
+    return Refused(_TEXT_KINDS[error.kind], f"{what} {reason}", name)
 
 
 class LeftOut(NamedTuple):
@@ -74,6 +92,39 @@ def caption_sets(values: Mapping[str, Any]) -> tuple[Captions, ...]:
         {field: texts[i % len(texts)] for field, texts in lists.items()}
         for i in range(max(lengths))
     )
+
+
+class Sampled:
+    """`length` inputs of a source, chosen at random without repetition, in their order, each with
+    one of its captions.
+
+    The choice depends on `seed` and on the length of the source. Raises ValueError for a `length`
+    above that.
+    """
+
+    def __init__(self, source: Source, length: int, seed: int = 0) -> None:
+        if not 0 < length <= len(source):
+            raise ValueError(f"length must be from 1 to the {len(source)} inputs: got {length}")
+        rng = np.random.default_rng((seed, len(source)))
+        self._source, self._seed = source, seed
+        self._numbers = np.sort(rng.choice(len(source), length, replace=False))
+        self.left_out = left_out(source)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return self._source.fingerprint | {"sampled": len(self), "sample_seed": self._seed}
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Input:
+        number = int(self._numbers[index])
+        item = self._source[number]
+        captions = [{field: words} for each in item.captions for field, words in each.items()]
+        if captions:
+            chosen = np.random.default_rng((self._seed, number, 1)).integers(len(captions))
+            captions = [captions[chosen]]
+        return item._replace(captions=tuple(captions))
 
 
 class First:

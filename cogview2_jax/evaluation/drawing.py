@@ -1,0 +1,113 @@
+"""A picture for each caption of a data set, drawn by a model: resumable, shared by processes.
+
+    folder/records-00003-of-00010.array_record      PNG files that hold their prompt
+    folder/refused.jsonl, report.json               captions that the model cannot read
+
+They are shards as `data prepare --pictures` writes them: a kill costs the pictures of the shards
+that were being drawn, and the same call, in any number of processes at once, continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cogview2_jax.data import manifest as manifests
+from cogview2_jax.data.manifest import Manifest
+from cogview2_jax.data.prepare import fingerprint
+from cogview2_jax.data.reading import Records
+from cogview2_jax.data.shards import Recipe, Report, write_shards
+from cogview2_jax.data.sources import Input, Source
+from cogview2_jax.evaluation.captions import readable_caption
+from cogview2_jax.pipeline import saved
+from cogview2_jax.pipeline.cogview import CogView
+
+_DRAWN = "drawn"
+
+
+def write_drawings(
+    source: Source,
+    folder: Path,
+    cv: CogView,
+    *,
+    seed: int = 0,
+    stage: str = "full",
+    candidates: int | None = None,
+    style: str | None = None,
+    batch_size: int = 8,
+    shard_size: int = 64,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda inputs: None,
+) -> Report:
+    """Draw the first caption of every input of `source`, or those that `folder` lacks.
+
+    Picture n is that of `cv.generate_stages([caption], jax.random.key(seed), 1, first=n)`, whoever
+    draws it, and in whichever batch; `stage`, `candidates` and `style` are as there. Raises
+    ValueError for a folder that was begun with other settings, OSError if something cannot be
+    written.
+    """
+    settings = {
+        "source": source.fingerprint,
+        "measure": _DRAWN,
+        "model": {name: fingerprint(cv.bundle.params(name)) for name in cv.networks},
+        "seed": seed,
+        "stage": stage,
+        "candidates": candidates,
+        "style": style,
+        "batch_size": batch_size,
+    }
+    manifest = Manifest(manifests.PICTURES, len(source), shard_size, None, settings)
+    manifests.require_same(folder, manifest)
+
+    def read(item: Input, number: int) -> tuple[tuple[int, str], list[Any]]:
+        return (number, readable_caption(item, cv)), []
+
+    def write(items: Sequence[tuple[int, str]]) -> list[list[bytes]]:
+        filled = [*items, *[items[-1]] * (batch_size - len(items))]  # one size, one compilation
+        made = cv.generate_stages(
+            [prompt for _, prompt in filled],
+            jax.random.key(seed),
+            1,
+            candidates=candidates,
+            stages=(stage,),
+            style=style,
+            first=[number for number, _ in filled],
+        )[stage]
+        return [
+            [saved.png(picture, {"prompt": prompt, "seed": seed, "first": number})]
+            for (number, prompt), (picture,) in zip(items, made, strict=False)
+        ]
+
+    return write_shards(
+        source, folder, manifest, Recipe(read, write, batch_size), workers, progress
+    )
+
+
+class Drawings:
+    """The pictures in a folder of `write_drawings` as a source, each with its prompt as caption.
+
+    Raises FileNotFoundError or ValueError, in one line, for a folder that is not complete or has
+    something else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._records = Records(folder)
+        self._settings = self._records.manifest.settings
+        if self._settings.get("measure") != _DRAWN:
+            raise ValueError(f"{folder} has no drawn pictures")
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return {"drawn": self._settings}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Input:
+        content = self._records[index]
+        settings = saved.settings_of(content)
+        captions = ({"prompt": str(settings["prompt"])},)
+        return Input(f"drawn/{settings['first']}", content, captions)
