@@ -228,8 +228,6 @@ def _written(
 def _measures(
     out: Path, reference: Path | None, features: bool, caption_loss: bool
 ) -> dict[str, Any]:
-    import numpy as np
-
     from cogview2_jax.evaluation import captions, report
 
     measures: dict[str, Any] = {}
@@ -237,9 +235,7 @@ def _measures(
         if features:
             measures = report.measure(out / "pictures", reference, note=common.complain)
         if caption_loss:
-            losses = np.concatenate(list(captions.read_caption_losses(out / "captions")))
-            error = float(losses.std(ddof=min(1, len(losses) - 1)) / np.sqrt(len(losses)))
-            measures["caption_loss"] = {"mean": float(losses.mean()), "standard_error": error}
+            measures["caption_loss"] = captions.mean_loss(out / "captions")
     click.echo(report.table(measures))
     return measures
 

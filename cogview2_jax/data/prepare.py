@@ -172,8 +172,8 @@ def _text_settings(text_model: spm.SentencePieceProcessor, layout: RecordLayout)
 def fingerprint(tree: Any) -> str:
     """SHA-256 of arrays with their names, shapes and dtypes, as hexadecimal digits."""
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]:
-        leaf = np.ascontiguousarray(leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        leaf = np.ascontiguousarray(jax.device_get(leaf))  # one at a time: a tree may be large
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}\n".encode())
         digest.update(leaf.tobytes())
     return digest.hexdigest()

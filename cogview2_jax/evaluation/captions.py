@@ -104,6 +104,13 @@ def read_caption_losses(folder: Path) -> Iterator[np.ndarray]:
         yield rows[:, 0]
 
 
+def mean_loss(folder: Path) -> dict[str, float]:
+    """The mean of the losses in a folder, and its error. Raises as `read_caption_losses`."""
+    losses = np.concatenate(list(read_caption_losses(folder)))
+    error = losses.std(ddof=min(1, len(losses) - 1)) / np.sqrt(len(losses))
+    return {"mean": float(losses.mean()), "standard_error": float(error)}
+
+
 def clip_scores(pictures: np.ndarray, captions: np.ndarray, scale: float = 100.0) -> np.ndarray:
     """`scale` times the cosine of each picture's embedding to its caption's, at least 0: float32
     [n] (CLIPScore, Hessel et al., arXiv 2104.08718, with the scale of 100 that is usual today).

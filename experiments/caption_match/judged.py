@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -15,32 +16,38 @@ from experiments import results
 from experiments.caption_match import judge
 from experiments.caption_match.scoring import Prompt
 
-_SIDE = 192  # of the judge's pictures
+SIDE = 192  # of the judge's pictures
+_WORDS = (scenes.SHAPES, scenes.COLOURS, scenes.SIZES, scenes.FILLS)
+FEATURES = 2 * (1 + sum(map(len, _WORDS)))
 _outputs = jax.jit(judge.apply)
+_weights = functools.cache(judge.load)
+
+
+def judge_features(pictures: np.ndarray) -> np.ndarray:
+    """The judge's outputs, mean and largest over its grid, of pictures uint8 [n, SIDE, SIDE, 3]:
+    float32 [n, FEATURES].
+    """
+    params, found = _weights(), []
+    for begin in range(0, len(pictures), 32):
+        part = pictures[begin : begin + 32]
+        filled = np.concatenate([part, np.repeat(part[-1:], 32 - len(part), axis=0)])
+        reading = _outputs(params, filled)
+        flat = [reading.present[..., None], *reading.words.values()]
+        grid = jax.nn.sigmoid(jnp.concatenate(flat, axis=-1))
+        both = jnp.concatenate([grid.mean((1, 2)), grid.max((1, 2))], axis=-1)
+        found.append(np.asarray(both)[: len(part)])
+    return np.concatenate(found)
 
 
 class Judged:
     """Measures pictures of Scenes against real ones of the validation split."""
 
     def __init__(self, num_real: int) -> None:
-        self._params = judge.load()
+        self._params = _weights()
         real = [
-            fit_picture(item.picture, _SIDE, _SIDE) for item in results.validation_scenes(num_real)
+            fit_picture(item.picture, SIDE, SIDE) for item in results.validation_scenes(num_real)
         ]
-        self._real = distances.statistics([self.features(np.stack(real))])
-
-    def features(self, pictures: np.ndarray) -> np.ndarray:
-        """The judge's outputs, mean and largest over its grid: float32 [n, d]."""
-        found = []
-        for begin in range(0, len(pictures), 32):
-            part = pictures[begin : begin + 32]
-            filled = np.concatenate([part, np.repeat(part[-1:], 32 - len(part), axis=0)])
-            reading = _outputs(self._params, filled)
-            flat = [reading.present[..., None], *reading.words.values()]
-            grid = jax.nn.sigmoid(jnp.concatenate(flat, axis=-1))
-            both = jnp.concatenate([grid.mean((1, 2)), grid.max((1, 2))], axis=-1)
-            found.append(np.asarray(both)[: len(part)])
-        return np.concatenate(found)
+        self._real = distances.statistics([judge_features(np.stack(real))])
 
     def measure(self, prompts: Sequence[Prompt], pictures: np.ndarray) -> dict[str, float]:
         """Of pictures uint8 [prompts, n, 192, 192, 3]. Errors are standard errors over prompts."""
@@ -56,7 +63,7 @@ class Judged:
         ).reshape(-1, number)
         small = pictures[:, :, ::6, ::6].astype(np.float32) / 255
         apart = [_apart(each.reshape(number, -1)) for each in small]
-        made = distances.statistics([self.features(flat)])
+        made = distances.statistics([judge_features(flat)])
         return {
             "right": float(right.mean()),
             "right_error": standard_error(right.mean(1)),

@@ -42,14 +42,20 @@ def make_photos(folder: Path, number: int) -> None:
     rng = np.random.default_rng(91)
     lines = []
     for index in range(number):
-        scene = scenes.sample_scene(rng, num_objects=1)
-        item = dataclasses.replace(scene.objects[0], size="large")
-        picture = scenes.draw(dataclasses.replace(scene, objects=(item,)))
-        left, top = (min(max(at - SIDE // 2, 0), scenes.CANVAS - SIDE) for at in (item.x, item.y))
-        picture.crop((left, top, left + SIDE, top + SIDE)).save(folder / f"{index}.png")
+        picture, item = close_up(rng)
+        picture.save(folder / f"{index}.png")
         line = {"image": f"{index}.png", "caption": f"a {item.colour} {item.shape}"}
         lines.append(json.dumps(line) + "\n")
     (folder / "captions.jsonl").write_text("".join(lines))
+
+
+def close_up(rng: np.random.Generator) -> tuple[Image.Image, scenes.SceneObject]:
+    """A picture of one object, twice as large as in any scene, and the object."""
+    scene = scenes.sample_scene(rng, num_objects=1)
+    item = dataclasses.replace(scene.objects[0], size="large")
+    picture = scenes.draw(dataclasses.replace(scene, objects=(item,)))
+    left, top = (min(max(at - SIDE // 2, 0), scenes.CANVAS - SIDE) for at in (item.x, item.y))
+    return picture.crop((left, top, left + SIDE, top + SIDE)), item
 
 
 def cogview2(command: str, folder: Path) -> None:

@@ -36,7 +36,7 @@ class Tfds:
 
         builder = _tfds_builder(name, data_dir, download)
         features = builder.info.features
-        texts = sorted(path for path, feature in _leaves(features) if _is(feature, "Text"))
+        texts = sorted(path for path, feature in _leaves(features) if _is_text(feature))
         if not fields and len(texts) == 1:
             fields = texts
         if pictures_only:
@@ -127,6 +127,13 @@ def _leaves(features: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is(feature: Any, name: str) -> bool:
     return any(kind.__name__ == name for kind in type(feature).__mro__)
+
+
+def _is_text(feature: Any) -> bool:
+    """Text, or a single string: that of coco_captions is declared as a NumPy string."""
+    return _is(feature, "Text") or (
+        _is(feature, "Tensor") and feature.shape == () and feature.np_dtype == object
+    )
 
 
 def _texts(example: Any, path: str) -> Any:
