@@ -12,7 +12,7 @@ Fréchet distance of the judge's outputs to those of real scenes is FID.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,10 @@ from cogview2_jax.pipeline.cogview import CogView
 from experiments import results
 from experiments.caption_match.judged import Judged
 from experiments.caption_match.scoring import make_prompts
-from experiments.sampling import points
+from experiments.sampling import points, selection
 from experiments.sampling.points import Drawer, Point
 
-PARTS = {
-    "samplers": lambda cv: points.samplers(cv.bundle.sampling.base),
-    "clusters": lambda cv: points.cluster_counts(),
-    "attention": lambda cv: points.attention(cv.bundle.sampling.base),
-}
+_CUT = ("cut_off", "real_never_drawn")  # of the parts that measure it
 
 
 def logits_of_real(cv: CogView, number: int) -> tuple[jax.Array, jax.Array]:
@@ -70,17 +66,26 @@ def compare(
     return rows
 
 
+# A row of figures for each point of a part.
+PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "samplers": lambda cv, **how: compare(cv, points.samplers(cv.bundle.sampling.base), **how),
+    "clusters": lambda cv, **how: compare(cv, points.cluster_counts(), **how),
+    "attention": lambda cv, **how: compare(cv, points.attention(cv.bundle.sampling.base), **how),
+    "selection": selection.compare,
+}
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"{'family':12s}{'setting':28s}{'right %':>14s}{'diversity':>17s}{'FID':>8s}"
-        f"{'cut off %':>11s}{'real lost %':>12s}"
+        f"{'family':20s}{'setting':28s}{'right %':>14s}{'diversity':>17s}{'FID':>8s}"
+        f"{'cut off %':>12s}{'real lost %':>12s}"
     ]
     for row in rows:
         right = f"{100 * row['right']:.1f} ± {100 * row['right_error']:.1f}"
         diversity = f"{row['diversity']:.4f} ± {row['diversity_error']:.4f}"
         lines.append(
-            f"{row['family']:12s}{row['setting']:28s}{right:>14s}{diversity:>17s}{row['fid']:8.4f}"
-            f"{100 * row['cut_off']:11.2f}{100 * row['real_never_drawn']:12.2f}"
+            f"{row['family']:20s}{row['setting']:28s}{right:>14s}{diversity:>17s}{row['fid']:8.4f}"
+            + "".join(f"{100 * row[name]:12.2f}" for name in _CUT if name in row)
         )
     return "\n".join(lines)
 
@@ -148,8 +153,7 @@ def main(
     cv = results.load_model(bundle)
     made = results.parts_before(json_file, how)
     for part in parts:  # each takes many minutes: what is done is written
-        rows = compare(cv, PARTS[part](cv), **how)
-        made[part] = rows
+        rows = made[part] = PARTS[part](cv, **how)
         click.echo(f"\n{part}\n{table(rows)}")
         if plot_file and part == "samplers":
             plot(rows, plot_file)
