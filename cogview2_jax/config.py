@@ -368,7 +368,9 @@ class Sampling:
     `text_upweight` is added to the attention scores of all text keys. The base stage draws each
     picture `candidates` times, and the best-scoring candidate is kept (post-selection).
     `iterative_temperature` 0 takes the most probable token; an `iterative_top_k` above the number
-    of image tokens keeps all of them.
+    of image tokens keeps all of them. With `guidance` g, the base stage draws from logits without
+    the text plus g times what the text adds (classifier-free guidance, arXiv 2207.12598), for a
+    model trained with texts left out; 1 is none.
     """
 
     base: ClusterSampling = field(default_factory=ClusterSampling)
@@ -379,6 +381,7 @@ class Sampling:
     iterative_top_k: tuple[int, ...] = (40, 40, 40, 20, 20, 10)
     text_upweight: float = 1.4
     candidates: int = 1
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         check_temperature("iterative_temperature", self.iterative_temperature)
@@ -388,7 +391,8 @@ class Sampling:
         )
         for number, top_k in enumerate(self.iterative_top_k):
             check_count(f"iterative_top_k[{number}]", top_k)
-        upweight: Any = self.text_upweight
-        finite = isinstance(upweight, numbers.Real) and math.isfinite(as_float(upweight))
-        require(finite, f"text_upweight must be a finite number: got {upweight!r}")
+        for name in ("text_upweight", "guidance"):
+            value: Any = getattr(self, name)
+            finite = isinstance(value, numbers.Real) and math.isfinite(as_float(value))
+            require(finite, f"{name} must be a finite number: got {value!r}")
         check_count("candidates", self.candidates)

@@ -28,6 +28,7 @@ from cogview2_jax.styles import Style
 FORMAT = 1
 ADVICE = "copy or download the bundle again"
 CHECKED = "checked"  # in `made_with`
+_ADDED = {"guidance": 1.0}  # fields that older bundles lack, and what they mean without
 CONFIGS = ("coglm_config", "direct_config", "iterative_config", "tokenizer_config", "sampling")
 
 
@@ -61,6 +62,9 @@ def fingerprint(description: Description, shapes: Mapping[str, tuple[int, ...]])
 def to_json(description: Description) -> dict[str, Any]:
     """The content of config.json, which `parse_description` reads."""
     configs = {name: dataclasses.asdict(getattr(description, name)) for name in CONFIGS}
+    for name, default in _ADDED.items():  # so that versions before can read it
+        if configs["sampling"][name] == default:
+            del configs["sampling"][name]
     content = {"format": FORMAT, "made_with": description.made_with, **configs}
     if description.styles:
         content["styles"] = [dataclasses.asdict(style) for style in description.styles]
@@ -153,7 +157,8 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be an object: got {value!r}")
         types = typing.get_type_hints(kind)
-        _require_keys(value, {field.name for field in dataclasses.fields(kind)}, where)
+        names = {field.name for field in dataclasses.fields(kind)}
+        _require_keys(value, names - (_ADDED.keys() - value.keys()), where)
         fields = {name: _from_json(types[name], value[name], f"{where}.{name}") for name in value}
         return typing.cast(type, kind)(**fields)
     if typing.get_origin(kind) is tuple:

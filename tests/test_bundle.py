@@ -1,5 +1,6 @@
 """Saving and loading a model: exact, strict, atomic."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -32,6 +33,16 @@ def test_a_saved_bundle_loads_equal(tiny, tiny_folder):
     np.testing.assert_array_equal(loaded.cluster_labels, tiny.cluster_labels)
     assert loaded.num_clusters == tiny.cluster_labels.max() + 1
     assert loaded.text_model.serialized_model_proto() == tiny.text_model.serialized_model_proto()
+
+
+def test_a_bundle_from_before_guidance_has_none(tiny, tmp_path):
+    bundles.save(tmp_path / "plain", tiny)
+    file = tmp_path / "plain" / "config.json"
+    assert "guidance" not in json.loads(file.read_text())["sampling"]
+    assert bundles.load(tmp_path / "plain", ("coglm",)).sampling == tiny.sampling
+    guided = dataclasses.replace(tiny.sampling, guidance=2.0)
+    bundles.save(tmp_path / "guided", tiny._replace(sampling=guided))
+    assert bundles.load(tmp_path / "guided", ("coglm",)).sampling == guided
 
 
 def test_weights_are_float16_on_disk_and_readable_by_all(tiny_folder):

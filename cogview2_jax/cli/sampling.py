@@ -37,6 +37,11 @@ _OPTIONS: dict[str, tuple[str, str, click.ParamType, str]] = {
         *("", "text_upweight", click.FLOAT),
         "Added to the attention scores of words at the base stage.",
     ),
+    "guidance": (
+        *("", "guidance", click.FLOAT),
+        "Classifier-free guidance of the base stage, for a model trained with --drop-text; 1 is"
+        " none. It takes twice the work.",
+    ),
 }
 
 

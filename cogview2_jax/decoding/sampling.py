@@ -271,6 +271,22 @@ def sample_top_p(
     return _draw_rows(draw, key, logits, block, among)
 
 
+def guided(
+    draw: Callable[[jax.Array, jax.Array], jax.Array], guidance: float
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`draw` (logits [b, v], i) → [b] for classifier-free guidance (Ho and Salimans, arXiv
+    2207.12598): logits [2b, v], the first half with the condition and the second without, → [2b],
+    where both rows of a pair get one draw.
+    """
+
+    def drawn(logits: jax.Array, i: jax.Array) -> jax.Array:
+        seen, unseen = jnp.split(logits, 2)
+        ids = draw(unseen + guidance * (seen - unseen), i)
+        return jnp.concatenate([ids, ids])
+
+    return drawn
+
+
 def _draw_one(key: jax.Array, logits: jax.Array) -> jax.Array:
     """A draw from softmax(logits [v]): a scalar.
 

@@ -111,6 +111,17 @@ def text_to_image(
     return NetworkInput(tokens, positions, text_then_causal(keys, text.shape[-1]), keys)
 
 
+def with_and_without_text(given: NetworkInput) -> NetworkInput:
+    """The rows of `given` [b, s], then as many in which no slot sees the text: [2b, s]."""
+    without = given.mask & ~given.is_text[:, None]
+    mask = jnp.concatenate([jnp.broadcast_to(given.mask, without.shape), without])
+    tokens, positions, is_text = (
+        jnp.concatenate([array, array]) if array.ndim > 1 else array
+        for array in (given.tokens, given.positions, given.is_text)
+    )
+    return NetworkInput(tokens, positions, mask, is_text)
+
+
 # --- Image → text ---------------------------------------------------------------------------------
 
 

@@ -6,8 +6,7 @@ depend on the rest of the batch (except for the last bits of float32, which may 
 sizes). `keys` has a key for each image, [b]; older keys are uint32 [b, 2]. The base model's stages
 take several keys for each row of their input, one after another: their images share its prefill.
 
-Paper (arXiv 2204.14217) sections 3.2 and 3.3; the released `cogview2_text2image.py` and
-`cogview2_completion.py`.
+Paper (arXiv 2204.14217) section 3; released `cogview2_text2image.py`, `cogview2_completion.py`.
 """
 
 import functools
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 
 from cogview2_jax import config as configs
 from cogview2_jax.decoding import loops
-from cogview2_jax.decoding.sampling import Among, greedy, sample_clusters, sample_top_k
+from cogview2_jax.decoding.sampling import Among, greedy, guided, sample_clusters, sample_top_k
 from cogview2_jax.keys import fold_in_all, key_batch
 from cogview2_jax.networks import coglm, direct_sr, inputs, iterative_sr
 from cogview2_jax.networks.transformer import tied_logits, word_rows
@@ -77,6 +76,7 @@ def decode_image(
         _copies(keys, text),
         config=config,
         text_upweight=sampling.text_upweight,
+        guidance=sampling.guidance,
         execution=execution,
     )
 
@@ -90,19 +90,24 @@ def image_tokens(
     *,
     config: configs.CogLMConfig,
     text_upweight: float | Array = 0.0,
+    guidance: float = 1.0,
     execution: Execution = Execution(),
 ) -> Array:
     """Coarse image tokens of prompts by any sampler: int32 [b · num_images, cells], raster order.
 
     `draw` is (logits [b · num_images, num_image] of cell i, i) → int32 [b · num_images]. Of the
     images, those of the first prompt come first. `text` and `is_text` are as in `decode_image`,
-    which is this with cluster sampling, jitted; here the caller owns jit.
+    which is this with cluster sampling, jitted; here the caller owns jit. Any `guidance` (see
+    `Sampling`) but 1 takes twice the rows.
     """
     unknown = jnp.full((text.shape[0], config.num_image_tokens), -1)
     given = inputs.text_to_image(text, is_text, unknown, config)
+    if guidance != 1:
+        given, draw = inputs.with_and_without_text(given), guided(draw, guidance)
     bias = inputs.text_key_bias(given.is_text, text_upweight)
-    begin, ids = text.shape[1] + 1, _image_ids(config)
-    return _fill(params, given, bias, begin, begin, num_images, draw, ids, config, execution)
+    begin, ids, images = text.shape[1] + 1, _image_ids(config), text.shape[0] * num_images
+    drawn = _fill(params, given, bias, begin, begin, num_images, draw, ids, config, execution)
+    return drawn[:images]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "num_clusters", "execution"))
@@ -124,16 +129,16 @@ def decode_infilling(
     [b · n], as in `decode_image`. Returns int32 [b · n, cells], raster order; kept cells are
     unchanged.
     """
-    bias = inputs.text_key_bias(given.is_text, sampling.text_upweight)
-    length = given.tokens.shape[1]
-    first = length - config.num_image_tokens
+    length, copies = given.tokens.shape[1], _copies(keys, given.tokens)
+    first, ids = length - config.num_image_tokens, _image_ids(config)
     draw = _cluster_sampler(keys, cluster_labels, num_clusters, sampling.base)
-    # The whole sequence is the prefix: the context is bidirectional, and the loop keeps the known
-    # slots.
-    copies, ids = _copies(keys, given.tokens), _image_ids(config)
+    if sampling.guidance != 1:
+        given, draw = inputs.with_and_without_text(given), guided(draw, sampling.guidance)
+    bias = inputs.text_key_bias(given.is_text, sampling.text_upweight)
+    # The whole sequence is the prefix: its context is bidirectional. The loop keeps known slots.
     filled = _fill(params, given, bias, first, length, copies, draw, ids, config, execution)
-    slots = jnp.repeat(slot_of_cell, copies, axis=0)
-    return jnp.take_along_axis(filled, slots - first, axis=1)
+    slots = jnp.repeat(slot_of_cell, copies, axis=0) - first
+    return jnp.take_along_axis(filled[: len(keys)], slots, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "top_k", "temperature", "execution"))

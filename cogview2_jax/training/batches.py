@@ -109,6 +109,9 @@ def coglm(
     )
     if tasks.completion_ratio:
         _complete(made, rng, rows, choices, config, tasks.completion_ratio)
+    if tasks.drop_text:
+        dropped = rng.random(rows.batch_size) < tasks.drop_text
+        coglm_samples.hide_text(made, rows.of(dropped & ~choices.captioning), config)
     for row in np.flatnonzero(rows.of(is_prose)):
         row_rng = np.random.default_rng(rows.of(seeds)[row])
         text = _prose(row_rng, records, prose_from, length, config)

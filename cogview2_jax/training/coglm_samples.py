@@ -215,6 +215,14 @@ def completion_samples(
     return _sample(tokens, positions, labels, mask, kind)
 
 
+def hide_text(samples: TrainingSample, chosen: np.ndarray, config: CogLMConfig) -> None:
+    """Hides the text of the rows `chosen`, bool [b], of generation or completion, from all that is
+    drawn: what a model must know for classifier-free guidance. Ours.
+    """
+    slots = samples.tokens.shape[1] - config.num_image_tokens - 1
+    samples.mask[chosen, :, :slots] = False
+
+
 # --- The random choices ---------------------------------------------------------------------------
 
 

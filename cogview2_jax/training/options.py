@@ -247,8 +247,8 @@ class TokenizerOptions:
 
 @dataclass(frozen=True)
 class CogLMOptions:
-    """Options of the base model: its tasks. Captioning at 0.3 is published; completion, `to_border`
-    and `predict_end` are ours.
+    """Options of the base model: its tasks. Captioning at 0.3 is published; completion,
+    `drop_text`, `to_border` and `predict_end` are ours.
     """
 
     start: str | None = setting(None, _START, choices=("model", "nothing"))
@@ -263,6 +263,14 @@ class CogLMOptions:
         0.0,
         "Of the other pictures, the share in which only a rectangle is drawn, from the text and the"
         " rest of the picture: it makes editing follow the text.",
+        least=0,
+        most=1,
+        metavar="X",
+    )
+    drop_text: float = setting(
+        0.0,
+        "Share of pictures that are drawn without seeing their text, so that the model can be drawn"
+        " from with --guidance.",
         least=0,
         most=1,
         metavar="X",

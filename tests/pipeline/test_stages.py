@@ -70,13 +70,40 @@ def draws(tiny):
     return draw
 
 
-def test_decoding_agrees_with_a_full_pass(tiny, settings, full_pass, draws):
+@pytest.fixture(params=[1.0, 2.5])
+def guided(request, settings, full_pass):
+    """The settings with a guidance, and the logits of all slots at once that it draws from."""
+    sampling = dataclasses.replace(settings["sampling"], guidance=request.param)
+
+    def logits(layout):
+        blind = layout._replace(mask=layout.mask & ~layout.is_text[:, None])
+        seen, unseen = full_pass(layout), full_pass(blind)
+        return seen if request.param == 1 else unseen + request.param * (seen - unseen)
+
+    return settings | {"sampling": sampling}, logits
+
+
+def test_decoding_agrees_with_a_full_pass(tiny, guided, draws):
+    settings, of = guided
     text, is_text = words(tiny, [PROMPT, OTHER])
     keys = jax.random.split(jax.random.key(1), 2)
     drawn = stages.decode_image(tiny.coglm, text, is_text, keys, tiny.cluster_labels, **settings)
     layout = inputs.text_to_image(text, is_text, drawn, tiny.coglm_config)
-    logits = full_pass(layout)[:, tiny.coglm_config.max_text : -1]
-    np.testing.assert_array_equal(drawn, draws(keys, logits))
+    np.testing.assert_array_equal(
+        drawn, draws(keys, of(layout)[:, tiny.coglm_config.max_text : -1])
+    )
+
+
+def test_without_text_is_a_prompt_without_words(tiny):
+    text, is_text = words(tiny, [PROMPT])
+    image = np.arange(16)[None]
+    both = inputs.with_and_without_text(
+        inputs.text_to_image(text, is_text, image, tiny.coglm_config)
+    )
+    empty = inputs.text_to_image(text, np.zeros_like(is_text), image, tiny.coglm_config)
+    first = tiny.coglm_config.max_text
+    np.testing.assert_array_equal(both.mask[1, first:], empty.mask[0, first:])
+    np.testing.assert_array_equal(both.tokens[0], both.tokens[1])
 
 
 def test_older_keys_are_taken(tiny, settings):
@@ -87,7 +114,8 @@ def test_older_keys_are_taken(tiny, settings):
     assert made.shape == (2, 16) and made.dtype == jnp.int32
 
 
-def test_infilling_agrees_with_a_full_pass(tiny, settings, full_pass, draws):
+def test_infilling_agrees_with_a_full_pass(tiny, guided, draws):
+    settings, of = guided
     config, keys = tiny.coglm_config, jax.random.split(jax.random.key(1), 2)
     text, is_text = words(tiny, [PROMPT])
     ids = text[0][is_text[0]].tolist()
@@ -110,7 +138,7 @@ def test_infilling_agrees_with_a_full_pass(tiny, settings, full_pass, draws):
         filled = np.array(layout.tokens)
         np.put_along_axis(filled, slots, drawn, axis=1)
         first = filled.shape[1] - 16
-        logits = full_pass(layout._replace(tokens=jnp.asarray(filled)))[:, first - 1 : -1]
+        logits = of(layout._replace(tokens=jnp.asarray(filled)))[:, first - 1 : -1]
         unknown = np.asarray(layout.tokens)[:, first:] < 0
         expected = np.asarray(draws(keys, logits))
         np.testing.assert_array_equal(filled[:, first:][unknown], expected[unknown])

@@ -294,3 +294,16 @@ def spans(lengths, gaps):
     return coglm_samples.text_span_samples(
         small_records()[:1], np.array(lengths), np.array(gaps), SMALL
     )
+
+
+def test_a_hidden_text_is_a_prompt_without_words():
+    records = small_records()
+    made = coglm_samples.generation_samples(records, np.zeros(4), SMALL)
+    before = made.mask.copy()
+    coglm_samples.hide_text(made, np.array([True, False, False, True]), SMALL)
+    np.testing.assert_array_equal(made.mask[1:3], before[1:3])
+    text, is_text = inputs.right_padded([[80, 81]], SMALL.text_slots, SMALL.vocabulary)
+    empty = inputs.text_to_image(text, np.zeros_like(is_text), IMAGE, SMALL)
+    for row in (0, 3):
+        start = SMALL.text_slots
+        np.testing.assert_array_equal(made.mask[row, start:], empty.mask[0, start:])

@@ -175,7 +175,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(network, tiny, records
     def sample(rows):
         rng = np.random.default_rng(7)
         if network == "coglm":
-            mix = CogLMOptions(text_ratio=0.4, patch_size=2)
+            mix = CogLMOptions(text_ratio=0.4, patch_size=2, drop_text=0.5)
             return batches.coglm(rng, rows, source, range(NUMBER), roomy, mix)
         if network == "direct":
             return batches.direct_sr(rng, rows, layout, tiny.direct_config)

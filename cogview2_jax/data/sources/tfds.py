@@ -132,7 +132,7 @@ def _is(feature: Any, name: str) -> bool:
 def _is_text(feature: Any) -> bool:
     """Text, or a single string: that of coco_captions is declared as a NumPy string."""
     return _is(feature, "Text") or (
-        _is(feature, "Tensor") and feature.shape == () and feature.np_dtype == object
+        _is(feature, "Tensor") and feature.shape == () and feature.np_dtype.kind == "O"
     )
 
 
