@@ -47,14 +47,16 @@ def stages_alone(config: IterativeSRConfig) -> list[Point]:
 
 
 def rounds(config: IterativeSRConfig) -> list[Point]:
-    """The published order in fewer and in more rounds; in the last point every cell of a tile has a
-    round of its own, which is full auto-regression inside a tile.
-    """
+    """The published order in fewer and in more rounds."""
     ranks = _ranks(config.order)
-    return [
-        Point("rounds", f"{number}", _in_rounds(config, ranks, number))
-        for number in (1, 3, 12, ranks.max() + 1)
-    ]
+    return [Point("rounds", f"{n}", _in_rounds(config, ranks, n)) for n in (1, 3, 12)]
+
+
+def one_by_one(config: IterativeSRConfig) -> list[Point]:
+    """Every cell of a tile in a round of its own: full auto-regression inside a tile."""
+    ranks = _ranks(config.order)
+    number = int(ranks.max()) + 1
+    return [Point("one by one", f"{number} rounds", _in_rounds(config, ranks, number))]
 
 
 def orders(config: IterativeSRConfig, seed: int = 0) -> list[Point]:
@@ -83,7 +85,7 @@ def orders(config: IterativeSRConfig, seed: int = 0) -> list[Point]:
 
 def windows(config: IterativeSRConfig) -> list[Point]:
     """Local windows of other sizes than the trained one."""
-    sizes = ((1, 1), (5, 3), (9, 9), (13, 13))
+    sizes = ((1, 1), (5, 3), (13, 13))
     return [
         Point("windows", f"{y} × {x}", dataclasses.replace(config, window=(y, x))) for y, x in sizes
     ]

@@ -35,6 +35,7 @@ PARTS = {
     "stages": points.stages_alone,
     "rounds": points.rounds,
     "orders": points.orders,
+    "one by one": points.one_by_one,
     "windows": points.windows,
 }
 
