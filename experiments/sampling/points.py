@@ -32,6 +32,7 @@ class Point(NamedTuple):
     probabilities: Probabilities
     clusters: int | None = None
     upweight: float | None = None
+    guidance: float = 1.0
 
 
 def _cluster(settings: ClusterSampling) -> Probabilities:
@@ -82,6 +83,14 @@ def attention(shipped: ClusterSampling) -> list[Point]:
     ]
 
 
+def guidance(shipped: ClusterSampling) -> list[Point]:
+    """Classifier-free guidance, for a model that was trained with texts left out."""
+    return [
+        Point("guidance", f"g {g:g}", _cluster(shipped), guidance=g)
+        for g in (1.0, 1.5, 2.0, 3.0, 5.0)
+    ]
+
+
 class Drawer:
     """Draws pictures of the base stage, by any point, `at_once` prompts at a time."""
 
@@ -118,6 +127,7 @@ class Drawer:
                 self._num_images,
                 config=cv.bundle.coglm_config,
                 text_upweight=upweight,
+                guidance=point.guidance,
                 execution=cv.execution,
             )
 

@@ -72,7 +72,12 @@ PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "clusters": lambda cv, **how: compare(cv, points.cluster_counts(), **how),
     "attention": lambda cv, **how: compare(cv, points.attention(cv.bundle.sampling.base), **how),
     "selection": selection.compare,
+    "guidance": lambda cv, **how: compare(cv, points.guidance(cv.bundle.sampling.base), **how),
 }
+
+
+# Guidance needs a model that was trained for it.
+_USUAL = tuple(part for part in PARTS if part != "guidance")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -130,7 +135,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     "parts",
     type=click.Choice([*PARTS]),
     multiple=True,
-    default=tuple(PARTS),
+    default=_USUAL,
     show_default=True,
 )
 @click.option("--num-prompts", type=click.IntRange(2), default=100, show_default=True)
