@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from cogview2_jax.cli import common, sources
+from cogview2_jax.cli import cluster, common, sources
 from cogview2_jax.data import defaults
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ Examples:
     metavar="N",
     help="Inputs per shard. Each shard is a file; a kill costs at most the shard being written.",
 )
+@cluster.options
 @common.bundle_option
 @click.pass_context
 def prepare_command(
@@ -168,6 +169,10 @@ def prepare_command(
     batch_size: int,
     shard_size: int,
     bundle: Path | None,
+    engine: str | None,
+    address: str | None,
+    processes: int | None,
+    gpus: float,
     **source_options: Any,
 ) -> None:
     """Turn SOURCE into array_record shards of token records, ready for training.
@@ -181,8 +186,12 @@ def prepare_command(
     caption, a malformed line) are left out and listed in refused.jsonl, with the reason.
 
     After a kill, the same command continues. Several runs of it on one folder share the work: each
-    takes shards that no other holds. The records are the same either way.
+    takes shards that no other holds. With --engine ray the processes of a cluster do, which are
+    started, placed on devices and replaced for you. The records are the same every way.
     """
+    from tqdm import tqdm
+
+    chosen = cluster.chosen(engine, address, processes, gpus)
     kind = sources.kind_of(source)
     given = _given(context)
     _check_options(context, source, kind, pictures, source_options["caption_fields"])
@@ -200,10 +209,31 @@ def prepare_command(
     common.check_writable(out)
     with common.refusing():
         layout = description and _layout(description, sizes, stride, text_slots)
-    shared = {"shard_size": shard_size, "workers": workers}
     of_tokens = {"batch_size": batch_size, "allow_unknown": allow_unknown or None, "apart": apart}
-    prepare = _preparation(kind, folder, description, layout, of_tokens)
-    _report(out, _prepared(out, inputs, prepare, **shared))
+    prepare = functools.partial(
+        _prepare,
+        functools.partial(
+            sources.open_source, source, kind, tokens, pictures=pictures, **source_options
+        ),
+        functools.partial(_preparation, kind, folder, description, layout, of_tokens),
+        out,
+        shard_size=shard_size,
+        workers=workers,
+    )
+    name = click.format_filename(out.name)
+    with common.refusing(), tqdm(total=len(inputs), desc=name, unit=" inputs") as bar:
+        report = cluster.run(prepare, chosen, progress=bar.update)
+    _report(out, report)
+
+
+def _prepare(
+    open_source: Callable[[], Source],
+    preparation: Callable[[], Callable[..., Report]],
+    out: Path,
+    **how: Any,
+) -> Report:
+    """Opens the data and the model, in whichever process this is, and prepares `out`."""
+    return preparation()(open_source(), out, **how)
 
 
 def _check_options(
@@ -321,16 +351,6 @@ def _given(context: click.Context) -> set[str]:
     """The parameters that the user gave, not their defaults."""
     given = ParameterSource.COMMANDLINE
     return {name for name in context.params if context.get_parameter_source(name) == given}
-
-
-def _prepared(
-    out: Path, inputs: Source, prepare: Callable[..., Report], **arguments: Any
-) -> Report:
-    from tqdm import tqdm
-
-    name = click.format_filename(out.name)
-    with common.refusing(), tqdm(total=len(inputs), desc=name, unit=" inputs") as bar:
-        return prepare(inputs, out, progress=bar.update, **arguments)
 
 
 def _report(out: Path, report: Report) -> None:

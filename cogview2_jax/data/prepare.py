@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from cogview2_jax.data import defaults
 from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data.manifest import Manifest
 from cogview2_jax.data.records import RecordLayout, text_part
-from cogview2_jax.data.shards import Recipe, Report, write_shards
+from cogview2_jax.data.shards import Progress, Recipe, Report, Run, Work, write_shards
 from cogview2_jax.data.sources import Captions, Input, Refused, Source, refused_text
 from cogview2_jax.tokenizer import text
 from cogview2_jax.tokenizer.cleaning import TextError
@@ -45,7 +45,8 @@ def prepare_tokens(
     apart: bool = False,
     shard_size: int = defaults.SHARD_SIZE,
     workers: int = 1,
-    progress: Callable[[int], None] = lambda inputs: None,
+    progress: Progress = lambda inputs: None,
+    run: Run = write_shards,
 ) -> Report:
     """Token records: rows of `layout`, as little-endian int32.
 
@@ -58,7 +59,8 @@ def prepare_tokens(
     `workers` threads read and decode; `progress` is called with numbers of inputs as they are done,
     first with those done before. Raises ValueError if the folder was begun with other settings or
     (before it is begun) if a batch does not fit the memory, OSError (one line) if something cannot
-    be written; the same call then continues where this one stopped.
+    be written; the same call then continues where this one stopped. `run` is who does the work:
+    this process, or those of `engine.on_cluster`.
     """
     if allow_unknown is None:
         allow_unknown = layout.vocabulary.as_published
@@ -97,7 +99,7 @@ def prepare_tokens(
         ]
 
     recipe = Recipe(read, write, batch_size)
-    return write_shards(source, folder, manifest, recipe, workers, progress)
+    return run(Work(source, manifest, recipe), folder, workers, progress)
 
 
 def prepare_token_file(
@@ -108,7 +110,8 @@ def prepare_token_file(
     *,
     shard_size: int = defaults.SHARD_SIZE,
     workers: int = 1,
-    progress: Callable[[int], None] = lambda inputs: None,
+    progress: Progress = lambda inputs: None,
+    run: Run = write_shards,
 ) -> Report:
     """Token records of rows that are tokens already. Arguments and errors are those of
     `prepare_tokens`.
@@ -122,7 +125,7 @@ def prepare_token_file(
     def write(batch: Sequence[Any]) -> list[list[bytes]]:
         return [[row.astype("<i4").tobytes()] for row in batch]
 
-    return write_shards(source, folder, manifest, Recipe(read, write, 1), workers, progress)
+    return run(Work(source, manifest, Recipe(read, write, 1)), folder, workers, progress)
 
 
 def prepare_pictures(
@@ -131,7 +134,8 @@ def prepare_pictures(
     *,
     shard_size: int = defaults.SHARD_SIZE,
     workers: int = 1,
-    progress: Callable[[int], None] = lambda inputs: None,
+    progress: Progress = lambda inputs: None,
+    run: Run = write_shards,
 ) -> Report:
     """Picture records, to train an image tokenizer: the unchanged content of each file that can be
     opened; pixels (Scenes) become PNG. Captions are ignored. Arguments and errors are those of
@@ -155,7 +159,7 @@ def prepare_pictures(
         return [[content] for content in batch]
 
     recipe = Recipe(read, write, 1)
-    return write_shards(source, folder, manifest, recipe, workers, progress)
+    return run(Work(source, manifest, recipe), folder, workers, progress)
 
 
 def _text_settings(text_model: spm.SentencePieceProcessor, layout: RecordLayout) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -65,39 +65,65 @@ class Recipe(NamedTuple):
     batch_size: int
 
 
-def write_shards(
-    source: Source,
-    folder: Path,
-    manifest: Manifest,
-    recipe: Recipe,
-    workers: int,
-    progress: Callable[[int], None],
-) -> Report:
-    """Write the shards of `manifest` that `folder` lacks. `progress` is called with numbers of
-    inputs as they are done, first with those of the shards that are there.
+class Work(NamedTuple):
+    """What is to be written: the same wherever it is done, and by how many."""
+
+    source: Source
+    manifest: Manifest
+    recipe: Recipe
+
+
+Progress = Callable[[int], None]
+# How work is done: (work, folder, threads that read, progress) → the report.
+Run = Callable[[Work, Path, int, Progress], Report]
+
+
+def write_shards(work: Work, folder: Path, workers: int, progress: Progress) -> Report:
+    """Write the shards of `work` that `folder` lacks. `progress` is called with numbers of inputs
+    as they are done, first with those of the shards that are there.
 
     Raises ValueError for a folder that was begun with other settings, and OSError, in one line,
     when something cannot be written.
     """
+    missing = begin(work, folder, progress)
+    write_some(work, folder, missing, workers, progress)
+    return summarise(work, folder)
+
+
+def begin(work: Work, folder: Path, progress: Progress) -> list[int]:
+    """Makes the folder, or goes on in it: the shards that it lacks. Raises as `write_shards`."""
+    manifest = work.manifest
     with _one_line_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             manifests.begin(folder, manifest)
     done = manifest.shards_in(folder)
     progress(sum(len(manifest.inputs(shard)) for shard in done))
+    there = set(done)
+    return [shard for shard in range(manifest.num_shards) if shard not in there]
+
+
+def write_some(
+    work: Work, folder: Path, shards: Iterable[int], workers: int, progress: Progress
+) -> None:
+    """Write those of `shards` that are not there and that no other process holds."""
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         # Pillow warns of harmless oddities, and of sizes that `pictures` limits by itself.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
-            for shard in range(manifest.num_shards):
-                with _to_write(folder, manifest, shard) as mine:
+            for shard in shards:
+                with _to_write(folder, work.manifest, shard) as mine:
                     if mine:
-                        inputs = _Inputs(source, recipe, pool, workers, progress)
-                        _write_shard(inputs, folder, manifest, shard)
+                        inputs = _Inputs(work.source, work.recipe, pool, workers, progress)
+                        _write_shard(inputs, folder, work.manifest, shard)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def summarise(work: Work, folder: Path) -> Report:
+    """Counts of the shards that are done; once all are, they and all refusals are written."""
     with _one_line_errors(folder), _locked(folder):
-        return _summarise(source, folder, manifest)
+        return _summarise(work.source, folder, work.manifest)
 
 
 # --- Inputs that are read ahead -------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data.manifest import Manifest
 from cogview2_jax.data.prepare import fingerprint
-from cogview2_jax.data.shards import Recipe, Report, write_shards
+from cogview2_jax.data.shards import Progress, Recipe, Report, Run, Work, write_shards
 from cogview2_jax.data.sources import Input, Refused, Source, refused_text
 from cogview2_jax.evaluation.features import read_rows
 from cogview2_jax.pipeline.cogview import CogView
@@ -47,7 +47,8 @@ def write_caption_losses(
     *,
     shard_size: int = 1024,
     workers: int = 1,
-    progress: Callable[[int], None] = lambda inputs: None,
+    progress: Progress = lambda inputs: None,
+    run: Run = write_shards,
 ) -> Report:
     """Write `caption_losses` of all pictures of `source`, each with its first caption, to `folder`:
     shards, resumed and shared as those of `features.write_features`.
@@ -74,7 +75,7 @@ def write_caption_losses(
         return [[np.asarray(loss, "<f4").tobytes()] for loss in losses]
 
     recipe = Recipe(read, write, SCORED_AT_ONCE)
-    return write_shards(source, folder, manifest, recipe, workers, progress)
+    return run(Work(source, manifest, recipe), folder, workers, progress)
 
 
 def readable_caption(item: Input, cv: CogView) -> str:

@@ -9,7 +9,7 @@ that were being drawn, and the same call, in any number of processes at once, co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data.manifest import Manifest
 from cogview2_jax.data.prepare import fingerprint
 from cogview2_jax.data.reading import Records
-from cogview2_jax.data.shards import Recipe, Report, write_shards
+from cogview2_jax.data.shards import Progress, Recipe, Report, Run, Work, write_shards
 from cogview2_jax.data.sources import Input, Source
 from cogview2_jax.evaluation.captions import readable_caption
 from cogview2_jax.pipeline import saved
@@ -40,7 +40,8 @@ def write_drawings(
     batch_size: int = 8,
     shard_size: int = 64,
     workers: int = 1,
-    progress: Callable[[int], None] = lambda inputs: None,
+    progress: Progress = lambda inputs: None,
+    run: Run = write_shards,
 ) -> Report:
     """Draw the first caption of every input of `source`, or those that `folder` lacks.
 
@@ -81,9 +82,7 @@ def write_drawings(
             for (number, prompt), (picture,) in zip(items, made, strict=False)
         ]
 
-    return write_shards(
-        source, folder, manifest, Recipe(read, write, batch_size), workers, progress
-    )
+    return run(Work(source, manifest, Recipe(read, write, batch_size)), folder, workers, progress)
 
 
 class Drawings:

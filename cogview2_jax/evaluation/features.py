@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from cogview2_jax.data import manifest as manifests
 from cogview2_jax.data.manifest import Manifest
 from cogview2_jax.data.prepare import fingerprint
-from cogview2_jax.data.shards import Recipe, Report, write_shards
+from cogview2_jax.data.shards import Progress, Recipe, Report, Run, Work, write_shards
 from cogview2_jax.data.sources import Input, Source
 from cogview2_jax.evaluation import inception
 from cogview2_jax.sharding import Sharding
@@ -82,7 +82,8 @@ def write_features(
     batch_size: int = 32,
     shard_size: int = 1024,
     workers: int = 1,
-    progress: Callable[[int], None] = lambda inputs: None,
+    progress: Progress = lambda inputs: None,
+    run: Run = write_shards,
 ) -> Report:
     """Write the features of all pictures of `source` to `folder`, or those that it lacks.
 
@@ -123,9 +124,7 @@ def write_features(
             )
         return [[row.tobytes()] for row in made]
 
-    return write_shards(
-        source, folder, manifest, Recipe(read, write, batch_size), workers, progress
-    )
+    return run(Work(source, manifest, Recipe(read, write, batch_size)), folder, workers, progress)
 
 
 def read_features(folder: Path, blur: float | str = 0) -> Iterator[np.ndarray]:
