@@ -20,6 +20,7 @@ from cogview2_jax.cli import (
     common,
     convert,
     data,
+    drawn,
     edits,
     evaluate,
     generate,
@@ -106,4 +107,6 @@ cli.add_command(model.info)
 cli.add_command(convert.convert_command)
 cli.add_command(convert.export_command)
 cli.add_command(data.data_group)
+data.data_group.add_command(drawn.draw_command)
+data.data_group.add_command(drawn.unpack_command)
 cli.add_command(train.train_group)

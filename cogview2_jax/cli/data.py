@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   cogview2 data prepare photos/captions.jsonl --out records
+  cogview2 data draw prompts.txt --out drawn
   cogview2 data prepare --help
 """,
 )
 @click.pass_context
 def data_group(context: click.Context) -> None:
-    """Gather and prepare data for training."""
+    """Gather and prepare data for training, and draw data sets."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -223,7 +224,7 @@ def prepare_command(
     name = click.format_filename(out.name)
     with common.refusing(), tqdm(total=len(inputs), desc=name, unit=" inputs") as bar:
         report = cluster.run(prepare, chosen, progress=bar.update)
-    _report(out, report)
+    say_report(out, report)
 
 
 def _prepare(
@@ -353,7 +354,7 @@ def _given(context: click.Context) -> set[str]:
     return {name for name in context.params if context.get_parameter_source(name) == given}
 
 
-def _report(out: Path, report: Report) -> None:
+def say_report(out: Path, report: Report) -> None:
     """Print the number of records, and where refused inputs are listed."""
     name, listed = (click.format_filename(path) for path in (out, out / "refused.jsonl"))
     number = sum(report.refused.values())

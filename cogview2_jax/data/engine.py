@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
@@ -87,14 +89,18 @@ class _Connected:
         if local and self._cluster.processes and not self._cluster.gpus:
             how["num_cpus"] = self._cluster.processes
         try:
-            ray.init(
-                self._cluster.address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": _ENVIRONMENT},
-                **how,
-            )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+            _require_reachable(self._cluster.address)
+            with warnings.catch_warnings():
+                # JAX warns of every fork; Ray's are followed by exec at once, which is harmless.
+                warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+                ray.init(
+                    self._cluster.address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env={"env_vars": _ENVIRONMENT},
+                    **how,
+                )
+        except (OSError, ValueError, RuntimeError) as error:
             where = self._cluster.address or "this machine"
             raise ValueError(f"no Ray cluster at {where}: {str(error).splitlines()[0]}") from error
         there = ray.cluster_resources()
@@ -117,6 +123,13 @@ class _Connected:
         import ray
 
         ray.shutdown()
+
+
+def _require_reachable(address: str | None) -> None:
+    """Raises OSError for a host and port that does not answer: Ray would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _write_all(

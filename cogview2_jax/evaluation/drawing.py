@@ -9,6 +9,9 @@ that were being drawn, and the same call, in any number of processes at once, co
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,3 +113,53 @@ class Drawings:
         settings = saved.settings_of(content)
         captions = ({"prompt": str(settings["prompt"])},)
         return Input(f"drawn/{settings['first']}", content, captions)
+
+
+def write_files(
+    drawings: Drawings, folder: Path, progress: Progress = lambda pictures: None
+) -> list[Path]:
+    """Every picture as a PNG file, named by its row, and captions.jsonl, which is returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(len(drawings)):
+        name, content, prompt = _unpacked(drawings[number])
+        (folder / f"{name}.png").write_bytes(content)
+        lines.append(json.dumps({"image": f"{name}.png", "caption": prompt}, ensure_ascii=False))
+        progress(1)
+    captions = folder / "captions.jsonl"
+    manifests.write_durably(captions, ("\n".join(lines) + "\n").encode())
+    return [captions]
+
+
+def write_tars(
+    drawings: Drawings,
+    folder: Path,
+    progress: Progress = lambda pictures: None,
+    at_once: int = 1000,
+) -> list[Path]:
+    """Tar files of up to `at_once` pictures with their prompts, .png and .txt of one name, as
+    WebDataset has them. Returns them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for begin in range(0, len(drawings), at_once):
+        file = folder / f"drawn-{begin // at_once:05d}.tar"
+        partial = file.with_name(f".{file.name}.partial")
+        with tarfile.open(partial, "w") as archive:
+            for number in range(begin, min(begin + at_once, len(drawings))):
+                name, content, prompt = _unpacked(drawings[number])
+                for ending, part in ((".png", content), (".txt", prompt.encode())):
+                    header = tarfile.TarInfo(name + ending)
+                    header.size = len(part)
+                    archive.addfile(header, io.BytesIO(part))
+                progress(1)
+        partial.replace(file)
+        files.append(file)
+    return files
+
+
+def _unpacked(item: Input) -> tuple[str, bytes, str]:
+    """A name by its row, the PNG file and the prompt."""
+    content = item.picture
+    assert isinstance(content, bytes)
+    return f"{int(item.name.rpartition('/')[2]):08d}", content, item.captions[0]["prompt"]

@@ -21,6 +21,7 @@ from cogview2_jax.data.sources.inputs import (
     refused_text,
 )
 from cogview2_jax.data.sources.picture_folder import PictureFolder
+from cogview2_jax.data.sources.prompt_file import PromptFile
 from cogview2_jax.data.sources.scenes import Scenes
 from cogview2_jax.data.sources.tfds import Tfds
 from cogview2_jax.data.sources.token_file import TokenFile
@@ -32,6 +33,7 @@ __all__ = [
     "Input",
     "LeftOut",
     "PictureFolder",
+    "PromptFile",
     "Refused",
     "Sampled",
     "Scenes",
