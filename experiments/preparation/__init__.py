@@ -1,0 +1,1 @@
+"""What preparing thirty million pairs takes."""

@@ -1,0 +1,215 @@
+"""How many pictures a second does a worker prepare, and how long do thirty million take?
+
+\b
+    python -m experiments.preparation.run --json experiments/preparation/results.json
+
+Measured here: opening a JPEG, fitting it to the model's size, encoding it with the image tokenizer,
+each by itself; then the whole command, in one process and by the processes of a Ray cluster of this
+machine, with the peak of their memory. Predicted from the parts: days and bytes for --pairs
+on 8 to 512 workers, and what limits them.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import numpy as np
+from PIL import Image, ImageFilter
+
+from cogview2_jax.config import TOKEN_STRIDE, HVQVAEConfig
+from cogview2_jax.data.records import RecordLayout
+from cogview2_jax.tokenizer import image as image_tokenizer
+from cogview2_jax.tokenizer.pictures import fit_picture, open_picture
+from experiments import results
+
+SIZE = (640, 480)  # of the JPEG files: that of MS-COCO
+WORKERS = (8, 32, 128, 512)
+ROOT = Path(__file__).parents[2]
+
+
+def photograph(rng: np.random.Generator) -> bytes:
+    """A JPEG with about as much detail as a photograph: blurred noise of several scales."""
+    layers = np.zeros((SIZE[1], SIZE[0], 3), np.float32)
+    for scale in (64, 16, 4, 1):
+        small = rng.normal(0, 1, (SIZE[1] // scale, SIZE[0] // scale, 3)).astype(np.float32)
+        layers += np.stack(
+            [
+                np.asarray(Image.fromarray(channel).resize(SIZE, Image.Resampling.BICUBIC))
+                for channel in np.moveaxis(small, -1, 0)
+            ],
+            axis=-1,
+        ) * (12 * scale**0.25)
+    picture = Image.fromarray((layers + 128).clip(0, 255).astype(np.uint8))
+    content = io.BytesIO()
+    picture.filter(ImageFilter.GaussianBlur(0.7)).save(content, "JPEG", quality=85)
+    return content.getvalue()
+
+
+def rate(action: Callable[[], Any], number: int, seconds: float = 3.0) -> float:
+    """Pictures a second, of an action on `number` pictures, after one call that is not counted."""
+    action()
+    begin, calls = time.perf_counter(), 0
+    while (passed := time.perf_counter() - begin) < seconds:
+        action()
+        calls += 1
+    return number * calls / passed
+
+
+def parts(bundle: Path | None, batch_size: int = 32) -> dict[str, float]:
+    """Pictures a second of each part: the first two in one thread, the tokenizer on the device."""
+    rng = np.random.default_rng(0)
+    files = [photograph(rng) for _ in range(8)]
+    opened = [open_picture(file) for file in files]
+    cv = results.load_model(bundle)
+    side = cv.bundle.coglm_config.grid[0] * TOKEN_STRIDE
+    pixels = rng.integers(0, 256, (batch_size, side, side, 3), np.uint8)
+
+    def encode(params: Any, pixels: np.ndarray, config: HVQVAEConfig) -> np.ndarray:
+        ids = image_tokenizer.to_tokens(params, pixels, stride=TOKEN_STRIDE, config=config)
+        return np.asarray(ids)
+
+    ours = functools.partial(
+        encode, cv.bundle.params("tokenizer"), pixels, cv.bundle.tokenizer_config
+    )
+    published, large = HVQVAEConfig(), rng.integers(0, 256, (4, 160, 160, 3), np.uint8)
+    random = image_tokenizer.init_params(jax.random.key(0), published)
+    return {
+        "bytes_of_a_picture": float(np.mean([len(file) for file in files])),
+        "open": rate(lambda: [open_picture(file) for file in files], len(files)),
+        "fit": rate(lambda: [fit_picture(one, side, side) for one in opened], len(files)),
+        "encode": rate(ours, batch_size),
+        "encode_published": rate(functools.partial(encode, random, large, published), 4),
+    }
+
+
+def whole(folder: Path, number: int, bundle: Path | None, *more: str) -> dict[str, float]:
+    """The command on `number` pictures: seconds in all, and the peak of memory in MB, that of its
+    own processes together.
+    """
+    out = Path(tempfile.mkdtemp(dir=folder))
+    words = [sys.executable, "-m", "cogview2_jax.cli", "data", "prepare"]
+    words += [str(folder / "captions.jsonl"), "--count", str(number), "--out", str(out)]
+    words += ["--allow-unknown", "--shard-size", "200", *more]
+    words += ["--bundle", str(bundle)] if bundle else []
+    begin, peak = time.perf_counter(), 0.0
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None:
+        peak = max(peak, resident(process.pid))
+        time.sleep(0.2)
+    if process.returncode:
+        raise click.ClickException(f"`{' '.join(words[3:])}` failed")
+    return {"pictures": number, "seconds": time.perf_counter() - begin, "peak_mb": peak}
+
+
+def resident(pid: int) -> float:
+    """MB of a process and those below it, of memory that each has for itself or shares."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,rss"], capture_output=True, text=True).stdout
+    rows = [[int(word) for word in line.split()] for line in listed.splitlines()[1:]]
+    family, total = {pid}, 0
+    for child, parent, size in sorted(rows):
+        if child in family or parent in family:
+            family.add(child)
+            total += size
+    return total / 1024
+
+
+def plan(
+    measured: dict[str, float], encode: float, pairs: int, record: int, disk: float
+) -> list[dict[str, Any]]:
+    """Days and limits for `pairs`, of which a device encodes `encode` a second: a worker has one
+    CPU core that opens and fits meanwhile; all read from one store of `disk` bytes a second.
+    """
+    reading = 1 / (1 / measured["open"] + 1 / measured["fit"])
+    of_worker = min(reading, encode)
+    limit = disk / measured["bytes_of_a_picture"]
+    rows = []
+    for workers in WORKERS:
+        speed = min(workers * of_worker, limit)
+        bound = "store" if speed == limit else "encode" if of_worker < reading else "open and fit"
+        rows.append(
+            {
+                "encoded_a_second": round(encode, 1),
+                "workers": workers,
+                "pictures_a_second": round(speed, 1),
+                "days": round(pairs / speed / 86_400, 2),
+                "limit": bound,
+                "read_tb": round(pairs * measured["bytes_of_a_picture"] / 1e12, 2),
+                "records_gb": round(pairs * record / 1e9, 1),
+            }
+        )
+    return rows
+
+
+@click.command(help=__doc__)
+@click.option("--pictures", type=click.IntRange(8), default=2000, show_default=True)
+@click.option("--more", type=click.IntRange(8), default=20_000, help="For the bound on memory.")
+@click.option("--processes", type=click.IntRange(1), default=os.cpu_count(), show_default=True)
+@click.option("--pairs", type=click.IntRange(1), default=30_000_000, show_default=True)
+@click.option(
+    "--gpu-rate", type=click.FloatRange(1), help="Also plan with so many encoded a second."
+)
+@click.option("--disk", default=2e9, show_default=True, help="Bytes a second of the shared store.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def main(
+    pictures: int,
+    more: int,
+    processes: int,
+    pairs: int,
+    gpu_rate: float | None,
+    disk: float,
+    json_file: Path | None,
+    bundle: Path | None,
+) -> None:
+    begin = time.monotonic()
+    measured = parts(bundle)
+    config = results.load_model(bundle).bundle.coglm_config
+    record = 4 * RecordLayout.of(config, TOKEN_STRIDE).length
+    published = 4 * RecordLayout().length
+    planned = plan(measured, measured["encode"], pairs, record, disk)
+    planned += plan(measured, measured["encode_published"], pairs, published, disk)
+    if gpu_rate:
+        planned += plan(measured, gpu_rate, pairs, published, disk)
+    for name, value in measured.items():
+        click.echo(f"{name:22s}{value:12.1f}")
+    runs: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, rng = Path(temporary), np.random.default_rng(1)
+        for number in range(50):
+            (folder / f"{number}.jpg").write_bytes(photograph(rng))
+        lines = (f'{{"image": "{n % 50}.jpg", "caption": "a red circle"}}' for n in range(more))
+        (folder / "captions.jsonl").write_text("\n".join(lines))
+        ray = ("--engine", "ray", "--processes", str(processes))
+        # A few first: programs are compiled and kept.
+        whole(folder, 64, bundle)
+        for name, number, options in (
+            ("one process", pictures, ()),
+            (f"ray, {processes} processes", pictures, ray),
+            ("one process, more", more, ()),
+            (f"ray, {processes} processes, more", more, ray),
+        ):
+            runs[name] = whole(folder, number, bundle, *options)
+            rates = runs[name]["pictures"] / runs[name]["seconds"]
+            click.echo(f"{name:28s}{rates:8.1f} pictures/s{runs[name]['peak_mb']:9.0f} MB")
+    for row in planned:
+        click.echo("  ".join(f"{name} {value}" for name, value in row.items()))
+    if json_file:
+        figures = {"parts": measured, "runs": runs, "pairs": pairs, "disk": disk, "plan": planned}
+        results.write(json_file, figures, bundle, begin)
+
+
+if __name__ == "__main__":
+    main()
