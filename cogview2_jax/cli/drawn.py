@@ -11,7 +11,6 @@ import click
 
 from cogview2_jax.cli import cluster, common, pictures, sources
 from cogview2_jax.cli.data import say_report
-from cogview2_jax.data import defaults
 from cogview2_jax.pipeline import settings
 
 if TYPE_CHECKING:
@@ -32,18 +31,7 @@ Examples:
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of them."
 )
-@click.option("--split", default="train", show_default=True, help="Of scenes or a tfds data set.")
-@click.option("--count", type=click.IntRange(1), metavar="N", help="Only the first N inputs.")
-@click.option(
-    "--caption-field",
-    "caption_fields",
-    multiple=True,
-    metavar="NAME",
-    help="Field with the caption.",
-)
-@click.option(
-    "--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of tfds data sets."
-)
+@sources.choice_options
 @pictures.seed_option
 @pictures.stage_option
 @pictures.candidates_option
@@ -71,10 +59,6 @@ Examples:
 def draw_command(
     source: str,
     out: Path,
-    split: str,
-    count: int | None,
-    caption_fields: tuple[str, ...],
-    data_dir: Path | None,
     stage: str | None,
     style: str | None,
     dtype: str,
@@ -83,7 +67,7 @@ def draw_command(
     address: str | None,
     processes: int | None,
     gpus: float,
-    **how: Any,
+    **more: Any,
 ) -> None:
     """Draw a picture for each caption of SOURCE, as shards of PNG files that hold their prompt.
 
@@ -98,26 +82,20 @@ def draw_command(
     chosen = cluster.chosen(engine, address, processes, gpus)
     folder = common.check_model(bundle, style=style)
     stage = common.choose_stage(folder, stage)
-    open_source = functools.partial(_open, source, split, count, caption_fields, data_dir)
+    names = ("split", "count", "caption_fields", "data_dir")
+    open_source = functools.partial(_open, source, **{name: more.pop(name) for name in names})
     with common.refusing():
         inputs = open_source()
     common.check_writable(out)
-    call = functools.partial(
-        _draw, open_source, folder, dtype, out, stage=stage, style=style, **how
-    )
+    more |= {"stage": stage, "style": style}
+    call = functools.partial(_draw, open_source, folder, dtype, out, **more)
     name = click.format_filename(out.name)
     with common.refusing(), tqdm(total=len(inputs), desc=name, unit=" pictures") as bar:
         report = cluster.run(call, chosen, progress=bar.update)
     say_report(out, report)
 
 
-def _open(
-    source: str,
-    split: str,
-    count: int | None,
-    caption_fields: tuple[str, ...],
-    data_dir: Path | None,
-) -> Source:
+def _open(source: str, count: int | None, **chosen: Any) -> Source:
     from cogview2_jax.data.sources import First, PromptFile
 
     if source.endswith(".txt"):
@@ -126,19 +104,7 @@ def _open(
     kind = sources.kind_of(source)
     if kind == "a folder":
         raise ValueError(f"{source} is a folder: give a file with captions")
-    return sources.open_source(
-        source,
-        kind,
-        None,
-        pictures=False,
-        split=split,
-        count=count,
-        images=None,
-        image_field=defaults.IMAGE_FIELD,
-        caption_fields=caption_fields,
-        data_dir=data_dir,
-        download=False,
-    )
+    return sources.open_to_read(source, kind, pictures=False, count=count, **chosen)
 
 
 def _draw(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cogview2_jax.cli import common, sources
-from cogview2_jax.data import defaults
 
 if TYPE_CHECKING:
     from cogview2_jax.data.shards import Report
@@ -83,18 +82,7 @@ Examples:
     metavar="FILE.npz",
     help="Write mean and covariance of PICTURES' features, to compare others with.",
 )
-@click.option("--split", default="train", show_default=True, help="Of scenes or a tfds data set.")
-@click.option("--count", type=click.IntRange(1), metavar="N", help="Only the first N pictures.")
-@click.option(
-    "--caption-field",
-    "caption_fields",
-    multiple=True,
-    metavar="NAME",
-    help="Field with the caption.",
-)
-@click.option(
-    "--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of tfds data sets."
-)
+@sources.choice_options
 @sources.workers_option
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=32, show_default=True)
 @common.bundle_option
@@ -169,19 +157,8 @@ def _source(name: str, captions: bool, how: dict[str, Any]) -> Source:
     kind = sources.kind_of(name)
     if captions and kind == "a folder":
         raise ValueError(f"{name} is a folder: --caption-loss needs its captions file")
-    return sources.open_source(
-        name,
-        kind,
-        None,
-        pictures=not captions,
-        split=how["split"],
-        count=how["count"],
-        images=None,
-        image_field=defaults.IMAGE_FIELD,
-        caption_fields=how["caption_fields"],
-        data_dir=how["data_dir"],
-        download=False,
-    )
+    chosen = {name: how[name] for name in ("split", "count", "caption_fields", "data_dir")}
+    return sources.open_to_read(name, kind, pictures=not captions, **chosen)
 
 
 def _settings(how: dict[str, Any]) -> dict[str, Any]:

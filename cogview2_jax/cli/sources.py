@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +23,35 @@ workers_option = click.option(
     metavar="N",
     help="Threads that read and decode pictures.",
 )
+
+
+def choice_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which inputs of SOURCE are read, and which captions of theirs."""
+    choices = (
+        click.option(
+            "--split", default="train", show_default=True, help="Of scenes or a tfds data set."
+        ),
+        click.option(
+            "--count", type=click.IntRange(1), metavar="N", help="Only the first N inputs."
+        ),
+        click.option(
+            "--caption-field",
+            "caption_fields",
+            multiple=True,
+            metavar="NAME",
+            help="Field with the caption.",
+        ),
+        click.option(
+            "--data-dir",
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Folder of tfds data sets.",
+        ),
+    )
+    for choice in reversed(choices):
+        command = choice(command)
+    return command
+
 
 # The options that each kind of source reads.
 TOKEN_FILE = "a token file"
@@ -45,6 +75,12 @@ def kind_of(source: str) -> str:
     if source == "scenes":
         return "scenes"
     return "a folder" if path.is_dir() else "a tfds data set"
+
+
+def open_to_read(source: str, kind: str, **chosen: Any) -> Source:
+    """As `open_source`, of what is only read: no tokens, nothing elsewhere, nothing downloaded."""
+    chosen |= {"images": None, "image_field": defaults.IMAGE_FIELD, "download": False}
+    return open_source(source, kind, None, **chosen)
 
 
 def open_source(

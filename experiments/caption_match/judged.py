@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,3 +85,24 @@ def _apart(rows: np.ndarray) -> float:
 def standard_error(values: np.ndarray) -> float:
     """Of the mean of independent values [n]."""
     return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def judged_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of experiments whose points are judged: how much, and where it is written."""
+    file = click.Path(dir_okay=False, path_type=Path)
+    folder = click.Path(exists=True, file_okay=False, path_type=Path)
+    at_least_two = click.IntRange(2)
+    options = (
+        click.option("--num-prompts", type=at_least_two, default=100, show_default=True),
+        click.option("--num-images", type=at_least_two, default=4, show_default=True),
+        click.option(
+            "--real", type=at_least_two, default=2000, show_default=True, help="Real scenes."
+        ),
+        click.option("--seed", default=0, show_default=True, help="Of prompts and pictures."),
+        click.option("--json", "json_file", type=file),
+        click.option("--plot", "plot_file", type=file),
+        click.option("--bundle", type=folder),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

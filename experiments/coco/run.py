@@ -43,20 +43,14 @@ def open_captions(
 ) -> Source:
     """The pictures and captions that SOURCE names."""
     kind = sources.kind_of(source)
-    scenes = kind == "scenes"
-    return sources.open_source(
+    return sources.open_to_read(
         source,
         kind,
-        None,
         pictures=False,
         split=split,
-        count=10**6 if scenes else None,
-        images=None,
-        image_field="image",
-        caption_fields=fields
-        or (() if scenes or kind != "a tfds data set" else ("captions/text",)),
+        count=10**6 if kind == "scenes" else None,
+        caption_fields=fields or (("captions/text",) if kind == "a tfds data set" else ()),
         data_dir=data_dir,
-        download=False,
     )
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cogview2_jax.pipeline.cogview import CogView
 from experiments import results
-from experiments.caption_match.judged import Judged
+from experiments.caption_match.judged import Judged, judged_options
 from experiments.caption_match.scoring import make_prompts
 from experiments.sampling import points, selection
 from experiments.sampling.points import Drawer, Point
@@ -138,15 +138,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     default=_USUAL,
     show_default=True,
 )
-@click.option("--num-prompts", type=click.IntRange(2), default=100, show_default=True)
-@click.option("--num-images", type=click.IntRange(2), default=4, show_default=True)
-@click.option(
-    "--real", type=click.IntRange(2), default=2000, show_default=True, help="Real scenes."
-)
-@click.option("--seed", default=0, show_default=True, help="Of the prompts and the pictures.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@judged_options
 def main(
     parts: tuple[str, ...],
     json_file: Path | None,
