@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cogview2_jax.data import defaults
 from cogview2_jax.data.sources.inputs import Input, Refused, caption_sets
 from cogview2_jax.errors import first_line
@@ -132,7 +134,7 @@ def _is(feature: Any, name: str) -> bool:
 def _is_text(feature: Any) -> bool:
     """Text, or a single string: that of coco_captions is declared as a NumPy string."""
     return _is(feature, "Text") or (
-        _is(feature, "Tensor") and feature.shape == () and feature.np_dtype.kind == "O"
+        _is(feature, "Tensor") and feature.shape == () and np.dtype(feature.np_dtype).kind in "OUS"
     )
 
 
