@@ -25,7 +25,9 @@ from experiments.fine_tune.run import close_up
 SPLITS = ("train", "val", "test", "restval")
 
 
-class CocoCaptions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class CocoCaptions(  # type: ignore[call-arg]  # tfds ships no types
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
     """Named, split and structured as tfds' own."""
 
     VERSION = tfds.core.Version("1.1.0")
