@@ -145,6 +145,7 @@ def test_caption(run, world, tiny_folder, data):
 
 @examples(30)
 @given(data=st.data())
+@pytest.mark.long
 def test_infill(run, world, tiny_folder, data):
     edges = st.sampled_from(["0", "0.5", "1", "0.01", "0.99"])
     box = data.draw(
@@ -333,6 +334,7 @@ OWN = {
 
 @examples(15)
 @given(data=st.data())
+@pytest.mark.long
 def test_train(run, world, tiny_folder, trainable, data):
     name = data.draw(st.sampled_from(sorted(OWN)))
     known = EVERYWHERE | {option: NUMBERS for option in OWN[name]}

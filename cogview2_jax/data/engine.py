@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from cogview2_jax.data import shards
 from cogview2_jax.data.shards import Progress, Report, Work
 
 ATTEMPTS = 3  # for each shard
+STARTED_IN = 3600  # seconds until the first shard must be done: a cluster may lack room for any
 # Of its processes: not all of a device's memory for the first one.
 _ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
@@ -85,6 +87,8 @@ class _Connected:
         import ray
 
         local = self._cluster.address is None
+        if local and " " in sys.executable:
+            raise ValueError(f"Ray starts no process of {sys.executable}: its path has a space")
         how: dict[str, Any] = {"include_dashboard": False} if local else {}
         if local and self._cluster.processes and not self._cluster.gpus:
             how["num_cpus"] = self._cluster.processes
@@ -143,12 +147,15 @@ def _write_all(
     spare: list[Any] = []
     running: dict[Any, tuple[Any, int]] = {}
     ended: dict[int, str] = {}
-    shared = ray.put(call)
+    shared, begun = ray.put(call), False
     while todo or running:
         while todo and len(running) < pool.processes:
             process, shard = spare.pop() if spare else pool.process(shared), todo.popleft()
             running[process.write.remote(shard)] = process, shard
-        (done,), _ = ray.wait(list(running), num_returns=1)
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=None if begun else STARTED_IN)
+        if not ready:
+            raise OSError(f"no process of the cluster began within {STARTED_IN} seconds")
+        begun, (done,) = True, ready
         process, shard = running.pop(done)
         try:
             ray.get(done)

@@ -142,6 +142,7 @@ def test_runs_share_the_lines(tiny_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.long
 def test_several_devices_draw_what_one_draws(tiny_folder, tmp_path):
     command = ["-m", "cogview2_jax.cli", "generate", TEXT, "--bundle", tiny_folder]
     command += ["--num-images", 3, "--candidates", 2, "--out"]

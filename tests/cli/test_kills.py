@@ -202,6 +202,7 @@ def test_sigkill_of_one_process_ends_the_other(start, whole, tmp_path):
     assert_equal(out, whole(2))
 
 
+@pytest.mark.long
 def test_an_error_of_one_process_ends_the_other(start, tmp_path):
     """Only the first process writes metrics, and here it cannot."""
     out = tmp_path / "run"

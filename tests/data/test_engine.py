@@ -17,7 +17,7 @@ from tests.data.engine_work import SHARD_SIZE, prepare_troubled
 from tests.processes import ROOT
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+pytestmark = [pytest.mark.long, pytest.mark.multiprocess]
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,7 @@ def test_the_published_description_is_that_of_a_converted_model():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_way_with_small_networks(tmp_path):
     file = tmp_path / "results.json"
     arguments = "--small", "--dtype", "int8", "--batch", 2, "--repeats", 1

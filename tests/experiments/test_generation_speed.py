@@ -115,6 +115,7 @@ def check_record(record, with_torch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_without_torch(tmp_path, capsys):
     files = tmp_path / "found.json", tmp_path / "plot.png"
     given = ["--small", "--no-torch", "--repeats", "1", "--json", files[0], "--plot", files[1]]

@@ -58,6 +58,7 @@ def test_a_step_waits_for_the_slowest_or_for_all():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_real_step_says_what_was_predicted_and_measured(tmp_path):
     options = ["--layers", 2, "--hidden", 64, "--batch-size", 2, "--steps", 2]
     file = tmp_path / "real.json"

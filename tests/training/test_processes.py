@@ -110,6 +110,7 @@ def test_two_processes_follow_one_device(mesh, resumed_on, train, state_in, alon
     assert_same(state_in(one), state_in(folder))
 
 
+@pytest.mark.long
 def test_two_processes_go_on_from_one(train, state_in, alone, tmp_path):
     """Also along "tensor", where two processes share each sample."""
     folder, expected = alone
