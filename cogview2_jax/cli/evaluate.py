@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview2_jax.cli import common, sources
+from cogview2_jax.cli import cluster, common, sources
 
 if TYPE_CHECKING:
+    from cogview2_jax.data.engine import Cluster
     from cogview2_jax.data.shards import Report
     from cogview2_jax.data.sources import Source
+    from cogview2_jax.evaluation.features import Encoder
 
 REPORT = "evaluation.json"
 
@@ -85,6 +87,7 @@ Examples:
 @sources.choice_options
 @sources.workers_option
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=32, show_default=True)
+@cluster.options
 @common.bundle_option
 def evaluate_command(
     pictures: str,
@@ -94,6 +97,10 @@ def evaluate_command(
     caption_loss: bool,
     save_statistics: Path | None,
     bundle: Path | None,
+    engine: str | None,
+    address: str | None,
+    processes: int | None,
+    gpus: float,
     **how: Any,
 ) -> int:
     """How good PICTURES are: FID, KID, precision and recall against REFERENCE, Inception Score,
@@ -104,25 +111,34 @@ def evaluate_command(
     that cannot be read are left out and listed: the exit code is then 1.
     """
     _check(inception, reference, caption_loss, save_statistics)
+    where = cluster.chosen(engine, address, processes, gpus)
     common.check_writable(out)
     is_file = reference is not None and reference.endswith(".npz")
-    chosen = [name for name in (pictures, None if is_file else reference) if name]
+    chosen = {"pictures": pictures}
+    if reference and not is_file:
+        chosen["reference"] = reference
     with common.refusing():
-        opened = [_source(name, caption_loss and name == pictures, how) for name in chosen]
+        sizes = {
+            name: len(_source(one, caption_loss and name == "pictures", how))
+            for name, one in chosen.items()
+        }
         if is_file:
             from cogview2_jax.evaluation.distances import load_statistics
 
             load_statistics(Path(str(reference)))
-    common.use_compilation_cache()
-    names = ("pictures", "reference")
     reports: list[Report] = []
     if inception is not None:
-        write = _features(inception, how)
-        for name, source in zip(names, opened, strict=False):
-            reports.append(_written(name, source, out / name, write, how["workers"]))
+        if where is None:
+            _encoder(inception, how["resize"])  # what is wrong with the file is said first
+        for name, one in chosen.items():
+            read = functools.partial(_source, one, caption_loss and name == "pictures", how)
+            call = functools.partial(_features, read, out / name, inception, how)
+            reports.append(_written(name, sizes[name], call, where))
     if caption_loss:
+        read = functools.partial(_source, pictures, True, how)
         folder = common.check_model(bundle)
-        reports.append(_losses(folder, opened[0], out / "captions", how["workers"]))
+        call = functools.partial(_losses, read, out / "captions", folder, how["workers"])
+        reports.append(_written("captions", sizes["pictures"], call, where))
     if not all(report.complete for report in reports):
         click.echo("another run is working on the rest: run the same command again for the report")
         return 0
@@ -170,36 +186,49 @@ def _settings(how: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _features(inception: Path, how: dict[str, Any]) -> Callable[..., Report]:
-    """The function that writes the features of a source to a folder."""
+@functools.cache
+def _encoder(inception: Path, resize: Any) -> Encoder:
+    """One for all sources of a process."""
     from cogview2_jax.evaluation import features
 
+    common.use_compilation_cache()
     with common.refusing():
-        encoder = features.inception_encoder(inception, how["resize"])
-    return functools.partial(
-        features.write_features,
-        encoder=encoder,
+        return features.inception_encoder(inception, resize)
+
+
+def _features(
+    read: Callable[[], Source], out: Path, inception: Path, how: dict[str, Any], **work: Any
+) -> Report:
+    """The features of what `read` opens, written by whichever process this is."""
+    from cogview2_jax.evaluation import features
+
+    return features.write_features(
+        read(),
+        out,
+        _encoder(inception, how["resize"]),
         size=how["size"],
         blurs=tuple(dict.fromkeys(how["blurs"])),
         batch_size=how["batch_size"],
+        workers=how["workers"],
+        **work,
     )
 
 
-def _losses(folder: Path, source: Source, out: Path, workers: int) -> Report:
+def _losses(
+    read: Callable[[], Source], out: Path, folder: Path, workers: int, **work: Any
+) -> Report:
+    """The caption losses of what `read` opens, written by whichever process this is."""
     from cogview2_jax.evaluation import captions
 
     cv, _ = common.load(folder, ("tokenizer", "coglm"))
-    write = functools.partial(captions.write_caption_losses, cv=cv)
-    return _written("captions", source, out, write, workers)
+    return captions.write_caption_losses(read(), out, cv, workers=workers, **work)
 
 
-def _written(
-    name: str, source: Source, out: Path, write: Callable[..., Report], workers: int
-) -> Report:
+def _written(name: str, number: int, call: Callable[..., Report], where: Cluster | None) -> Report:
     from tqdm import tqdm
 
-    with common.refusing(), tqdm(total=len(source), desc=name, unit=" pictures") as bar:
-        return write(source, out, workers=workers, progress=bar.update)
+    with common.refusing(), tqdm(total=number, desc=name, unit=" pictures") as bar:
+        return cluster.run(call, where, progress=bar.update)
 
 
 def _measures(

@@ -10,6 +10,7 @@ of the queue, at most `ATTEMPTS` times; the others are done first.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cogview2_jax.data import shards
+from cogview2_jax.data.manifest import Manifest
 from cogview2_jax.data.shards import Progress, Report, Work
 
 ATTEMPTS = 3  # for each shard
@@ -46,30 +48,44 @@ def on_cluster(
     """`call`, with its shards written by the processes of a cluster.
 
     `call` takes `run` and `progress`, as `prepare.prepare_tokens` does with all else given, and can
-    be pickled: each process calls it to open the data and the model there. Raises as `call`;
-    ValueError if no cluster is at the address, and OSError, in one line, for shards whose processes
-    die again and again: the same call then continues.
+    be pickled: each process calls it to open the data and the model there, and the process that
+    this function runs in opens neither. Raises as `call`; ValueError if no cluster is at the
+    address, and OSError, in one line, for shards whose processes die again and again: the same call
+    then continues.
     """
-
-    def drive(work: Work, folder: Path, workers: int, progress: Progress) -> Report:
-        missing = shards.begin(work, folder, progress)
-        if missing:
-            with _Connected(cluster) as pool:
-                _write_all(pool, call, work, missing, progress)
-        return shards.summarise(work, folder)
-
-    return call(run=drive, progress=progress)
+    with _Connected(cluster) as pool:
+        return _Queue(pool, call, progress).work_off()
 
 
 class _Writer:
     """A process of the cluster: it has the data and the model, and writes shards."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._run: tuple[Work, Path, int] = call(run=_taken)
+    def __init__(self, call: Callable[..., Any], folder: str) -> None:
+        self._call, self._folder = call, folder
+
+    @functools.cached_property
+    def _run(self) -> tuple[Work, Path, int]:
+        try:
+            os.chdir(self._folder)  # paths mean the same
+        except OSError as error:
+            raise ValueError(
+                f"{socket.gethostname()} cannot enter {self._folder} ({error.strerror}): start the"
+                " command in a folder that all machines of the cluster see"
+            ) from error
+        taken: tuple[Work, Path, int] = self._call(run=_taken)
+        return taken
+
+    def begin(self) -> tuple[Manifest, list[int]]:
+        work, folder, _ = self._run
+        return work.manifest, shards.begin(work, folder, lambda inputs: None)
 
     def write(self, shard: int) -> None:
         work, folder, workers = self._run
         shards.write_some(work, folder, [shard], workers, lambda inputs: None)
+
+    def summarise(self) -> Report:
+        work, folder, _ = self._run
+        return shards.summarise(work, folder)
 
 
 def _taken(work: Work, folder: Path, workers: int, progress: Progress) -> Any:
@@ -121,7 +137,7 @@ class _Connected:
 
     def process(self, call: Any) -> Any:
         """A new process."""
-        return self._writer.remote(call)
+        return self._writer.remote(call, os.getcwd())
 
     def __exit__(self, *error: object) -> None:
         import ray
@@ -136,46 +152,97 @@ def _require_reachable(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _write_all(
-    pool: _Connected, call: Callable[..., Any], work: Work, missing: list[int], progress: Progress
-) -> None:
-    """Every missing shard, one at a time in each process."""
-    import ray
-    from ray.exceptions import RayActorError, RayError, RayTaskError
+class _Queue:
+    """The shards that are to be written, one at a time in each process of a cluster."""
 
-    todo, attempts = deque(missing), Counter[int]()
-    spare: list[Any] = []
-    running: dict[Any, tuple[Any, int]] = {}
-    ended: dict[int, str] = {}
-    shared, begun = ray.put(call), False
-    while todo or running:
-        while todo and len(running) < pool.processes:
-            process, shard = spare.pop() if spare else pool.process(shared), todo.popleft()
-            running[process.write.remote(shard)] = process, shard
-        ready, _ = ray.wait(list(running), num_returns=1, timeout=None if begun else STARTED_IN)
-        if not ready:
-            raise OSError(f"no process of the cluster began within {STARTED_IN} seconds")
-        begun, (done,) = True, ready
-        process, shard = running.pop(done)
-        try:
-            ray.get(done)
-        except RayError as error:
-            cause = error.cause if isinstance(error, RayTaskError) else error
-            if not isinstance(cause, (RayActorError, MemoryError)):
-                raise cause if isinstance(cause, (OSError, ValueError)) else error from None
-            ray.kill(process)
-            attempts[shard] += 1
-            if attempts[shard] < ATTEMPTS:
-                todo.append(shard)
+    def __init__(self, pool: _Connected, call: Callable[..., Any], progress: Progress) -> None:
+        import ray
+
+        self._pool, self._call, self._progress = pool, ray.put(call), progress
+        self._spare: list[Any] = []  # processes without work
+
+    def work_off(self) -> Report:
+        """Begins or continues the folder, writes what it lacks, and counts."""
+        manifest, missing = self._ask("begin", STARTED_IN)
+        sizes = [len(manifest.inputs(shard)) for shard in range(manifest.num_shards)]
+        self._progress(sum(sizes) - sum(sizes[shard] for shard in missing))
+        ended = self._write(deque(missing), sizes)
+        report: Report = self._ask("summarise")
+        if ended:
+            shard, why = next(iter(ended.items()))
+            inputs = manifest.inputs(shard)
+            raise OSError(
+                f"{len(ended)} shards ended their process {ATTEMPTS} times, first that of inputs"
+                f" {inputs.start} to {inputs.stop - 1} ({why}): the others are done"
+            )
+        return report
+
+    def _ask(self, what: str, seconds: float | None = None) -> Any:
+        """What a process answers; one that dies is replaced, `ATTEMPTS` times in all."""
+        import ray
+
+        for attempt in range(1, ATTEMPTS + 1):
+            process = self._process()
+            answer = getattr(process, what).remote()
+            if not ray.wait([answer], timeout=seconds)[0]:
+                raise OSError(f"no process of the cluster began within {seconds} seconds")
+            try:
+                found = ray.get(answer)
+            except ray.exceptions.RayError as error:
+                died = _death(error)
+                ray.kill(process)
+                if attempt == ATTEMPTS:
+                    raise OSError(
+                        f"{ATTEMPTS} processes of the cluster ended while they opened the data and"
+                        f" the model ({died})"
+                    ) from None
             else:
-                ended[shard] = type(cause).__name__
-        else:
-            spare.append(process)
-            progress(len(work.manifest.inputs(shard)))
-    if ended:
-        shard, why = next(iter(ended.items()))
-        inputs = work.manifest.inputs(shard)
-        raise OSError(
-            f"{len(ended)} shards ended their process {ATTEMPTS} times, first that of inputs"
-            f" {inputs.start} to {inputs.stop - 1} ({why}): the others are done"
-        )
+                self._spare.append(process)
+                return found
+        raise AssertionError  # the loop returns or raises
+
+    def _write(self, todo: deque[int], sizes: list[int]) -> dict[int, str]:
+        """Writes shards of these numbers of inputs. Those that ended their process again and again,
+        and how.
+        """
+        import ray
+
+        attempts = Counter[int]()
+        running: dict[Any, tuple[Any, int]] = {}
+        ended: dict[int, str] = {}
+        while todo or running:
+            while todo and len(running) < self._pool.processes:
+                process, shard = self._process(), todo.popleft()
+                running[process.write.remote(shard)] = process, shard
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            process, shard = running.pop(done)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayError as error:
+                died = _death(error)
+                ray.kill(process)
+                attempts[shard] += 1
+                if attempts[shard] < ATTEMPTS:
+                    todo.append(shard)
+                else:
+                    ended[shard] = died
+            else:
+                self._spare.append(process)
+                self._progress(sizes[shard])
+        return ended
+
+    def _process(self) -> Any:
+        return self._spare.pop() if self._spare else self._pool.process(self._call)
+
+
+def _death(error: Exception) -> str:
+    """How the process of a failed call died. Raises the error of the work, if it was that."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    if not isinstance(error, RayTaskError):
+        if isinstance(error, RayActorError):
+            return type(error).__name__
+        raise error
+    if isinstance(error.cause, MemoryError):
+        return type(error.cause).__name__
+    raise error.cause from error

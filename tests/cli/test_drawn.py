@@ -70,7 +70,6 @@ def test_what_cannot_be_drawn_is_one_line(run, tiny_folder, prompts, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.long
 def test_a_cluster_draws_the_same(run, tiny_folder, prompts, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

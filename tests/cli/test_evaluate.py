@@ -1,17 +1,23 @@
 """`cogview2 evaluate`: the whole way from pictures to a table, and mistakes in one line."""
 
+import functools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from cogview2_jax.data.engine import Cluster, on_cluster
+from cogview2_jax.data.prepare import prepare_pictures
+from cogview2_jax.data.sources import PictureFolder
 from cogview2_jax.evaluation import distances, features, report
 from tests.data.conftest import CHINESE, SENTENCE, picture
 from tests.evaluation.conftest import write_pictures
 from tests.evaluation.feature_run import ENCODER
 from tests.evaluation.inception_weights import published
+from tests.processes import ROOT
 
 
 @pytest.fixture
@@ -71,6 +77,30 @@ def test_the_caption_loss_of_a_captions_file(run, tiny_folder, tmp_path):
     assert code == 0 and out.startswith("caption loss\t"), err
     code, _, err = run("evaluate", tmp_path, *options)
     assert code == 2 and "is a folder: --caption-loss needs its captions file" in err
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_cluster_measures_the_same(run, tiny_folder, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(picture(number))
+    lines = [{"image": f"{number}.jpg", "caption": SENTENCE} for number in range(3)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.chdir(tmp_path)  # relative paths mean the same in the cluster's processes
+    options = "--caption-loss", "--bundle", tiny_folder, "--out"
+    here = run("evaluate", "captions.jsonl", *options, "here")
+    there = run(
+        "evaluate", "captions.jsonl", *options, "there", "--engine", "ray", "--processes", 2
+    )
+    assert here[0] == there[0] == 0, there[2]
+    assert here[1] == there[1]
+    with pytest.raises(ValueError, match="was begun with"):
+        # What a process of the cluster finds wrong is raised here as it is.
+        call = functools.partial(prepare_pictures, PictureFolder(tmp_path), Path("there/captions"))
+        on_cluster(call, Cluster(processes=1))
 
 
 MISTAKES = {

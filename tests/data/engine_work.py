@@ -29,9 +29,7 @@ class Troubled:
     def __getitem__(self, index: int) -> Input:
         time.sleep(0.01)  # long enough to be killed in between
         if index == self._deadly:
-            with (self._marks / "deaths").open("a") as file:
-                file.write("one\n")
-            os._exit(1)
+            _die(self._marks)
         if index == self._hungry and not (self._marks / "fed").exists():
             (self._marks / "fed").touch()
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -40,9 +38,17 @@ class Troubled:
         return self._pictures[index]
 
 
+def _die(marks: Path) -> None:
+    with (marks / "deaths").open("a") as file:
+        file.write("one\n")
+    os._exit(1)
+
+
 def prepare_troubled(
     folder, out, marks, trouble, *, run=write_shards, progress=lambda inputs: None
 ):
+    if trouble == "at the door":
+        _die(marks)
     source = Troubled(folder, marks, **trouble)
     how = {"shard_size": SHARD_SIZE, "workers": 2, "run": run, "progress": progress}
     return prepare.prepare_pictures(source, out, **how)

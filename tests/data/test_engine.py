@@ -17,7 +17,7 @@ from tests.data.engine_work import SHARD_SIZE, prepare_troubled
 from tests.processes import ROOT
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.long, pytest.mark.multiprocess]
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +97,7 @@ def test_what_is_wrong_with_the_work_or_the_cluster_is_said(pictures, tmp_path):
         on_cluster(call, Cluster("127.0.0.1:1"))
     with pytest.raises(ValueError, match="has 0 GPUs: each process needs 0.5"):
         on_cluster(call, Cluster(gpus=0.5))
+    call = functools.partial(call.func, *call.args[:3], "at the door")
+    with pytest.raises(OSError, match=f"{ATTEMPTS} processes of the cluster ended while"):
+        on_cluster(call, Cluster(processes=1))
+    assert len((tmp_path / "deaths").read_text().splitlines()) == ATTEMPTS
