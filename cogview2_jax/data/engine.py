@@ -243,6 +243,6 @@ def _death(error: Exception) -> str:
         if isinstance(error, RayActorError):
             return type(error).__name__
         raise error
-    if isinstance(error.cause, MemoryError):
-        return type(error.cause).__name__
+    if isinstance(error.cause, MemoryError) or "RESOURCE_EXHAUSTED" in str(error.cause):  # jax's
+        return "out of memory"
     raise error.cause from error

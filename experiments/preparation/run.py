@@ -3,10 +3,15 @@
 \b
     python -m experiments.preparation.run --json experiments/preparation/results.json
 
-Measured here: opening a JPEG, fitting it to the model's size, encoding it with the image tokenizer,
-each by itself; then the whole command, in one process and by the processes of a Ray cluster of this
-machine, with the peak of their memory. Predicted from the parts: days and bytes for --pairs
-on 8 to 512 workers, and what limits them.
+Clusters are Ray's, of this machine. The parts:
+
+\b
+    rates   opening a JPEG, fitting it to the model's size and encoding it, each by itself; from
+            them days and bytes for --pairs on 8 to 512 workers, and what limits them
+    whole   `data prepare` in one process and by a cluster, with the peak of their memory
+    kills   --inputs, 3 % of them damaged: a process of the cluster is killed, one runs out of
+            memory, and the files are compared with those of one process
+    draw    --prompts drawn by one process and by three, one of which is killed
 """
 
 from __future__ import annotations
@@ -14,11 +19,9 @@ from __future__ import annotations
 import functools
 import io
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,11 @@ from cogview2_jax.data.records import RecordLayout
 from cogview2_jax.tokenizer import image as image_tokenizer
 from cogview2_jax.tokenizer.pictures import fit_picture, open_picture
 from experiments import results
+from experiments.preparation import trials
 
 SIZE = (640, 480)  # of the JPEG files: that of MS-COCO
 WORKERS = (8, 32, 128, 512)
-ROOT = Path(__file__).parents[2]
+PARTS = ("rates", "whole", "kills", "draw")
 
 
 def photograph(rng: np.random.Generator) -> bytes:
@@ -93,37 +97,29 @@ def parts(bundle: Path | None, batch_size: int = 32) -> dict[str, float]:
     }
 
 
-def whole(folder: Path, number: int, bundle: Path | None, *more: str) -> dict[str, float]:
-    """The command on `number` pictures: seconds in all, and the peak of memory in MB, that of its
-    own processes together.
-    """
-    out = Path(tempfile.mkdtemp(dir=folder))
-    words = [sys.executable, "-m", "cogview2_jax.cli", "data", "prepare"]
-    words += [str(folder / "captions.jsonl"), "--count", str(number), "--out", str(out)]
-    words += ["--allow-unknown", "--shard-size", "200", *more]
-    words += ["--bundle", str(bundle)] if bundle else []
-    begin, peak = time.perf_counter(), 0.0
-    process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None:
-        peak = max(peak, resident(process.pid))
-        time.sleep(0.2)
-    if process.returncode:
-        raise click.ClickException(f"`{' '.join(words[3:])}` failed")
-    return {"pictures": number, "seconds": time.perf_counter() - begin, "peak_mb": peak}
-
-
-def resident(pid: int) -> float:
-    """MB of a process and those below it, of memory that each has for itself or shares."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,rss"], capture_output=True, text=True).stdout
-    rows = [[int(word) for word in line.split()] for line in listed.splitlines()[1:]]
-    family, total = {pid}, 0
-    for child, parent, size in sorted(rows):
-        if child in family or parent in family:
-            family.add(child)
-            total += size
-    return total / 1024
+def whole(
+    folder: Path, pictures: int, more: int, processes: int, options: Sequence[Any]
+) -> dict[str, dict[str, float]]:
+    """`data prepare` in one process and by a cluster, of `pictures` and of `more`."""
+    rng = np.random.default_rng(1)
+    for number in range(50):
+        (folder / f"{number}.jpg").write_bytes(photograph(rng))
+    lines = (f'{{"image": "{n % 50}.jpg", "caption": "a red circle"}}' for n in range(more))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    words = ["data", "prepare", folder / "captions.jsonl", "--allow-unknown", *options]
+    words += ["--shard-size", 200]
+    ray = ("--engine", "ray", "--processes", processes)
+    # A few first: programs are compiled and kept.
+    trials.command(*words, "--count", 64, "--out", folder / "first")
+    found = {}
+    for number in (pictures, more):
+        for name, how in (("one process", ()), (f"ray, {processes} processes", ray)):
+            out = folder / f"{name}{number}"
+            seen = trials.command(*words, "--count", number, "--out", out, *how)
+            rate = round(number / seen["seconds"], 1)
+            found[f"{name}, {number}"] = {"pictures": number, "pictures_a_second": rate} | seen
+            click.echo(f"{name:24s}{number:7d}{rate:8.1f} pictures/s{seen['peak_mb']:9.0f} MB")
+    return found
 
 
 def plan(
@@ -153,10 +149,35 @@ def plan(
     return rows
 
 
+def planned(
+    measured: dict[str, float], bundle: Path | None, pairs: int, disk: float, gpu_rate: float | None
+) -> list[dict[str, Any]]:
+    """`plan` with the model's tokenizer and records, with the published ones, and with those at
+    `gpu_rate`.
+    """
+    config = results.load_model(bundle).bundle.coglm_config
+    record = 4 * RecordLayout.of(config, TOKEN_STRIDE).length
+    published = 4 * RecordLayout().length
+    rows = plan(measured, measured["encode"], pairs, record, disk)
+    rows += plan(measured, measured["encode_published"], pairs, published, disk)
+    if gpu_rate:
+        rows += plan(measured, gpu_rate, pairs, published, disk)
+    return rows
+
+
 @click.command(help=__doc__)
+@click.option("--part", "chosen", type=click.Choice(PARTS), multiple=True, default=PARTS)
 @click.option("--pictures", type=click.IntRange(8), default=2000, show_default=True)
 @click.option("--more", type=click.IntRange(8), default=20_000, help="For the bound on memory.")
 @click.option("--processes", type=click.IntRange(1), default=os.cpu_count(), show_default=True)
+@click.option("--inputs", type=click.IntRange(600), default=20_000, show_default=True)
+@click.option(
+    "--illustrations",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of `cogview2 data gather illustrations`, for the part kills.",
+)
+@click.option("--prompts", type=click.IntRange(64), default=500, show_default=True)
+@click.option("--stage", type=click.Choice(["base", "direct", "full"]), default="full")
 @click.option("--pairs", type=click.IntRange(1), default=30_000_000, show_default=True)
 @click.option(
     "--gpu-rate", type=click.FloatRange(1), help="Also plan with so many encoded a second."
@@ -165,9 +186,14 @@ def plan(
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(
+    chosen: tuple[str, ...],
     pictures: int,
     more: int,
     processes: int,
+    inputs: int,
+    illustrations: Path | None,
+    prompts: int,
+    stage: str,
     pairs: int,
     gpu_rate: float | None,
     disk: float,
@@ -175,40 +201,28 @@ def main(
     bundle: Path | None,
 ) -> None:
     begin = time.monotonic()
-    measured = parts(bundle)
-    config = results.load_model(bundle).bundle.coglm_config
-    record = 4 * RecordLayout.of(config, TOKEN_STRIDE).length
-    published = 4 * RecordLayout().length
-    planned = plan(measured, measured["encode"], pairs, record, disk)
-    planned += plan(measured, measured["encode_published"], pairs, published, disk)
-    if gpu_rate:
-        planned += plan(measured, gpu_rate, pairs, published, disk)
-    for name, value in measured.items():
-        click.echo(f"{name:22s}{value:12.1f}")
-    runs: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, rng = Path(temporary), np.random.default_rng(1)
-        for number in range(50):
-            (folder / f"{number}.jpg").write_bytes(photograph(rng))
-        lines = (f'{{"image": "{n % 50}.jpg", "caption": "a red circle"}}' for n in range(more))
-        (folder / "captions.jsonl").write_text("\n".join(lines))
-        ray = ("--engine", "ray", "--processes", str(processes))
-        # A few first: programs are compiled and kept.
-        whole(folder, 64, bundle)
-        for name, number, options in (
-            ("one process", pictures, ()),
-            (f"ray, {processes} processes", pictures, ray),
-            ("one process, more", more, ()),
-            (f"ray, {processes} processes, more", more, ray),
-        ):
-            runs[name] = whole(folder, number, bundle, *options)
-            rates = runs[name]["pictures"] / runs[name]["seconds"]
-            click.echo(f"{name:28s}{rates:8.1f} pictures/s{runs[name]['peak_mb']:9.0f} MB")
-    for row in planned:
-        click.echo("  ".join(f"{name} {value}" for name, value in row.items()))
-    if json_file:
-        figures = {"parts": measured, "runs": runs, "pairs": pairs, "disk": disk, "plan": planned}
-        results.write(json_file, figures, bundle, begin)
+    options = ["--bundle", bundle.absolute()] if bundle else []
+    done = results.parts_before(json_file, {})
+    for part in chosen:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            if part == "rates":
+                measured = parts(bundle)
+                rows = planned(measured, bundle, pairs, disk, gpu_rate)
+                done[part] = {"measured": measured, "pairs": pairs, "disk": disk, "plan": rows}
+                for row in [measured, *rows]:
+                    click.echo("  ".join(f"{name} {value}" for name, value in row.items()))
+            elif part == "whole":
+                done[part] = whole(folder, pictures, more, processes, options)
+            else:
+                if part == "kills":
+                    found = trials.killed_and_starved(folder, inputs, illustrations, *options)
+                else:
+                    found = trials.drawn_with_a_kill(folder, prompts, stage, *options)
+                done[part] = found
+                click.echo(f"{part}  " + "  ".join(f"{name} {found[name]}" for name in found))
+        if json_file:
+            results.write(json_file, {"parts": done}, bundle, begin)
 
 
 if __name__ == "__main__":
