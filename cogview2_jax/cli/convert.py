@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
-from cogview2_jax.cli import common
+from cogview2_jax.cli import bars, common
 
 NETWORKS = ("tokenizer", "coglm", "direct", "iterative")
 
@@ -81,14 +80,13 @@ def convert_command(
     at DST.
     """
     common.check_writable(target.absolute().parent)
-    from tqdm import tqdm
 
     from cogview2_jax.published import convert
 
     given = {"tokenizer": image_tokenizer, "text": text_model, "labels": cluster_labels}
     elsewhere = {name: file for name, file in given.items() if file is not None}
     chosen = tuple(name for name in NETWORKS if name in networks) if networks else NETWORKS
-    bar = tqdm(unit="B", unit_scale=True, desc="converting", disable=None, file=sys.stderr)
+    bar = bars.bar("converting", None, "B", unit_scale=True)
 
     def progress(now: int, total: int) -> None:
         bar.total = total
@@ -141,11 +139,10 @@ def export_command(model: Path, target: Path, ranks: int) -> None:
     are; networks that the model lacks are left out. After an error there is nothing at DST.
     """
     common.check_writable(target.absolute().parent)
-    from tqdm import tqdm
 
     from cogview2_jax.published import export
 
-    bar = tqdm(unit="B", unit_scale=True, desc="exporting", disable=None, file=sys.stderr)
+    bar = bars.bar("exporting", None, "B", unit_scale=True)
 
     def progress(now: int, total: int) -> None:
         bar.total = total

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from cogview2_jax.cli import cluster, common, sources
+from cogview2_jax.cli import bars, cluster, common, sources
 from cogview2_jax.data import defaults
 
 if TYPE_CHECKING:
@@ -190,7 +190,6 @@ def prepare_command(
     takes shards that no other holds. With --engine ray the processes of a cluster do, which are
     started, placed on devices and replaced for you. The records are the same every way.
     """
-    from tqdm import tqdm
 
     chosen = cluster.chosen(engine, address, processes, gpus)
     kind = sources.kind_of(source)
@@ -222,7 +221,7 @@ def prepare_command(
         workers=workers,
     )
     name = click.format_filename(out.name)
-    with common.refusing(), tqdm(total=len(inputs), desc=name, unit=" inputs") as bar:
+    with common.refusing(), bars.bar(name, len(inputs), "inputs") as bar:
         report = cluster.run(prepare, chosen, progress=bar.update)
     say_report(out, report)
 
@@ -320,11 +319,10 @@ def gather_command(out: Path, packages: Path, seed: int) -> None:
     refused.jsonl what was left out, CREDITS.md who made the pictures. The same command resumes
     after an interruption.
     """
-    from tqdm import tqdm
 
     from cogview2_jax.data.illustrations import gather
 
-    bar = tqdm(unit="picture", desc="pictures", total=0)
+    bar = bars.bar("pictures", 0, "pictures")
 
     def begin(total: int) -> None:
         bar.total = total

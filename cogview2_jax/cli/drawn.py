@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview2_jax.cli import cluster, common, pictures, sources
+from cogview2_jax.cli import bars, cluster, common, pictures, sources
 from cogview2_jax.cli.data import say_report
 from cogview2_jax.pipeline import settings
 
@@ -77,7 +77,6 @@ def draw_command(
     same command continues, and several runs of it share the rows. `data unpack` writes the pictures
     as files.
     """
-    from tqdm import tqdm
 
     chosen = cluster.chosen(engine, address, processes, gpus)
     folder = common.check_model(bundle, style=style)
@@ -90,7 +89,7 @@ def draw_command(
     more |= {"stage": stage, "style": style}
     call = functools.partial(_draw, open_source, folder, dtype, out, **more)
     name = click.format_filename(out.name)
-    with common.refusing(), tqdm(total=len(inputs), desc=name, unit=" pictures") as bar:
+    with common.refusing(), bars.bar(name, len(inputs), "pictures") as bar:
         report = cluster.run(call, chosen, progress=bar.update)
     say_report(out, report)
 
@@ -138,7 +137,6 @@ def unpack_command(drawn: Path, out: Path, tar: bool) -> None:
     """Write the pictures of `data draw` as PNG files with captions.jsonl, which `data prepare` and
     `evaluate` read; with --tar as tar files of .png and .txt, which WebDataset reads.
     """
-    from tqdm import tqdm
 
     from cogview2_jax.evaluation import drawing
 
@@ -146,7 +144,7 @@ def unpack_command(drawn: Path, out: Path, tar: bool) -> None:
         found = drawing.Drawings(drawn)
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty: give another --out")
-        with tqdm(total=len(found), desc=click.format_filename(out.name), unit=" pictures") as bar:
+        with bars.bar(click.format_filename(out.name), len(found), "pictures") as bar:
             write = drawing.write_tars if tar else drawing.write_files
             for file in write(found, out, progress=bar.update):
                 click.echo(file)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview2_jax.cli import cluster, common, sources
+from cogview2_jax.cli import bars, cluster, common, sources
 
 if TYPE_CHECKING:
     from cogview2_jax.data.engine import Cluster
@@ -225,9 +225,8 @@ def _losses(
 
 
 def _written(name: str, number: int, call: Callable[..., Report], where: Cluster | None) -> Report:
-    from tqdm import tqdm
 
-    with common.refusing(), tqdm(total=number, desc=name, unit=" pictures") as bar:
+    with common.refusing(), bars.bar(name, number, "pictures") as bar:
         return cluster.run(call, where, progress=bar.update)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview2_jax.cli import common, devices, lines, pictures, plan, sampling, sheets
+from cogview2_jax.cli import bars, common, devices, lines, pictures, plan, sampling, sheets
 from cogview2_jax.pipeline import settings
 
 if TYPE_CHECKING:
@@ -293,11 +293,10 @@ class _Bar:
     """A progress bar over the stages of some prompts; adds each one's seconds to `timings`."""
 
     def __init__(self, prompts: int, networks: tuple[str, ...], timings: dict[str, float]) -> None:
-        from tqdm import tqdm
 
         self._parts = [_PART_OF[network] for network in networks]
         self._timings, self._last = timings, time.perf_counter()
-        self._bar = tqdm(total=prompts * len(self._parts), unit="stage", file=sys.stderr)
+        self._bar = bars.bar("", prompts * len(self._parts), "stages")
         self._bar.set_description(f"{self._parts[0]:9s}")
 
     def __enter__(self) -> Callable[[str], None]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from cogview2_jax.cli import common
+from cogview2_jax.cli import bars, common
 from cogview2_jax.pipeline import settings
 
 if TYPE_CHECKING:
@@ -130,7 +130,6 @@ def plan_command(
 def _best(
     folder: Path, memory: int, dtypes: tuple[str, ...], batches: tuple[int, ...]
 ) -> tuple[Plan | None, list[Plan]]:
-    from tqdm import tqdm
 
     from cogview2_jax import bundle as bundles
     from cogview2_jax.pipeline import memory as memories
@@ -138,7 +137,7 @@ def _best(
     with common.refusing():
         description = bundles.read_description(folder)
     total = len(dtypes) * len(batches) * len(memories.NETWORK_OF)
-    with tqdm(total=total, desc="plan", unit="program", leave=False) as bar:
+    with bars.bar("plan", total, "programs", leave=False) as bar:
 
         def measure(stage: str, batch: int, precision: Any) -> memories.Usage:
             bar.update()

@@ -110,7 +110,7 @@ def write_inputs(
     for one in range(min(distinct, number)):
         files.append(f"scene{one}.png")
         scenes.example("train", one).image.save(folder / files[-1])
-    found = sorted(illustrations.rglob("*.webp")) if illustrations else []
+    found = sorted(illustrations.rglob("*.png")) if illustrations else []
     for one, file in enumerate(found[:: -(-len(found) // distinct) or 1]):
         files.append(f"illustration{one}{file.suffix}")
         shutil.copy(file, folder / files[-1])
