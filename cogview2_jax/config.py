@@ -366,7 +366,8 @@ class Sampling:
     """How the pipeline draws at each stage.
 
     `text_upweight` is added to the attention scores of all text keys. The base stage draws each
-    picture `candidates` times, and the best-scoring candidate is kept (post-selection).
+    picture `candidates` times, and the best-scoring candidate is kept (post-selection); a part of a
+    picture is redrawn `edit_candidates` times, with 0 `candidates` times.
     `iterative_temperature` 0 takes the most probable token; an `iterative_top_k` above the number
     of image tokens keeps all of them. With `guidance` g, the base stage draws from logits without
     the text plus g times what the text adds (classifier-free guidance, arXiv 2207.12598), for a
@@ -382,6 +383,7 @@ class Sampling:
     text_upweight: float = 1.4
     candidates: int = 1
     guidance: float = 1.0
+    edit_candidates: int = 0
 
     def __post_init__(self) -> None:
         check_temperature("iterative_temperature", self.iterative_temperature)
@@ -396,3 +398,8 @@ class Sampling:
             finite = isinstance(value, numbers.Real) and math.isfinite(as_float(value))
             require(finite, f"{name} must be a finite number: got {value!r}")
         check_count("candidates", self.candidates)
+        check_count("edit_candidates", self.edit_candidates, 0)
+
+    def candidates_of(self, *, edits: bool) -> int:
+        """How often a picture, or a part of one, is drawn at the base stage."""
+        return self.edit_candidates if edits and self.edit_candidates else self.candidates

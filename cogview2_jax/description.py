@@ -28,7 +28,8 @@ from cogview2_jax.styles import Style
 FORMAT = 1
 ADVICE = "copy or download the bundle again"
 CHECKED = "checked"  # in `made_with`
-_ADDED = {"guidance": 1.0}  # fields that older bundles lack, and what they mean without
+# Fields that older bundles lack, and what they mean without.
+_ADDED = {"guidance": 1.0, "edit_candidates": 0}
 CONFIGS = ("coglm_config", "direct_config", "iterative_config", "tokenizer_config", "sampling")
 
 

@@ -35,14 +35,15 @@ def test_a_saved_bundle_loads_equal(tiny, tiny_folder):
     assert loaded.text_model.serialized_model_proto() == tiny.text_model.serialized_model_proto()
 
 
-def test_a_bundle_from_before_guidance_has_none(tiny, tmp_path):
+@pytest.mark.parametrize(("name", "value"), [("guidance", 2.0), ("edit_candidates", 8)])
+def test_a_bundle_from_before_a_setting_has_none(name, value, tiny, tmp_path):
     bundles.save(tmp_path / "plain", tiny)
     file = tmp_path / "plain" / "config.json"
-    assert "guidance" not in json.loads(file.read_text())["sampling"]
+    assert name not in json.loads(file.read_text())["sampling"]
     assert bundles.load(tmp_path / "plain", ("coglm",)).sampling == tiny.sampling
-    guided = dataclasses.replace(tiny.sampling, guidance=2.0)
-    bundles.save(tmp_path / "guided", tiny._replace(sampling=guided))
-    assert bundles.load(tmp_path / "guided", ("coglm",)).sampling == guided
+    changed = dataclasses.replace(tiny.sampling, **{name: value})
+    bundles.save(tmp_path / "changed", tiny._replace(sampling=changed))
+    assert bundles.load(tmp_path / "changed", ("coglm",)).sampling == changed
 
 
 def test_weights_are_float16_on_disk_and_readable_by_all(tiny_folder):

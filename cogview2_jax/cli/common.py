@@ -163,14 +163,16 @@ def check_part(folder: Path, part: Mapping[str, Any], picture: Image.Image) -> N
         patch_completion.plan_part(part.get("box"), part.get("mask"), size, config)
 
 
-def candidates(folder: Path, asked: int | None) -> int:
-    """How often each picture is drawn: as asked, or as the model in `folder` says."""
+def candidates(folder: Path, asked: int | None, *, edits: bool = False) -> int:
+    """How often each picture is drawn, or a part redrawn: as asked, or as the model in `folder`
+    says.
+    """
     from cogview2_jax import bundle as bundles
 
     if asked is not None:
         return asked
     with refusing():
-        return bundles.read_description(folder).sampling.candidates
+        return bundles.read_description(folder).sampling.candidates_of(edits=edits)
 
 
 def check_writable(out: Path) -> None:

@@ -213,7 +213,7 @@ def edit_command(
     how = How(
         folder,
         stage=common.choose_stage(folder, stage),
-        candidates=common.candidates(folder, candidates),
+        candidates=common.candidates(folder, candidates, edits=True),
         **shared,
     )
     if file is not None:

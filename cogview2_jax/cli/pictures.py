@@ -215,7 +215,7 @@ def infill_command(
     name = f"{sheets.slug(picture.stem)}_{sheets.stems([prompt], seed, '')[0]}"
     name += "" if chosen == LAST_STAGE else f"_{chosen}"
     files = [f"{name}_{i}.png" for i in range(num_images)]
-    best_of = common.candidates(folder, candidates)
+    best_of = common.candidates(folder, candidates, edits=True)
     description = {
         "prompt": prompt,
         "picture": str(picture),

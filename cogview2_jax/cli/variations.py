@@ -125,5 +125,5 @@ def _checked(picture: Path, text: str | None, shared: dict[str, Any]) -> tuple[A
     opened = common.open_picture(picture)
     common.check_writable(shared["out"])
     stage = common.choose_stage(folder, shared.pop("stage"))
-    candidates = common.candidates(folder, shared.pop("candidates"))
+    candidates = common.candidates(folder, shared.pop("candidates"), edits=True)
     return opened, How(folder, stage=stage, candidates=candidates, **shared)

@@ -44,7 +44,7 @@ class Edits(Parts):
         crop around the box, with the aspect ratio of its own pictures and as large as the picture
         allows; pixels outside the crop do not change (see `editing`). The coarse cells with their
         centre in the box are redrawn, and only their fine cells are super-resolved. `stage` and
-        `candidates` are as in `generate`.
+        `candidates` are as in `edit`.
         """
         stage = self._last_stage(stage)
         num_images = check_count("num_images", num_images)
@@ -77,9 +77,10 @@ class Edits(Parts):
         (`patch_completion.picture_mask`). The model sees a square of 20/14 of the part's longer
         side, as far as the picture allows, and only the pixels of redrawn cells change. A crop no
         larger than the base model's pictures is drawn by the base stage alone. `prompt` may have
-        one token less than in `generate`. `stage`, `candidates` and `style` are as in `generate`,
-        but "none" is the default style, as published. Raises as `patch_completion.plan_mask` for a
-        part that is too thin or too long.
+        one token less than in `generate`. `stage` and `style` are as in `generate`, but "none" is
+        the default style, as published; so is `candidates`, of which None are as many as
+        `Sampling.candidates_of(edits=True)`. Raises as `patch_completion.plan_mask` for a part that
+        is too thin or too long.
         """
         stage = self._last_stage(stage)
         num_images = check_count("num_images", num_images)

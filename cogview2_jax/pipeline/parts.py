@@ -86,7 +86,7 @@ class Parts:
         return {
             "execution": self.execution,
             # Static: without this, another number of candidates would compile again.
-            "sampling": dataclasses.replace(sampling, candidates=1),
+            "sampling": dataclasses.replace(sampling, candidates=1, edit_candidates=0),
             "num_clusters": self.bundle.num_clusters,
         }
 
@@ -177,7 +177,7 @@ class Parts:
         Candidates are scored with `tokens`; super-resolution has the prompts `read`, and rewrites
         the `fine` cells, bool [1 or b, y, x]. There is one filling for all images, or one for each.
         """
-        times, images = self._candidates(candidates), len(tokens.english)
+        times, images = self._candidates(candidates, edits=True), len(tokens.english)
         filling = jax.tree.map(lambda *rows: np.stack(rows), *fillings)
         fine = fine.reshape(len(fine), -1)
 
@@ -205,13 +205,13 @@ class Parts:
             made = self._iterative(read, made, of_each(fine), keys(ITERATIVE_DRAW))
         return self._pixels(made, stage)
 
-    def _candidates(self, candidates: int | None, keep: int | None = None) -> int:
+    def _candidates(self, asked: int | None, keep: int | None = None, edits: bool = False) -> int:
         """How often each picture is drawn at the base stage; with `keep`, how often `keep` pictures
         are, so that there are `candidates` of them.
         """
-        if candidates is None:
-            candidates = max(self.bundle.sampling.candidates, keep or 1)
-        candidates = check_count("candidates", candidates)
+        if asked is None:
+            asked = max(self.bundle.sampling.candidates_of(edits=edits), keep or 1)
+        candidates = check_count("candidates", asked)
         if keep is None:
             return candidates
         if candidates < keep:

@@ -54,10 +54,11 @@ def iterative_sr_config(vocabulary: Vocabulary) -> IterativeSRConfig:
 
 
 SAMPLING = Sampling(
-    base=ClusterSampling(temperature=0.5, top_clusters=4, within_temperature=0.5),
+    base=ClusterSampling(temperature=1.0, top_clusters=2, within_temperature=1.0),
     direct=ClusterSampling(temperature=0.3, top_clusters=4, within_temperature=0.3),
     iterative_temperature=0.2,
     iterative_top_k=(20, 20, 20, 10, 10, 5),
     text_upweight=0.0,
     candidates=4,
+    edit_candidates=8,
 )

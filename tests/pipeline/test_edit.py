@@ -1,5 +1,6 @@
 """Editing as published, in pictures of any shape and size, and the scores of texts and pictures."""
 
+import dataclasses
 import io
 
 import jax
@@ -238,6 +239,19 @@ def test_one_compilation_serves_every_part_and_text(cv):
     ):
         run(part, text, size, seed)
     assert [program._cache_size() for program in compiled] == before
+
+
+def test_a_bundle_says_how_many_candidates_an_edit_has(cv):
+    sampling = dataclasses.replace(cv.bundle.sampling, candidates=1, edit_candidates=3)
+    often = dataclasses.replace(cv, bundle=cv.bundle._replace(sampling=sampling))
+    picture, how = noise(TINY_SIDE, TINY_SIDE), {"box": (0, 0, 0.5, 1), "stage": "base"}
+    key = jax.random.key(5)
+    made = often.edit(SHORT, picture, key=key, **how)
+    np.testing.assert_array_equal(made, cv.edit(SHORT, picture, key=key, candidates=3, **how))
+    assert (made != cv.edit(SHORT, picture, key=key, candidates=1, **how)).any()
+    generated = often.generate(SHORT, 1, key=key, stage="base")
+    expected = cv.generate(SHORT, 1, key=key, stage="base", candidates=1)
+    np.testing.assert_array_equal(generated, expected)
 
 
 def test_the_key_alone_decides_and_more_results_begin_with_the_same(cv):
