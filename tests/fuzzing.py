@@ -9,6 +9,7 @@ that was refused, no input changed.
 import contextlib
 import faulthandler
 import os
+import re
 import resource
 import signal
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import hypothesis
 from hypothesis import strategies as st
 
+_PROGRESS = re.compile(r"\r| gone, .* left$")  # of a bar in a terminal, and of one elsewhere
 SECONDS = 60.0  # of one call; with what it compiles, on a busy machine
 MEGABYTES = 1500  # that one call may add to the memory in use
 ADDRESSES = 16 << 30  # bytes of address space that a test may add: more is a MemoryError
@@ -96,8 +98,7 @@ def check_command(code: Any, out: str, err: str, *, wrote: bool) -> None:
     """The property of a command. `wrote`: whether it changed anything on the disk."""
     assert code in (0, 1, 2, 130), f"exit code {code!r}"
     assert "Traceback" not in err and "Error:" not in err, err
-    # A progress bar draws its lines over with "\r".
-    lines = [line for line in err.split("\n") if line.strip() and "\r" not in line]
+    lines = [line for line in err.split("\n") if line.strip() and not _PROGRESS.search(line)]
     ours = [line for line in lines if line.startswith("cogview2: ")]
     if code == 2:
         assert lines and lines[-1] == ours[-1] and len(ours) <= 2, err

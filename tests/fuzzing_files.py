@@ -61,6 +61,8 @@ def make_world(folder: Path) -> Path:
         "-dash.png": plain,
         "turned.jpg": saved(picture(), "JPEG", exif=exif),
         "animated.gif": saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "black.png": saved(Image.new("L", picture().size), "PNG"),
+        "white.png": saved(Image.new("1", picture().size, 1), "PNG"),
         "dot.png": saved(picture(size=(1, 1)), "PNG"),
         "high.png": saved(picture(size=(1, 5000)), "PNG"),
         "thin.png": saved(Image.new("RGB", (300_000, 1)), "PNG"),

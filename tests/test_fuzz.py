@@ -172,7 +172,8 @@ def test_edit(run, world, tiny_folder, data):
         case "box":
             run(*command, f"--box={','.join(box)}", "--", picture, data.draw(PROMPT))
         case "mask":
-            mask = data.draw(often([str(world / "plain.png")], inputs_of(world)))
+            masks = [str(world / f"{name}.png") for name in ("plain", "white", "black")]
+            mask = data.draw(often(masks, inputs_of(world)))
             run(*command, "--mask", mask, "--", picture, data.draw(PROMPT))
         case "lines":
             good = "\t".join(["a star", str(world / "plain.png"), "0", "0", "0.5", "1"])

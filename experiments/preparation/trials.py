@@ -26,7 +26,7 @@ from experiments.caption_match.scoring import make_prompts
 ROOT = Path(__file__).parents[2]
 Watch = Callable[[], None]
 DAMAGED_EVERY = 33  # of the inputs of `write_inputs`: 3 %
-LARGE_EVERY = 500  # as many are pictures of 30 million pixels
+LARGE_EVERY = 250  # as many are pictures of 30 million pixels
 _WAYS = ("no json", "no caption", "missing", "truncated", "text")  # how they are damaged, in turn
 
 
@@ -83,8 +83,7 @@ class Trouble:
     def __call__(self) -> None:
         done = len(list(self._folder.glob("*.array_record")))
         if self._starved and "out of memory" not in self.deaths:
-            if not Path(f"/proc/{self._starved}").exists():
-                self.deaths.append("out of memory")
+            self._leave_nothing()
         if self._killed and (self._starved or not self._starve) or not (found := writers()):
             return
         if done >= self._shards / 5 and not self._killed:
@@ -93,17 +92,26 @@ class Trouble:
             self.deaths.append("killed")
         elif done >= self._shards / 2 and self._starve and not self._starved:
             self._starved = found[-1]
-            used = int(Path(f"/proc/{self._starved}/statm").read_text().split()[0])
-            # Enough for a thread to start, which would else hang, too little for a large picture.
-            most = used * resource.getpagesize() + 2**26
-            resource.prlimit(self._starved, resource.RLIMIT_AS, (most, most))
+
+    def _leave_nothing(self) -> None:
+        """Limits the process to what it has now: enough for a thread to start, which would else
+        hang, too little for a large picture.
+        """
+        try:
+            pages = int(Path(f"/proc/{self._starved}/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + 2**26
+            soft, _ = resource.prlimit(self._starved, resource.RLIMIT_AS)
+            if soft == resource.RLIM_INFINITY or most < soft:
+                resource.prlimit(self._starved, resource.RLIMIT_AS, (most, most))
+        except (FileNotFoundError, ProcessLookupError, IndexError):
+            self.deaths.append("out of memory")
 
 
 def write_inputs(
     folder: Path, number: int, illustrations: Path | None = None, distinct: int = 1000
 ) -> Counter[str]:
     """Writes captions.jsonl with `number` lines for `distinct` pictures of Scenes and up to as many
-    of a folder of `data gather illustrations`; of 33 lines one is damaged, and of 500 one is a
+    of a folder of `data gather illustrations`; of 33 lines one is damaged, and of 250 one is a
     large picture. How many are damaged in which way.
     """
     files = []

@@ -68,9 +68,9 @@ def compare(
 
 # A row of figures for each point of a part.
 PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
-    "samplers": lambda cv, **how: compare(cv, points.samplers(cv.bundle.sampling.base), **how),
+    "samplers": lambda cv, **how: compare(cv, points.samplers(), **how),
     "clusters": lambda cv, **how: compare(cv, points.cluster_counts(), **how),
-    "attention": lambda cv, **how: compare(cv, points.attention(cv.bundle.sampling.base), **how),
+    "attention": lambda cv, **how: compare(cv, points.attention(), **how),
     "selection": selection.compare,
     "guidance": lambda cv, **how: compare(cv, points.guidance(cv.bundle.sampling.base), **how),
 }
@@ -117,9 +117,9 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
                 [row["diversity"] for row in mine],
                 [row[name] for row in mine],
                 yerr=[row["right_error"] for row in mine] if name == "right" else None,
-                marker="*" if family == "shipped" else "o",
-                markersize=14 if family == "shipped" else 4,
-                linestyle="" if family == "shipped" else "-",
+                marker="*" if family == "careful" else "o",
+                markersize=14 if family == "careful" else 4,
+                linestyle="" if family == "careful" else "-",
                 label=family,
             )
         axis.set_xlabel("diversity, distance between pictures of a prompt")

@@ -19,8 +19,7 @@ def cv(tiny):
 
 
 def families(cv):
-    shipped = cv.bundle.sampling.base
-    return [*points.samplers(shipped), *points.cluster_counts(), *points.attention(shipped)]
+    return [*points.samplers(), *points.cluster_counts(), *points.attention()]
 
 
 def test_every_point_is_a_distribution(cv):
@@ -46,14 +45,14 @@ def test_pictures_are_drawn_by_the_point_and_do_not_depend_on_calls(cv):
 
 
 def test_up_weighting_changes_what_is_drawn(cv):
-    weak, *_, strong = points.attention(cv.bundle.sampling.base)
+    weak, *_, strong = points.attention()
     drawer = Drawer(cv, 2, at_once=3)
     assert (drawer.draw(weak, PROMPTS, 0) != drawer.draw(strong, PROMPTS, 0)).any()
 
 
 def test_what_is_cut_off_is_counted():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]))
-    two = next(p for p in points.samplers(points.ClusterSampling(1.0, 4)) if p.setting == "k 2")
+    two = next(p for p in points.samplers() if p.setting == "k 2")
     mass, never = points.cut_off(logits, jnp.array([2, 2]), two, jnp.zeros(3, int), 1)
     # Of equal tokens all are kept, so that the second row loses nothing.
     np.testing.assert_allclose(mass, [0.2, 0.0], atol=1e-6)
