@@ -61,7 +61,7 @@ class Desk:
     def generate(
         self, prompt: str | None, seed: Any, images: Any, candidates: Any, style: Any = None
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """As `CogView.watch`: the step, and uint8 [images, y, x, 3]."""
+        """As `CogView.watch`, with "confidence": the step, and uint8 [images, y, x, 3]."""
         text, limits = self.text(prompt), self.limits
         steps = self.cv.watch(
             text,
@@ -70,6 +70,7 @@ class Desk:
             stage=self.stage,
             candidates=whole(candidates, "candidates", 1, limits.candidates),
             style=style,
+            confidence=True,
         )
         while True:
             with self._turn, _refusing():

@@ -19,6 +19,10 @@ _SHARE = {
 }  # of the time, about, that is over after a step
 
 
+# The files of a picture's animation, and of how sure the model was.
+Inside = tuple[str, str]
+
+
 class GenerateTab(NamedTuple):
     """What other tabs need of this one."""
 
@@ -65,11 +69,13 @@ def add(desk: Desk, folder: tools.Folder, t: Any) -> GenerateTab:
                     t("download"), interactive=False, min_width=120, elem_id="download"
                 )
             with gr.Accordion(t("making"), open=False, elem_id="making"):
-                shown_making = tools.animation(t("making"))
-    chosen, settings, animations = gr.State(0), gr.State({}), gr.State([])
+                shown_making = tools.look_inside(t("making"), "animation")
+                shown_sure = tools.look_inside(t("confidence"), "confidence")
+    chosen, settings, insides = gr.State(0), gr.State({}), gr.State([])
+    inside = [shown_making, shown_sure]
 
     asked = [prompt, seed, images, candidates, style]
-    shown = [pictures, state, settings, download, chosen, animations, shown_making]
+    shown = [pictures, state, settings, download, chosen, insides, *inside]
     drawing = gr.on(
         [draw.click, prompt.submit],
         _drawer(desk, folder),
@@ -84,14 +90,12 @@ def add(desk: Desk, folder: tools.Folder, t: Any) -> GenerateTab:
     )
     best.click(
         _ranker(desk, folder),
-        [prompt, pictures, settings, animations],
-        [pictures, state, download, chosen, animations, shown_making],
+        [prompt, pictures, settings, insides],
+        [pictures, state, download, chosen, insides, *inside],
         concurrency_id="model",
     )
     load.upload(_loader(desk), load, [*asked, state], show_progress="hidden")
-    pictures.select(
-        _chooser(), animations, [chosen, shown_making], queue=False, show_progress="hidden"
-    )
+    pictures.select(_chooser(), insides, [chosen, *inside], queue=False, show_progress="hidden")
     return GenerateTab(pictures, chosen, edit)
 
 
@@ -102,13 +106,16 @@ def _drawer(desk: Desk, folder: tools.Folder) -> Any:
         prompt: str, seed: Any, images: Any, candidates: Any, style: Any, request: gr.Request
     ) -> Iterator[Any]:
         spoken, begin, number = tools.language(request), time.perf_counter(), 0
-        kept = [gr.skip()] * 5
+        kept = [gr.skip()] * 6
         yield gr.skip(), tools.status(say("working", spoken), 0.02), *kept
         made: list[Image.Image] = []
         steps: list[Any] = []
         with tools.telling(spoken):
             try:
                 for step, each in desk.generate(prompt, seed, images, candidates, style):
+                    if step == "confidence":
+                        sure = [Image.fromarray(one) for one in each]
+                        break
                     number += step == "round"
                     share = _SHARE.get(step, 0.6 + 0.4 * number / desk.rounds)
                     words = say(step, spoken, number=number, rounds=desk.rounds)
@@ -127,22 +134,28 @@ def _drawer(desk: Desk, folder: tools.Folder) -> Any:
             "style": style,
         }
         files = [folder.write("picture.png", records.png(one, settings)) for one in made]
-        how = [folder.write("making.webp", one) for one in desk.animations(steps)]
+        how = [
+            (
+                folder.write("making.webp", one),
+                folder.write("confidence.png", records.png(map_, {})),
+            )
+            for one, map_ in zip(desk.animations(steps), sure, strict=True)
+        ]
         words = say("done", spoken, seconds=time.perf_counter() - begin)
         found = _archive(folder, files, settings, how)
-        yield files, tools.status(words), settings, found, 0, how, how[0]
+        yield files, tools.status(words), settings, found, 0, how, *how[0]
 
     return draw
 
 
 def _archive(
-    folder: tools.Folder, files: list[str], settings: dict[str, Any], animations: list[str]
+    folder: tools.Folder, files: list[str], settings: dict[str, Any], insides: list[Inside]
 ) -> Any:
-    """The button that downloads the pictures, their animations and settings."""
+    """The button that downloads the pictures, how they came to be, and settings."""
     import gradio as gr
 
     content = records.archive(
-        [Path(file) for file in files], settings, [Path(file) for file in animations]
+        [Path(file) for file in files], settings, [tuple(map(Path, one)) for one in insides]
     )
     return gr.DownloadButton(value=folder.write("cogview2.zip", content), interactive=True)
 
@@ -154,7 +167,7 @@ def _ranker(desk: Desk, folder: tools.Folder) -> Any:
         prompt: str,
         shown: Any,
         settings: dict[str, Any],
-        animations: list[str],
+        insides: list[Inside],
         request: gr.Request,
     ) -> tuple[Any, ...]:
         spoken = tools.language(request)
@@ -162,9 +175,9 @@ def _ranker(desk: Desk, folder: tools.Folder) -> Any:
         with tools.telling(spoken):
             ranked = desk.best(settings.get("prompt") or prompt, files)
         ordered = [(files[number], f"{score:.3f}") for number, score in ranked]
-        how = [animations[number] for number, _ in ranked]
+        how = [insides[number] for number, _ in ranked]
         found = _archive(folder, [file for file, _ in ordered], settings, how)
-        return ordered, tools.status(say("ranked", spoken)), found, 0, how, how[0]
+        return ordered, tools.status(say("ranked", spoken)), found, 0, how, *how[0]
 
     return best
 
@@ -196,8 +209,8 @@ def _loader(desk: Desk) -> Any:
 def _chooser() -> Any:
     import gradio as gr
 
-    def choose(animations: list[str], event: gr.SelectData) -> tuple[int, Any]:
+    def choose(insides: list[Inside], event: gr.SelectData) -> tuple[Any, ...]:
         number = int(event.index)
-        return number, animations[number] if number < len(animations) else gr.skip()
+        return number, *(insides[number] if number < len(insides) else [gr.skip()] * 2)
 
     return choose

@@ -17,7 +17,9 @@ FILE = "settings.json"
 
 
 def archive(
-    pictures: Sequence[Path], settings: Mapping[str, Any], animations: Sequence[Path] = ()
+    pictures: Sequence[Path],
+    settings: Mapping[str, Any],
+    insides: Sequence[tuple[Path, ...]] = (),
 ) -> bytes:
     """The pictures, their settings and perhaps how they came to be, as a ZIP file."""
     content = io.BytesIO()
@@ -26,8 +28,9 @@ def archive(
         for number, picture in enumerate(pictures):
             with Image.open(picture) as opened:
                 file.writestr(f"{number}.png", png(opened, {**settings, "picture": number}))
-        for number, animation in enumerate(animations):
-            file.write(animation, f"{number}_making{animation.suffix}")
+        for number, inside in enumerate(insides):
+            for each in inside:
+                file.write(each, f"inside/{number}_{each.name}")
     return content.getvalue()
 
 

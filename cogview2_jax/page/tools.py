@@ -80,8 +80,8 @@ def gallery(label: Any, name: str) -> Any:
     )
 
 
-def animation(label: Any) -> Any:
-    """An animated picture, shown as the file is."""
+def look_inside(label: Any, name: str) -> Any:
+    """A picture of how another came to be, shown as the file is."""
     import gradio as gr
 
     return gr.Image(
@@ -89,7 +89,7 @@ def animation(label: Any) -> Any:
         type="filepath",
         interactive=False,
         height="auto",
-        elem_id="animation",
+        elem_id=name,
         buttons=["download"],
     )
 

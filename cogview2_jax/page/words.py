@@ -29,6 +29,10 @@ WORDS = {
     "more_of_edit": ("Seed and number", "种子与数量"),
     "pictures": ("Pictures", "图片"),
     "making": ("How the chosen picture came to be", "所选图片的生成过程"),
+    "confidence": (
+        "How sure the model was of each token, at the base stage and the next: yellow is sure",
+        "模型对每个图像标记的把握（基础阶段与下一阶段）：黄色表示有把握",
+    ),
     "best": ("Pick the best", "选出最好的"),
     "edit_this": ("Edit this picture", "编辑这张图片"),
     "download": ("Download with settings", "下载图片与设置"),

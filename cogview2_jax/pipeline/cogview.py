@@ -10,7 +10,7 @@ import numpy as np
 
 from cogview2_jax.checks import check_count
 from cogview2_jax.keys import one_key
-from cogview2_jax.pipeline import settings
+from cogview2_jax.pipeline import making, settings
 from cogview2_jax.pipeline.edits import STAGES, Edits
 from cogview2_jax.pipeline.making import Making, base_probability, direct_probability
 from cogview2_jax.pipeline.parts import DIRECT_DRAW, ITERATIVE_DRAW
@@ -130,21 +130,30 @@ class CogView(Edits):
         candidates: int | None = None,
         keep_best: bool = False,
         style: str | None = None,
+        confidence: bool = False,
     ) -> Iterator[tuple[str, np.ndarray]]:
         """The pictures of `generate` as they come to be: each "candidate" of the base stage, the
         chosen ones ("base"), then after "direct" and after each "round".
 
-        Yields the step and uint8 [num_images, y, x, 3]; the last ones are those of `generate`. What
-        is not asked for is not computed, so that whoever stops in between cancels the rest.
+        Yields the step and uint8 [num_images, y, x, 3]; the last ones are those of `generate`. With
+        `confidence` a step "confidence" follows, uint8 [num_images, y, x', 3], of
+        `making.confidence`. What is not asked for is not computed, so that whoever stops in between
+        cancels the rest.
         """
         stage = self._last_stage(stage)
         num_images = check_count("num_images", num_images)
         steps = self._steps(
             [prompt], key, num_images, stage, candidates, keep_best, style, each_round=True
         )
+        grids = {}
         for part, grid in steps:
-            pictures = self._pixels(np.asarray(grid), _STAGE_OF[part])[:num_images]
-            yield part, self._enlarged(pictures)
+            grids[part] = np.asarray(grid)
+            pictures = self._pixels(grids[part], _STAGE_OF[part])[:num_images]
+            shown = self._enlarged(pictures)
+            yield part, shown
+        if confidence:
+            sure = self._confidence(prompt, num_images, style, grids["base"], grids.get("direct"))
+            yield "confidence", np.stack(making.confidence(Making(((part, shown),), *sure)))
 
     def making(
         self,
@@ -176,34 +185,47 @@ class CogView(Edits):
                 progress(part)
         if stage == STAGES[-1]:
             progress("iterative")
-        styled = in_style(find_style(self.bundle.styles, style), prompt)
-        tokens = self._tokens_of_images([styled], num_images)
-        config = self.bundle.direct_config
-        coarse = self._shard_over_mesh(grids[0][1])
-        base = base_probability(
-            self._params("coglm"),
-            *tokens.base,
-            coarse,
-            config=config.coglm,
-            text_upweight=self.bundle.sampling.text_upweight,
-            execution=self.execution,
-        )
-        fine = None
-        if len(grids) > 1:
-            drawn = direct_probability(
-                self._params("direct"),
-                *tokens.direct,
-                coarse,
-                self._shard_over_mesh(grids[1][1]),
-                config=config,
-                execution=self.execution,
-            )
-            fine = np.asarray(drawn)[:num_images].reshape(-1, *config.grid)
+        direct = grids[1][1] if len(grids) > 1 else None
+        sure = self._confidence(prompt, num_images, style, grids[0][1], direct)
         pictures = tuple(
             (part, self._enlarged(self._pixels(grid, _STAGE_OF[part])[:num_images]))
             for part, grid in grids
         )
-        return Making(pictures, np.asarray(base)[:num_images].reshape(-1, *config.coglm.grid), fine)
+        return Making(pictures, *sure)
+
+    def _confidence(
+        self,
+        prompt: str,
+        num_images: int,
+        style: str | None,
+        coarse: np.ndarray,
+        fine: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The last two fields of `Making`, of tokens [b, cells]."""
+        styled = in_style(find_style(self.bundle.styles, style), prompt)
+        tokens = self._tokens_of_images([styled], num_images)
+        config = self.bundle.direct_config
+        drawn = self._shard_over_mesh(coarse)
+        base = base_probability(
+            self._params("coglm"),
+            *tokens.base,
+            drawn,
+            config=config.coglm,
+            text_upweight=self.bundle.sampling.text_upweight,
+            execution=self.execution,
+        )
+        found = np.asarray(base)[:num_images].reshape(-1, *config.coglm.grid)
+        if fine is None:
+            return found, None
+        direct = direct_probability(
+            self._params("direct"),
+            *tokens.direct,
+            drawn,
+            self._shard_over_mesh(fine),
+            config=config,
+            execution=self.execution,
+        )
+        return found, np.asarray(direct)[:num_images].reshape(-1, *config.grid)
 
     def _steps(
         self,

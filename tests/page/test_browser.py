@@ -126,11 +126,14 @@ def downloaded(page, button: str) -> tuple[dict, np.ndarray]:
         page.click(button)
     content = Path(caught.value.path()).read_bytes()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        names = sorted(name for name in archive.namelist() if name.endswith(".png"))
-        for name in archive.namelist():  # how each picture came to be
-            if name.endswith("_making.webp"):
+        names = sorted(name for name in archive.namelist() if name[:-4].isdigit())
+        for name in archive.namelist():  # how each picture came to be, and how sure the model was
+            if name.startswith("inside/"):
                 with Image.open(io.BytesIO(archive.read(name))) as opened:
-                    assert opened.n_frames > 8 and opened.size == (96, 96)
+                    if name.endswith("_making.webp"):
+                        assert opened.n_frames > 8 and opened.size == (96, 96)
+                    else:
+                        assert name.endswith("_confidence.png") and opened.size == (3 * 96, 96)
         pictures = [np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in names]
         (folder := Path(caught.value.path()).with_suffix(".read")).write_bytes(
             archive.read(records.FILE)
@@ -179,6 +182,7 @@ def test_a_visit(visit, tiny_folder, tmp_path):
 
     page.click("#making button")
     page.wait_for_function("document.querySelector('#animation img')?.naturalWidth == 96")
+    page.wait_for_function("document.querySelector('#confidence img')?.naturalWidth == 288")
 
     page.click("#best")
     wait_for(page, "#state", "Best first")

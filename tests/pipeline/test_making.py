@@ -103,3 +103,13 @@ def test_a_base_model_has_one_map(cv):
     alone = cv.making(PROMPT, 2, key=jax.random.key(0), stage="base")
     assert alone.fine is None and len(alone.steps) == 1
     assert making.confidence(alone)[0].shape == (96, 2 * 96, 3)
+
+
+@pytest.mark.parametrize("stage", ["base", "full"])
+def test_a_map_follows_the_pictures_that_are_watched(stage, cv):
+    how = {"key": jax.random.key(0), "stage": stage}
+    *before, (step, maps) = cv.watch(PROMPT, 2, confidence=True, **how)
+    assert step == "confidence" and [part for part, _ in before] == [
+        part for part, _ in cv.watch(PROMPT, 2, **how)
+    ]
+    np.testing.assert_array_equal(maps, making.confidence(cv.making(PROMPT, 2, **how)))
