@@ -297,7 +297,7 @@ class _Bar:
         self._parts = [_PART_OF[network] for network in networks]
         self._timings, self._last = timings, time.perf_counter()
         self._bar = bars.bar("", prompts * len(self._parts), "stages")
-        self._bar.set_description(f"{self._parts[0]:9s}")
+        self._bar.set_description_str(f"{self._parts[0]:9s}")
 
     def __enter__(self) -> Callable[[str], None]:
         return self._step
@@ -307,12 +307,12 @@ class _Bar:
         self._timings[part] = self._timings.get(part, 0.0) + now - self._last
         self._last = now
         following = (self._parts.index(part) + 1) % len(self._parts)
-        self._bar.set_description(f"{self._parts[following]:9s}")
+        self._bar.set_description_str(f"{self._parts[following]:9s}")
         self._bar.update()
 
     def __exit__(self, *error: object) -> None:
         if error[0] is None:
-            self._bar.set_description("done")
+            self._bar.set_description_str("done")
         self._bar.close()
 
 

@@ -181,7 +181,7 @@ class _Queue:
         """What a process answers; one that dies is replaced, `ATTEMPTS` times in all."""
         import ray
 
-        for attempt in range(1, ATTEMPTS + 1):
+        for _ in range(ATTEMPTS):
             process = self._process()
             answer = getattr(process, what).remote()
             if not ray.wait([answer], timeout=seconds)[0]:
@@ -191,15 +191,13 @@ class _Queue:
             except ray.exceptions.RayError as error:
                 died = _death(error)
                 ray.kill(process)
-                if attempt == ATTEMPTS:
-                    raise OSError(
-                        f"{ATTEMPTS} processes of the cluster ended while they opened the data and"
-                        f" the model ({died})"
-                    ) from None
             else:
                 self._spare.append(process)
                 return found
-        raise AssertionError  # the loop returns or raises
+        raise OSError(
+            f"{ATTEMPTS} processes of the cluster ended while they opened the data and the model"
+            f" ({died})"
+        )
 
     def _write(self, todo: deque[int], sizes: list[int]) -> dict[int, str]:
         """Writes shards of these numbers of inputs. Those that ended their process again and again,

@@ -78,9 +78,9 @@ class Edits(Parts):
         side, as far as the picture allows, and only the pixels of redrawn cells change. A crop no
         larger than the base model's pictures is drawn by the base stage alone. `prompt` may have
         one token less than in `generate`. `stage` and `style` are as in `generate`, but "none" is
-        the default style, as published; so is `candidates`, of which None are as many as
-        `Sampling.candidates_of(edits=True)`. Raises as `patch_completion.plan_mask` for a part that
-        is too thin or too long.
+        the default style, as published. The base stage draws the part `candidates` times and keeps
+        the best (None: `Sampling.candidates_of(edits=True)`). Raises as
+        `patch_completion.plan_mask` for a part that is too thin or too long.
         """
         stage = self._last_stage(stage)
         num_images = check_count("num_images", num_images)

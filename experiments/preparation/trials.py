@@ -30,6 +30,10 @@ LARGE_EVERY = 250  # as many are pictures of 30 million pixels
 _WAYS = ("no json", "no caption", "missing", "truncated", "text")  # how they are damaged, in turn
 
 
+# Memory that is freed is no longer a process's: else one that is starved may live on what it had.
+_RETURNED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+
+
 def command(*words: Any, watch: Watch = lambda: None) -> dict[str, float]:
     """Seconds of a `cogview2` command in a process of its own, and the peak of memory in MB of that
     and its own processes together. `watch` is called a few times a second.
@@ -39,7 +43,9 @@ def command(*words: Any, watch: Watch = lambda: None) -> dict[str, float]:
     run = [sys.executable, "-m", "cogview2_jax.cli", *map(str, words)]
     begin, peak = time.perf_counter(), 0.0
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(run, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said)
+        process = subprocess.Popen(
+            run, cwd=ROOT, env=os.environ | _RETURNED, stdout=subprocess.DEVNULL, stderr=said
+        )
         while process.poll() is None:
             peak = max(peak, resident(process.pid))
             watch()

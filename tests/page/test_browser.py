@@ -152,6 +152,16 @@ def tab(page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
+def settled(page, area) -> dict[str, float]:
+    """Where a part of the page is, once the page has stopped moving."""
+    area.scroll_into_view_if_needed()
+    place, before = area.bounding_box(), None
+    while place != before:
+        page.wait_for_timeout(300)
+        place, before = area.bounding_box(), place
+    return place
+
+
 def toast(page) -> str:
     """The message that appeared, which is then closed."""
     shown = page.get_by_test_id("toast-body").first
@@ -193,7 +203,7 @@ def test_a_visit(visit, tiny_folder, tmp_path):
     area = page.locator("#part canvas")
     area.wait_for(state="visible")
     page.wait_for_function("document.querySelector('#part canvas').width == 96")
-    place = area.bounding_box()
+    place = settled(page, area)
     page.mouse.move(place["x"] + 1, place["y"] + 1)
     page.mouse.down()
     page.mouse.move(place["x"] + place["width"] - 1, place["y"] + place["height"] / 2, steps=3)
