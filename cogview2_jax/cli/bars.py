@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from typing import Any
 
 SECONDS = 30.0  # between lines
 _LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} gone, {remaining} left"
 
 
-def bar(name: str, total: int | None, unit: str, **options: Any) -> tqdm[Any]:
+def bar(name: str, total: int | None, unit: str, **options: Any) -> Any:
     """A bar of tqdm. Where stderr is no terminal, as in a log file, nothing is redrawn: it is a
     line every half minute and at the end, if that is more than a second away.
     """

@@ -307,8 +307,9 @@ class _Bar:
         self._timings[part] = self._timings.get(part, 0.0) + now - self._last
         self._last = now
         following = (self._parts.index(part) + 1) % len(self._parts)
-        self._bar.set_description_str(f"{self._parts[following]:9s}")
         self._bar.update()
+        if self._bar.n < self._bar.total:
+            self._bar.set_description_str(f"{self._parts[following]:9s}")
 
     def __exit__(self, *error: object) -> None:
         if error[0] is None:
