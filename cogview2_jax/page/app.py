@@ -35,17 +35,23 @@ def build(desk: Desk, folder: tools.Folder) -> tuple[Any, Any]:
     import gradio as gr
 
     chinese = words.table("zh")
+    visits = tools.Visits()
     spoken = gr.I18n(en=words.table("en"), zh=chinese, **{"zh-CN": chinese, "zh-TW": chinese})
     with gr.Blocks(title="CogView2", analytics_enabled=False) as page:
         gr.Markdown("# CogView2")
         gr.Markdown(spoken("title"))
         with gr.Tabs(selected="generate") as tabs:
             with gr.Tab(spoken("generate"), id="generate", elem_id="tab-generate"):
-                generated = generate_tab.add(desk, folder, spoken)
+                generated = generate_tab.add(desk, folder, visits, spoken)
             with gr.Tab(spoken("edit"), id="edit", elem_id="tab-edit"):
                 edit_tab.add(desk, folder, spoken, tabs, generated)
             with gr.Tab(spoken("caption"), id="caption", elem_id="tab-caption"):
                 caption_tab.add(desk, spoken)
+
+        def leave(request: gr.Request) -> None:
+            visits.end(request)
+
+        page.unload(leave)
     page.queue(max_size=desk.limits.waiting, default_concurrency_limit=1, api_open=False)
     return page, spoken
 

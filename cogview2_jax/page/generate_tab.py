@@ -31,7 +31,7 @@ class GenerateTab(NamedTuple):
     edit: Any  # the button to edit it
 
 
-def add(desk: Desk, folder: tools.Folder, t: Any) -> GenerateTab:
+def add(desk: Desk, folder: tools.Folder, visits: tools.Visits, t: Any) -> GenerateTab:
     """Add the tab's components and what they do. `t` is name → words in the browser's language."""
     import gradio as gr
 
@@ -78,7 +78,7 @@ def add(desk: Desk, folder: tools.Folder, t: Any) -> GenerateTab:
     shown = [pictures, state, settings, download, chosen, insides, *inside]
     drawing = gr.on(
         [draw.click, prompt.submit],
-        _drawer(desk, folder),
+        _drawer(desk, folder, visits),
         asked,
         shown,
         show_progress="hidden",
@@ -86,7 +86,7 @@ def add(desk: Desk, folder: tools.Folder, t: Any) -> GenerateTab:
         trigger_mode="once",
     )
     cancel.click(
-        tools.canceller(), None, state, cancels=[drawing], queue=False, show_progress="hidden"
+        tools.canceller(visits), None, state, cancels=[drawing], queue=False, show_progress="hidden"
     )
     best.click(
         _ranker(desk, folder),
@@ -99,20 +99,22 @@ def add(desk: Desk, folder: tools.Folder, t: Any) -> GenerateTab:
     return GenerateTab(pictures, chosen, edit)
 
 
-def _drawer(desk: Desk, folder: tools.Folder) -> Any:
+def _drawer(desk: Desk, folder: tools.Folder, visits: tools.Visits) -> Any:
     import gradio as gr
 
     def draw(
         prompt: str, seed: Any, images: Any, candidates: Any, style: Any, request: gr.Request
     ) -> Iterator[Any]:
         spoken, begin, number = tools.language(request), time.perf_counter(), 0
-        kept = [gr.skip()] * 6
+        kept, ended = [gr.skip()] * 6, visits.ended(request)
         yield gr.skip(), tools.status(say("working", spoken), 0.02), *kept
         made: list[Image.Image] = []
         steps: list[Any] = []
         with tools.telling(spoken):
             try:
                 for step, each in desk.generate(prompt, seed, images, candidates, style):
+                    if visits.ended(request) != ended:
+                        return
                     if step == "confidence":
                         sure = [Image.fromarray(one) for one in each]
                         break

@@ -53,11 +53,36 @@ def status(words: str = "", done: float | None = None) -> str:
     return f'<div class="status" role="status" aria-live="polite">{html.escape(words)}{bar}</div>'
 
 
-def canceller() -> Any:
+class Visits:
+    """How often each visitor has cancelled or left: work ends when that changes. Gradio alone goes
+    on with a generator if its step is running when it cancels.
+    """
+
+    def __init__(self, most: int = 10_000) -> None:
+        self._ended: dict[str, int] = {}
+        self._most = most  # visitors that are remembered
+
+    def ended(self, request: Any) -> int:
+        return self._ended.get(_session(request), 0)
+
+    def end(self, request: Any) -> None:
+        session = _session(request)
+        self._ended[session] = self._ended.pop(session, 0) + 1
+        while len(self._ended) > self._most:
+            self._ended.pop(next(iter(self._ended)))  # the one that did so first
+
+
+def _session(request: Any) -> str:
+    return (request.session_hash if request else None) or ""
+
+
+def canceller(visits: Visits | None = None) -> Any:
     """What a cancel button does, besides cancelling: it says so."""
     import gradio as gr
 
     def cancelled(request: gr.Request) -> str:
+        if visits is not None:
+            visits.end(request)
         return status(say("cancelled", language(request)))
 
     return cancelled
