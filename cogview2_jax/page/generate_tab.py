@@ -76,18 +76,24 @@ def add(desk: Desk, folder: tools.Folder, visits: tools.Visits, t: Any) -> Gener
 
     asked = [prompt, seed, images, candidates, style]
     shown = [pictures, state, settings, download, chosen, insides, *inside]
-    drawing = gr.on(
+    ticket = gr.State(0)
+    # Outside the queue, so that whoever waits in it can cancel too.
+    gr.on(
         [draw.click, prompt.submit],
+        _begin(visits),
+        None,
+        ticket,
+        show_progress="hidden",
+        queue=False,
+        trigger_mode="once",
+    ).then(
         _drawer(desk, folder, visits),
-        asked,
+        [*asked, ticket],
         shown,
         show_progress="hidden",
         concurrency_id="model",
-        trigger_mode="once",
     )
-    cancel.click(
-        tools.canceller(visits), None, state, cancels=[drawing], queue=False, show_progress="hidden"
-    )
+    cancel.click(tools.canceller(visits), None, state, queue=False, show_progress="hidden")
     best.click(
         _ranker(desk, folder),
         [prompt, pictures, settings, insides],
@@ -99,14 +105,33 @@ def add(desk: Desk, folder: tools.Folder, visits: tools.Visits, t: Any) -> Gener
     return GenerateTab(pictures, chosen, edit)
 
 
+def _begin(visits: tools.Visits) -> Any:
+    import gradio as gr
+
+    def begin(request: gr.Request) -> int:
+        return visits.ended(request)
+
+    return begin
+
+
 def _drawer(desk: Desk, folder: tools.Folder, visits: tools.Visits) -> Any:
     import gradio as gr
 
     def draw(
-        prompt: str, seed: Any, images: Any, candidates: Any, style: Any, request: gr.Request
+        prompt: str,
+        seed: Any,
+        images: Any,
+        candidates: Any,
+        style: Any,
+        ended: int,
+        request: gr.Request,
     ) -> Iterator[Any]:
         spoken, begin, number = tools.language(request), time.perf_counter(), 0
-        kept, ended = [gr.skip()] * 6, visits.ended(request)
+        kept = [gr.skip()] * 6
+        cancelled = gr.skip(), tools.status(say("cancelled", spoken)), *kept
+        if visits.ended(request) != ended:
+            yield cancelled
+            return
         yield gr.skip(), tools.status(say("working", spoken), 0.02), *kept
         made: list[Image.Image] = []
         steps: list[Any] = []
@@ -114,6 +139,7 @@ def _drawer(desk: Desk, folder: tools.Folder, visits: tools.Visits) -> Any:
             try:
                 for step, each in desk.generate(prompt, seed, images, candidates, style):
                     if visits.ended(request) != ended:
+                        yield cancelled
                         return
                     if step == "confidence":
                         sure = [Image.fromarray(one) for one in each]

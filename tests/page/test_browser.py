@@ -107,10 +107,15 @@ def visit(browser, server):
 
 
 def wait_for(page, selector: str, words: str) -> None:
-    page.wait_for_function(
-        "([selector, words]) => document.querySelector(selector).innerText.includes(words)",
-        arg=[selector, words],
-    )
+    try:
+        page.wait_for_function(
+            "([selector, words]) => document.querySelector(selector).innerText.includes(words)",
+            arg=[selector, words],
+        )
+    except playwright.TimeoutError:
+        raise AssertionError(
+            f"{selector} says {page.inner_text(selector)!r}, not {words!r}"
+        ) from None
 
 
 def draw(page, prompt: str, wait: bool = True) -> None:
@@ -270,7 +275,9 @@ def test_cancelling_and_leaving(visit, server):
     page, leaver = visit(locale="en-US"), visit(locale="en-US")
     for each in (page, leaver):
         each.click("#more button")
-        each.locator("#candidates input").first.fill("16")
+        for name, most in (("candidates", "16"), ("images", "8")):  # seconds of work
+            each.locator(f"#{name} input").first.fill(most)
+            each.locator(f"#{name} input").first.press("Tab")
         draw(each, TEXT, wait=False)
         wait_for(each, "#state", "Drawing")
         if each is page:
@@ -278,6 +285,7 @@ def test_cancelling_and_leaving(visit, server):
             wait_for(page, "#state", "Cancelled")
     leaver.context.close()
     page.locator("#candidates input").first.fill("1")
+    page.locator("#candidates input").first.press("Tab")
     assert page.inner_text("#state") == "Cancelled"
     draw(page, OTHER)
     assert downloaded(page, "#download")[0]["candidates"] == 1
