@@ -21,6 +21,7 @@ from cogview2_jax.pipeline.cogview import CogView
 from experiments import results
 
 DIRECT, ENLARGED = "direct", "enlarged"  # where refinement begins
+ITERATIVE_ALONE = "iterative alone"  # a setting
 
 
 class Point(NamedTuple):
@@ -41,7 +42,7 @@ def stages_alone(config: IterativeSRConfig) -> list[Point]:
     """Direct super-resolution alone, iterative alone (from the enlarged base picture), and both."""
     return [
         Point("stages", "direct alone", None),
-        Point("stages", "iterative alone", config, ENLARGED),
+        Point("stages", ITERATIVE_ALONE, config, ENLARGED),
         Point("stages", "both, as published", config),
     ]
 

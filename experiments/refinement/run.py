@@ -127,7 +127,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(parts: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Error and FID against time, a colour for each part."""
+    """Error and FID against time, a colour for each part; without iterative super-resolution
+    alone, which is so far off that all else would be one spot.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,7 +142,8 @@ def plot(parts: dict[str, list[dict[str, Any]]], file: Path) -> None:
         ("error against a clean drawing, grey levels", "FID, the judge's outputs"),
         strict=True,
     ):
-        for part, rows in parts.items():
+        for part, made in parts.items():
+            rows = [row for row in made if row["setting"] != points.ITERATIVE_ALONE]
             at = [row["cpu_seconds_a_picture"] for row in rows]
             axis.plot(at, [row[name] for row in rows], "o", label=part)
             for x, row in zip(at, rows, strict=True):
