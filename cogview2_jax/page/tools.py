@@ -55,7 +55,7 @@ def status(words: str = "", done: float | None = None) -> str:
 
 class Visits:
     """How often each visitor has cancelled or left: work ends when that changes. What Gradio
-    cancels by itself goes on, or blocks the queue, if a step of it is running.
+    cancels by itself may go on to its end if a step of it is running.
     """
 
     def __init__(self, most: int = 10_000) -> None:
