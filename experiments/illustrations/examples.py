@@ -16,9 +16,9 @@ from cogview2_jax.data.illustrations import Item
 from cogview2_jax.tokenizer.pictures import open_picture
 from experiments.illustrations.presets import COARSE_PIXELS, FINE_PIXELS
 
-VARIANTS = 8  # of each picture: itself, and smaller ones somewhere else
+VARIANTS = 16  # of each picture: itself, and smaller ones somewhere else
 CAPTIONS = 2  # in each language, of each variant
-FRAMES = 3.0  # frames of two things, for each picture
+FRAMES = 6.0  # frames of two things, for each picture
 SMALLEST = 0.7  # of a variant, of the picture's side
 
 
@@ -61,12 +61,17 @@ def of_kinds(collection: Collection, kinds: Sequence[str]) -> Collection:
 
 
 def to_train(
-    collection: Collection, share: float = 1.0, at_once: int = 1024
+    collection: Collection,
+    share: float = 1.0,
+    *,
+    variants: int = VARIANTS,
+    frames: float = FRAMES,
+    at_once: int = 1024,
 ) -> Iterator[list[Example]]:
     """Every picture of the train split, in its own size and place and in others, and frames of two:
     in lists of about `at_once`, which are made when they are asked for.
 
-    `share` of each, for a trial.
+    There are `variants` of each picture, and `frames` for each. `share` of them, for a trial.
     """
     known = collection.indices("train")
     known = known[: max(64, round(share * len(known)))]
@@ -87,8 +92,8 @@ def to_train(
     def frame(index: int) -> Example:
         return framed(collection, known, np.random.default_rng((52, index)))
 
-    jobs = [(int(number), variant) for number in known for variant in range(VARIANTS)]
-    for make, every in ((one, jobs), (frame, range(round(FRAMES * len(known))))):
+    jobs = [(int(number), variant) for number in known for variant in range(variants)]
+    for make, every in ((one, jobs), (frame, range(round(frames * len(known))))):
         for begin in range(0, len(every), at_once):
             yield _in_parallel(make, every[begin : begin + at_once])
 

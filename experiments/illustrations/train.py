@@ -8,12 +8,12 @@ Text model, image tokenizer, CogLM, direct and iterative super-resolution, each 
 interruption the same command resumes from the last checkpoint. The bundle is written to --out
 after every part.
 
-Pictures and tokens are held in memory (about 2 GB for 2,000 pictures), so that a GPU need not wait.
+Pictures and tokens are held in memory. Batches and steps are for two CPU cores.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +58,26 @@ TOKENIZER = Options(
     4000, 64, 0.02, warmup=0.02, final_rate=0.0, optimizer="muon", weight_decay=0.0, seed=101
 )
 COGLM = Options(
-    6000, 512, 0.02, warmup=0.03, final_rate=0.0, optimizer="muon", seed=61, average=0.999
+    3200, 64, 0.02, warmup=0.03, final_rate=0.0, optimizer="muon", seed=61, average=0.998
 )
-DIRECT = Options(3000, 64, 0.015, warmup=0.03, final_rate=0.0, optimizer="muon", seed=71)
-ITERATIVE = Options(2000, 64, 0.015, warmup=0.03, final_rate=0.0, optimizer="muon", seed=81)
-TASKS = CogLMOptions("nothing", patch_size=4, num_patches=3, text_ratio=0.0, completion_ratio=0.35)
+DIRECT = Options(2400, 8, 0.015, warmup=0.03, final_rate=0.0, optimizer="muon", seed=71)
+ITERATIVE = Options(1400, 12, 0.015, warmup=0.03, final_rate=0.0, optimizer="muon", seed=81)
+TASKS = CogLMOptions(
+    "nothing",
+    patch_size=4,
+    num_patches=3,
+    text_ratio=0.0,
+    completion_ratio=0.35,
+    drop_text=0.1,  # for guidance
+)
 # Of direct SR's coarse input tokens, the share that is redrawn, in a half of the pictures: the base
 # stage makes mistakes, which direct SR must learn to correct from the text and the other cells.
 NOISE = 0.15
 # Share of pictures, in training iterative SR, with anchors from direct SR instead of the true ones.
 DRAFTED_SHARE = 0.75
-# Super-resolution learns from so many of the records: its tasks are local, and drafts cost time.
-NUM_FINE = 32_768
+# Super-resolution learns from fewer records: its tasks are local, and fine tokens and drafts cost
+# time.
+NUM_FINE, FINE_VARIANTS, FINE_FRAMES = 4_000, 3, 1.0
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _PARTS = ("tokenizer", "coglm", "direct", "iterative")
@@ -91,9 +99,8 @@ _PARTS = ("tokenizer", "coglm", "direct", "iterative")
     help="Of all steps, for a trial; of the pictures ten times as much.",
 )
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
-@click.option("--kind", "kinds", multiple=True, metavar="NAME", help="Only such things: food, …")
 @click.option(
-    "--batch-size", type=click.IntRange(1), help="Of CogLM; 512 if left out. 64 suits a CPU."
+    "--kind", "kinds", multiple=True, default=presets.KINDS, show_default=True, metavar="NAME"
 )
 @click.option("--dropout", type=click.FloatRange(0, 0.9), default=0.1, show_default=True)
 def main(pictures: Path, work: Path, out: Path, tokenizer: Path | None, **how: Any) -> None:
@@ -112,7 +119,6 @@ def train(
     share: float,
     dtype: str,
     kinds: Sequence[str],
-    batch_size: int | None,
     dropout: float,
 ) -> Iterator[Bundle]:
     """The bundle after each part, from zero or from what `work` holds already."""
@@ -125,7 +131,7 @@ def train(
         return dataclasses.replace(options, num_steps=max(2, round(share * options.num_steps)))
 
     def run(task: Task, options: Options, name: str) -> Any:
-        return run_task(task, options, work / name, LoopOptions(save_every=2000, log_every=100))
+        return run_task(task, options, work / name, LoopOptions(save_every=200))
 
     collection = examples.of_kinds(examples.read(pictures), kinds)
     bundle = _untrained(pictures)
@@ -142,19 +148,33 @@ def train(
     if "coglm" not in done:
         return
 
-    rows, unseen, layout = _records(work, bundle, collection, share)
-    options = fewer(dataclasses.replace(COGLM, batch_size=batch_size or COGLM.batch_size))
-    data = functools.partial(memory.token_data, layout=layout, name="illustrations")
-    task = coglm_task(bundle, data(rows, unseen, options=options), options, TASKS, execution)
+    some = min(1.0, 10 * share)
+    layout = RecordLayout.of(bundle.coglm_config, presets.STRIDE)
+    rows = _records(work / "coarse.npy", bundle, examples.to_train(collection, some), layout)
+    unseen = _rows_of(examples.to_validate(collection), bundle, layout)
+    options = fewer(COGLM)
+    data = functools.partial(memory.token_data, name="illustrations")
+    task = coglm_task(
+        bundle, data(rows, unseen, layout=layout, options=options), options, TASKS, execution
+    )
     bundle = bundle._replace(coglm=run(task, options, "coglm"))
     yield bundle
     if "direct" not in done:
         return
 
+    layout = RecordLayout.of(bundle.coglm_config, presets.STRIDE, presets.FINE_PIXELS)
+    made = examples.to_train(collection, some, variants=FINE_VARIANTS, frames=FINE_FRAMES)
+    rows = _records(work / "fine.npy", bundle, made, layout)
     rows = np.random.default_rng(54).permutation(rows)[:NUM_FINE]
+    unseen = _rows_of(examples.to_validate(collection), bundle, layout)
     options = fewer(DIRECT)
-    own = DirectSROptions("coglm")
-    task = direct_sr_task(bundle, data(rows, unseen, options=options), options, own, execution)
+    task = direct_sr_task(
+        bundle,
+        data(rows, unseen, layout=layout, options=options),
+        options,
+        DirectSROptions("coglm"),
+        execution,
+    )
     bundle = bundle._replace(direct=run(_with_noise(task), options, "direct"))
     yield bundle
     if "iterative" not in done:
@@ -164,7 +184,7 @@ def train(
     drafts = _drafts(work / "drafts.npy", bundle, rows, layout, execution)
     task = iterative_sr_task(
         bundle,
-        data(rows, unseen, options=options),
+        data(rows, unseen, layout=layout, options=options),
         options,
         IterativeSROptions("coglm"),
         execution,
@@ -221,30 +241,28 @@ def _tokenizer_task(
 
 
 def _records(
-    work: Path, bundle: Bundle, collection: examples.Collection, share: float
-) -> tuple[np.ndarray, np.ndarray, RecordLayout]:
-    """Token records to train on and to validate on, int32 [n, length], and their layout."""
-    config = bundle.coglm_config
-    layout = RecordLayout.of(config, presets.STRIDE, presets.FINE_PIXELS)
-
-    def rows_of(made: list[Example]) -> np.ndarray:
-        fine = np.stack([example.picture for example in made])
-        tokens = np.concatenate(
-            [_tokens(bundle, examples.reduced(fine)), _tokens(bundle, fine)], axis=1
-        )
-        found = []
-        for example, ids in zip(made, tokens, strict=True):
-            for caption in example.captions:
-                words = text.encode(bundle.text_model, caption, config.vocabulary)
-                part = text_part([words], layout.text_slots, config.vocabulary)
-                found.append(np.concatenate([part, ids]))
-        return np.stack(found).astype(np.int32)
-
-    file = work / "records.npy"
+    file: Path, bundle: Bundle, parts: Iterable[list[Example]], layout: RecordLayout
+) -> np.ndarray:
+    """Token records of examples, int32 [captions of all, length], kept in `file`."""
     if not file.exists():
-        parts = examples.to_train(collection, min(1.0, 10 * share))
-        _save(file, np.concatenate([rows_of(part) for part in tqdm(parts, desc="records")]))
-    return np.load(file), rows_of(examples.to_validate(collection)), layout
+        made = [_rows_of(part, bundle, layout) for part in tqdm(parts, desc=file.stem)]
+        _save(file, np.concatenate(made))
+    return np.load(file)
+
+
+def _rows_of(made: list[Example], bundle: Bundle, layout: RecordLayout) -> np.ndarray:
+    """A row for each caption of each example, int32 [captions, length]."""
+    vocabulary = bundle.coglm_config.vocabulary
+    fine = np.stack([example.picture for example in made])
+    pictures = {presets.COARSE_PIXELS: examples.reduced(fine), presets.FINE_PIXELS: fine}
+    tokens = np.concatenate([_tokens(bundle, pictures[size]) for size in layout.sizes], axis=1)
+    found = []
+    for example, ids in zip(made, tokens, strict=True):
+        for caption in example.captions:
+            words = text.encode(bundle.text_model, caption, vocabulary)
+            part = text_part([words], layout.text_slots, vocabulary)
+            found.append(np.concatenate([part, ids]))
+    return np.stack(found).astype(np.int32)
 
 
 def _tokens(bundle: Bundle, pictures: np.ndarray, batch_size: int = 64) -> np.ndarray:
