@@ -53,7 +53,8 @@ from cogview2_jax.styles import Style
 from cogview2_jax.tokenizer import text
 
 CONFIG, TEXT_MODEL, WEIGHTS = "config.json", "text.model", "weights.safetensors"
-SHIPPED = Path(__file__).parent / "bundles" / "scenes"
+BUNDLES = Path(__file__).parent / "bundles"  # those that ship
+SHIPPED = BUNDLES / "scenes"
 
 Params = dict
 
@@ -160,7 +161,7 @@ def load(
     *,
     on_host: bool = False,
 ) -> Bundle:
-    """The bundle in the folder `path`, or the one that ships with the package.
+    """The bundle in the folder `path`, or one that ships with the package (see `locate`).
 
     Reads the named `networks`, which must all be there; by default those that are there, at least
     one. The trees of the others are empty. Parameters are put on the devices by `place`, or stay
@@ -246,11 +247,14 @@ def untrained(description: Description, text_model: spm.SentencePieceProcessor) 
 
 
 def locate(path: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of a bundle.
+    """The folder of a bundle: `path`, or the one that ships under this name, "scenes", if there is
+    no such folder, or the default one.
 
     Raises FileNotFoundError when there is none, NotADirectoryError when it is a file.
     """
     folder = SHIPPED if path is None else Path(path)
+    if folder.name == str(folder) and not folder.exists() and (BUNDLES / folder).is_dir():
+        return BUNDLES / folder
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -260,7 +264,10 @@ def locate(path: str | os.PathLike[str] | None = None) -> Path:
             f"the bundle that ships with cogview2_jax is missing at {folder}:"
             " install the package again, or give the folder of another bundle"
         )
-    raise FileNotFoundError(f"bundle {folder} does not exist: give the folder of a saved bundle")
+    names = " or ".join(sorted(each.name for each in BUNDLES.glob("*/")))
+    raise FileNotFoundError(
+        f"bundle {folder} does not exist: give the folder of a saved bundle, or {names}"
+    )
 
 
 def read_description(folder: Path) -> Description:

@@ -20,6 +20,10 @@ from cogview2_jax.pipeline.cogview import CogView
 from cogview2_jax.pipeline.prompts import PromptTokens, prompt_tokens
 from cogview2_jax.tokenizer import image as image_tokenizer
 
+bundle_option = click.option(
+    "--bundle", type=click.Path(path_type=Path), help="A folder or a name. Default: scenes."
+)
+
 
 def load_model(bundle: Path | None) -> CogView:
     """The model of --bundle, or the one that ships. Raises UsageError for what cannot be loaded."""

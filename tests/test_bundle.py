@@ -260,6 +260,15 @@ def test_a_missing_shipped_bundle_says_what_to_do(tmp_path, monkeypatch):
         bundles.load()
 
 
+def test_a_bundle_that_ships_is_found_by_name(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert bundles.locate("scenes") == bundles.SHIPPED
+    with pytest.raises(FileNotFoundError, match="a saved bundle, or scenes"):
+        bundles.locate("scene")
+    shutil.copytree(tiny_folder, "scenes")  # a folder of one's own comes first
+    assert bundles.locate("scenes").resolve() == tmp_path / "scenes"
+
+
 @pytest.mark.parametrize("step", ["save_file", "rename"])
 def test_a_failed_save_leaves_what_was_there(step, tiny, tiny_folder, tmp_path, monkeypatch):
     def full(*args: object) -> None:

@@ -31,7 +31,7 @@ bundle_option = click.option(
     "--bundle",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder of the model. Default: the model that ships with the package.",
+    help="Folder of the model, or the name of one that ships. Default: scenes.",
 )
 dtype_option = click.option(
     "--dtype",

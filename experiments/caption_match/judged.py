@@ -90,7 +90,6 @@ def standard_error(values: np.ndarray) -> float:
 def judged_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of experiments whose points are judged: how much, and where it is written."""
     file = click.Path(dir_okay=False, path_type=Path)
-    folder = click.Path(exists=True, file_okay=False, path_type=Path)
     at_least_two = click.IntRange(2)
     options = (
         click.option("--num-prompts", type=at_least_two, default=100, show_default=True),
@@ -101,7 +100,7 @@ def judged_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", default=0, show_default=True, help="Of prompts and pictures."),
         click.option("--json", "json_file", type=file),
         click.option("--plot", "plot_file", type=file),
-        click.option("--bundle", type=folder),
+        results.bundle_option,
     )
     for option in reversed(options):
         command = option(command)

@@ -10,7 +10,6 @@ the prompt names.
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +21,8 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-import cogview2_jax
 from cogview2_jax.data.scenes import SceneObject, check
+from experiments import results
 from experiments.caption_match import judge
 from experiments.caption_match.scoring import (
     COLUMNS,
@@ -44,8 +43,8 @@ A stage's own pictures may be smaller; they come enlarged to 192 pixels, bicubic
 
 
 def load_generator(bundle: Path | None, candidates: int | None = None) -> Generate:
-    """The generator of a bundle, or of the one that ships. Raises as `cogview2_jax.load`."""
-    return functools.partial(cogview2_jax.load(bundle).generate_stages, candidates=candidates)
+    """The generator of a bundle. Raises as `results.load_model`."""
+    return functools.partial(results.load_model(bundle).generate_stages, candidates=candidates)
 
 
 def generate_all(
@@ -165,7 +164,7 @@ def sheet(
     type=click.IntRange(1),
     help="Base pictures to choose the best from, by caption score.  [default: the bundle's]",
 )
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@results.bundle_option
 def main(
     prompts_file: Path | None,
     num_prompts: int,
@@ -186,10 +185,7 @@ def main(
                 raise ValueError("no prompts in it")
     except ValueError as error:
         raise click.UsageError(f"{prompts_file}: {error}") from None
-    try:
-        generate = load_generator(bundle, candidates)
-    except (ValueError, OSError) as error:
-        raise click.UsageError(str(error)) from None
+    generate = load_generator(bundle, candidates)
     scores, pictures, found = experiment(generate, prompts, num_images, seed, judge.load())
     click.echo(table(scores))
     if sheet_file:
@@ -201,11 +197,8 @@ def main(
             "num_images": num_images,
             "seed": seed,
             "candidates": candidates,
-            "bundle": str(bundle) if bundle else None,
-            "seconds": round(time.monotonic() - start, 1),
-            "jax": jax.__version__,
         }
-        json_file.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        results.write(json_file, report, bundle, start)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def ranking(
 @click.option("--num-prompts", type=click.IntRange(1), default=60, show_default=True)
 @click.option("--num-images", type=click.IntRange(2, 64), default=8, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of prompts, pictures and captions.")
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@results.bundle_option
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 def main(
     num_pictures: int,

@@ -126,7 +126,7 @@ def evaluate(
 @sources.workers_option
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True)
 @click.option("--json", "json_file", type=_FILE)
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@results.bundle_option
 def main(
     source: str,
     data_dir: Path | None,

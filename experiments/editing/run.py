@@ -142,7 +142,7 @@ def measure(
 @click.option("--seed", default=0, show_default=True, help="Of the scenes and the pictures.")
 @click.option("--kind", "kinds", type=click.Choice(KINDS), multiple=True, default=KINDS)
 @click.option("--method", "methods", type=click.Choice(METHODS), multiple=True, default=METHODS)
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@results.bundle_option
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 def main(
     num_edits: int,

@@ -79,7 +79,7 @@ def rank_share(
 
 @click.command(help=__doc__)
 @click.option("--pictures", type=click.Path(path_type=Path, file_okay=False), required=True)
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@results.bundle_option
 @click.option("--num-pictures", type=click.IntRange(1), default=288, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the pictures and the names.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))

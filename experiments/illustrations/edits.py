@@ -135,7 +135,7 @@ def sheet(tasks: list[Task], made: np.ndarray, limit: int = 30, columns: int = 3
 
 @click.command(help=__doc__)
 @click.option("--pictures", type=click.Path(path_type=Path, file_okay=False), required=True)
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@results.bundle_option
 @click.option("--num-edits", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the edits and their pictures.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))

@@ -195,7 +195,7 @@ def table(figures: Mapping[str, Any]) -> str:
 
 @click.command(help=__doc__)
 @click.option("--pictures", type=click.Path(path_type=Path, file_okay=False), required=True)
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@results.bundle_option
 @click.option("--num-prompts", type=click.IntRange(2), default=400, show_default=True)
 @click.option("--num-images", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of prompts and pictures.")

@@ -96,7 +96,7 @@ def line(name: str, row: dict[str, Any]) -> str:
 @click.option("--scenes", "scenes_read", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the prompts and the pictures.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@results.bundle_option
 def main(json_file: Path | None, bundle: Path | None, **how: Any) -> None:
     begin = time.monotonic()
     titles = "".join(f"{stage + ' %':>9s}" for stage in STAGES)

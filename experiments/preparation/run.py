@@ -30,6 +30,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageFilter
 
+from cogview2_jax import bundle as bundles
 from cogview2_jax.config import TOKEN_STRIDE, HVQVAEConfig
 from cogview2_jax.data.records import RecordLayout
 from cogview2_jax.tokenizer import image as image_tokenizer
@@ -184,7 +185,7 @@ def planned(
 )
 @click.option("--disk", default=2e9, show_default=True, help="Bytes a second of the shared store.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@results.bundle_option
 def main(
     chosen: tuple[str, ...],
     pictures: int,
@@ -201,7 +202,7 @@ def main(
     bundle: Path | None,
 ) -> None:
     begin = time.monotonic()
-    options = ["--bundle", bundle.absolute()] if bundle else []
+    options = ["--bundle", bundles.locate(bundle).absolute()] if bundle else []
     done = results.parts_before(json_file, {})
     for part in chosen:
         with tempfile.TemporaryDirectory() as temporary:

@@ -18,8 +18,8 @@ from cogview2_jax.config import TOKEN_STRIDE
 from cogview2_jax.data import scenes
 from cogview2_jax.tokenizer.image import to_pixels, to_tokens
 from cogview2_jax.tokenizer.pictures import fit_picture
+from experiments import results
 from experiments.caption_match import judge
-from experiments.results import load_model
 
 ATTRIBUTES = ("shape", "colour", "size", "fill")
 BATCH = 8
@@ -55,9 +55,9 @@ def score(
 
 @click.command(help=__doc__)
 @click.option("--num-scenes", type=click.IntRange(BATCH), default=200, show_default=True)
-@click.option("--bundle", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def main(num_scenes: int, folder: Path | None) -> None:
-    bundle = load_model(folder).bundle
+@results.bundle_option
+def main(num_scenes: int, bundle: Path | None) -> None:
+    made_with = results.load_model(bundle).bundle
     num_scenes = num_scenes // BATCH * BATCH
     examples = [scenes.example("validation", index) for index in range(num_scenes)]
     judge_params = judge.load()
@@ -68,7 +68,7 @@ def main(num_scenes: int, folder: Path | None) -> None:
                 np.asarray(each.image.reduce(scenes.CANVAS // side))
                 for each in examples[start : start + BATCH]
             ]
-            made += list(through_tokenizer(bundle, np.stack(drawn)))
+            made += list(through_tokenizer(made_with, np.stack(drawn)))
         enlarged = [fit_picture(picture, scenes.CANVAS, scenes.CANVAS) for picture in made]
         found = judge.read(judge_params, np.stack(enlarged))
         figures = score([each.scene for each in examples], found)

@@ -26,9 +26,9 @@ import numpy as np
 from PIL import Image
 
 from cogview2_jax.data import scenes
+from experiments import results
 from experiments.caption_match import judge, scoring
 from experiments.caption_match.run import STAGES, experiment
-from experiments.results import load_model
 
 README_PROMPTS = (
     "a red circle above a striped blue square",
@@ -108,7 +108,7 @@ def grid(pictures: dict[str, np.ndarray]) -> Image.Image:
 @click.option("--num-prompts", type=click.IntRange(1), default=60, show_default=True)
 @click.option("--num-images", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--seed", default=1, show_default=True)
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@results.bundle_option
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--grid", "grid_file", type=click.Path(dir_okay=False, path_type=Path))
 def main(
@@ -119,17 +119,17 @@ def main(
     json_file: Path | None,
     grid_file: Path | None,
 ) -> None:
-    model = load_model(bundle)
+    model = results.load_model(bundle)
     prompts = scoring.make_prompts(num_prompts, seed)
     _, pictures, found = experiment(model.generate_stages, prompts, num_images, seed, judge.load())
-    results = measure(pictures, prompts, found)
-    for stage, figures in results.items():
+    measured = measure(pictures, prompts, found)
+    for stage, figures in measured.items():
         click.echo(f"{stage:8s}" + "".join(f"  {name} {value}" for name, value in figures.items()))
     if grid_file:
         made = model.generate_stages(README_PROMPTS, jax.random.key(seed), 1)
         grid(made).save(grid_file)
     if json_file:
-        json_file.write_text(json.dumps({"seed": seed, "stages": results}, indent=2) + "\n")
+        json_file.write_text(json.dumps({"seed": seed, "stages": measured}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
