@@ -317,7 +317,7 @@ def test_save_refuses_what_float16_cannot_hold(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change", ["nothing", "shape", "configuration", "version"])
+@pytest.mark.parametrize("change", ["nothing", "sampling", "shape", "configuration", "version"])
 def test_shapes_are_compared_unless_these_were(change, tiny_folder, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     if change == "shape":
@@ -328,9 +328,19 @@ def test_shapes_are_compared_unless_these_were(change, tiny_folder, tmp_path, mo
         config = json.loads((folder / bundles.CONFIG).read_text())
         config["tokenizer_config"]["channels"] *= 2
         (folder / bundles.CONFIG).write_text(json.dumps(config))
+    elif change == "sampling":  # which says nothing of shapes
+        config = json.loads((folder / bundles.CONFIG).read_text())
+        config["sampling"]["candidates"] += 1
+        (folder / bundles.CONFIG).write_text(json.dumps(config))
     elif change == "version":
         monkeypatch.setattr(description, "__version__", "another")
     compared = []
     monkeypatch.setattr(bundles, "_check_shapes", lambda *given: compared.append(given))
     bundles.load(folder)
-    assert bool(compared) == (change != "nothing")
+    assert bool(compared) == (change not in ("nothing", "sampling"))
+
+
+def test_the_shapes_of_the_bundle_that_ships_were_compared(monkeypatch):
+    """It takes every command more than a second otherwise."""
+    monkeypatch.setattr(bundles, "_check_shapes", lambda *given: pytest.fail("compared again"))
+    bundles.load(networks=("tokenizer",), on_host=True)
