@@ -1,5 +1,6 @@
 """How illustrations are judged: the judge, prompts and their match, captions and rank, edits."""
 
+import click
 import jax
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from cogview2_jax.data import illustrations
 from cogview2_jax.data.illustrations import Item
-from experiments.illustrations import captions, edits, examples, judge, match, train_judge
+from experiments.illustrations import captions, edits, examples, grid, judge, match, train_judge
 from experiments.illustrations.presets import FINE_PIXELS
 
 COLOURS = {
@@ -178,3 +179,21 @@ def test_an_edit_runs_a_task_each(collection):
 
     tasks = [edits.make_task(collection, np.random.default_rng(2), "en")] * 2
     assert (edits.run_edits(Editor(), tasks, 0) == tasks[0].before).all()
+
+
+def test_the_grid_has_a_row_for_each_thing(collection, monkeypatch):
+    class Model(Painter):
+        def generate_stages(self, prompts, key, num_images, *, stages):
+            return super().generate_stages(prompts, key, num_images, stages=("base", "direct"))
+
+    monkeypatch.setattr(grid, "STYLES", dict.fromkeys(STYLES))
+    rows = grid.rows_of(collection.items, ("sky", "lime"))
+    made = grid.draw(Model(collection), rows, 0)
+    assert made.shape == (2, 3, FINE_PIXELS, FINE_PIXELS, 3)
+    assert (made[0, 2] == drawn("sky", "sticker")).all()
+    whole = np.asarray(grid.grid(rows, made, side=100))
+    assert whole.shape == (24 + 200, 110 + 300, 3)
+    framed = (whole == (255, 165, 0)).all(-1)
+    assert framed[:124, 310:].any() and not framed[124:].any()  # the held-out pair
+    with pytest.raises(click.UsageError, match="moon is not there"):
+        grid.rows_of(collection.items, ("moon",))
