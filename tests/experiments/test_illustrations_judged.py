@@ -8,7 +8,16 @@ from PIL import Image, ImageDraw
 
 from cogview2_jax.data import illustrations
 from cogview2_jax.data.illustrations import Item
-from experiments.illustrations import captions, edits, examples, grid, judge, match, train_judge
+from experiments.illustrations import (
+    captions,
+    edits,
+    examples,
+    grid,
+    judge,
+    match,
+    reconstruction,
+    train_judge,
+)
 from experiments.illustrations.presets import FINE_PIXELS
 
 COLOURS = {
@@ -197,3 +206,16 @@ def test_the_grid_has_a_row_for_each_thing(collection, monkeypatch):
     assert framed[:124, 310:].any() and not framed[124:].any()  # the held-out pair
     with pytest.raises(click.UsageError, match="moon is not there"):
         grid.rows_of(collection.items, ("moon",))
+
+
+def test_reconstructions_are_measured_against_their_originals(
+    collection, judged, tiny, monkeypatch
+):
+    small = collection.pictures[:, ::6, ::6]
+    figures = reconstruction.measure(tiny, small, judged, at_once=8)
+    assert 0 < figures["psnr"] < 20 and 0 <= figures["thing"] < 0.9  # of random weights
+    assert 1 / tiny.tokenizer_config.codebook_size <= figures["codes"] <= 1
+    monkeypatch.setattr(reconstruction, "through", lambda bundle, pictures, at_once: (
+        pictures, np.arange(12)[:, None] % 4))  # fmt: skip
+    figures = reconstruction.measure(tiny, small, judged)
+    assert figures["psnr"] > 70 and figures["thing"] == 1 and figures["perplexity"] == 4
