@@ -70,7 +70,7 @@ Examples:
     default=(0.0,),
     show_default="0",
     metavar="RADIUS",
-    help="Also compare pictures after a Gaussian blur, as CogView's table does: give 0, 1, 2, 4, 8,"
+    help="Also compare pictures after a Gaussian blur, as CogView's table does: give 1, 2, 4, 8,"
     " each with its own --blur.",
 )
 @click.option(
@@ -207,7 +207,7 @@ def _features(
         out,
         _encoder(inception, how["resize"]),
         size=how["size"],
-        blurs=tuple(dict.fromkeys(how["blurs"])),
+        blurs=how["blurs"],
         batch_size=how["batch_size"],
         workers=how["workers"],
         **work,
@@ -239,9 +239,11 @@ def _measures(
     with common.refusing():
         if features:
             measures = report.measure(out / "pictures", reference, note=common.complain)
+            click.echo(report.table(measures))
         if caption_loss:
-            measures["caption_loss"] = captions.mean_loss(out / "captions")
-    click.echo(report.table(measures))
+            loss = {"caption_loss": captions.mean_loss(out / "captions")}
+            click.echo(report.table(loss))
+            measures |= loss
     return measures
 
 

@@ -88,17 +88,19 @@ def write_features(
     """Write the features of all pictures of `source` to `folder`, or those that it lacks.
 
     A picture is cropped to a square at its centre and resized to `size`; one of that size is read
-    as it is. Features do not depend on `workers` (threads that read) or on how many processes
-    share the folder. Raises ValueError for a folder that was begun with other settings and for
-    features that are not finite, OSError if something cannot be written.
+    as it is. Features without blur are always among those of `blurs`, first. They do not depend on
+    `workers` (threads that read) or on how many processes share the folder. Raises ValueError for a
+    folder that was begun with other settings and for features that are not finite, OSError if
+    something cannot be written.
     """
+    blurs = tuple(dict.fromkeys((0.0, *map(float, blurs))))
     settings = {
         "source": source.fingerprint,
         "encoder": encoder.fingerprint,
         "num_features": encoder.num_features,
         "num_classes": encoder.num_classes,
         "size": size,
-        "blurs": [float(radius) for radius in blurs],
+        "blurs": list(blurs),
         "batch_size": batch_size,
     }
     manifest = Manifest(manifests.FEATURES, len(source), shard_size, None, settings)
@@ -154,7 +156,7 @@ def read_features(folder: Path, blur: float | str = 0) -> Iterator[np.ndarray]:
 def read_rows(folder: Path, manifest: Manifest, width: int) -> Iterator[np.ndarray]:
     """The records of each shard, in order, as float32 [n, width]; shards without one are left out.
 
-    Raises ValueError if the folder is not complete or is damaged.
+    Raises ValueError if the folder is not complete, is damaged, or has no record at all.
     """
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -163,6 +165,7 @@ def read_rows(folder: Path, manifest: Manifest, width: int) -> Iterator[np.ndarr
         raise ValueError(
             f"{folder} has {len(done)} of {manifest.num_shards} shards: the same command continues"
         )
+    found = 0
     for shard in done:
         file = manifest.shard_file(folder, shard)
         reader = ArrayRecordReader(str(file))
@@ -173,4 +176,7 @@ def read_rows(folder: Path, manifest: Manifest, width: int) -> Iterator[np.ndarr
         except (RuntimeError, IndexError, ValueError) as error:
             raise ValueError(f"{file} is damaged: delete it, and run the command again") from error
         if len(rows):
+            found += len(rows)
             yield rows
+    if not found:
+        raise ValueError(f"{folder}: all inputs were left out, for the reasons in refused.jsonl")

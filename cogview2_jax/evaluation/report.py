@@ -47,12 +47,17 @@ def measure(
     is_file = reference.suffix == ".npz"
     if not is_file:
         require_alike(settings, manifests.read(reference).settings, reference)
+    blurs = settings["blurs"]  # 0 first
+    if is_file:
+        left = [f"FID-{blur:g}" for blur in blurs[1:]]
+        note(f"no {', '.join([*left, 'KID', 'precision and recall'])}: {reference} is statistics")
+        blurs = blurs[:1]
     fid: dict[str, float] = {}
-    for blur in [settings["blurs"][0]] if is_file else settings["blurs"]:
+    for blur in blurs:
         own = statistics_of(pictures, blur)
         other = distances.load_statistics(reference) if is_file else statistics_of(reference, blur)
         for what, some in ((pictures, own), (reference, other)):
-            if blur == settings["blurs"][0] and some.num_pictures and not some.enough:
+            if not blur and some.num_pictures and not some.enough:
                 note(
                     f"FID is biased upwards: {what} has {some.num_pictures} pictures, features of"
                     f" {len(some.mean)} values need more"

@@ -13,12 +13,14 @@ from PIL import Image
 
 from cogview2_jax.data import illustrations
 from cogview2_jax.data.illustrations import Item
+from cogview2_jax.pipeline.settings import LANGUAGES
 from cogview2_jax.tokenizer.pictures import open_picture
 from experiments.illustrations.presets import COARSE_PIXELS, FINE_PIXELS
 
-VARIANTS = 16  # of each picture: itself, and smaller ones somewhere else
-CAPTIONS = 2  # in each language, of each variant
-FRAMES = 6.0  # frames of two things, for each picture
+# Mostly pictures as they are: all styles of a thing then have its parts at much the same cells,
+# which is what a style that it was never seen in is drawn from.
+VARIANTS = 3  # of each picture: itself, with every caption, and smaller ones elsewhere, with two
+FRAMES = 2.0  # frames of two things, for each picture
 SMALLEST = 0.7  # of a variant, of the picture's side
 
 
@@ -79,15 +81,11 @@ def to_train(
     def one(job: tuple[int, int]) -> Example:
         number, variant = job
         rng = np.random.default_rng((51, number, variant))
-        picture = collection.pictures[number]
-        return Example(
-            varied(picture, rng) if variant else picture,
-            [
-                caption
-                for _ in range(CAPTIONS)
-                for caption in illustrations.captions(collection.items[number], rng).values()
-            ],
-        )
+        picture, item = collection.pictures[number], collection.items[number]
+        if variant:
+            return Example(varied(picture, rng), list(illustrations.captions(item, rng).values()))
+        words = (illustrations.single_captions(item, language) for language in LANGUAGES)
+        return Example(picture, [caption for of_one in words for caption in of_one])
 
     def frame(index: int) -> Example:
         return framed(collection, known, np.random.default_rng((52, index)))

@@ -58,7 +58,7 @@ TOKENIZER = Options(
     4000, 64, 0.02, warmup=0.02, final_rate=0.0, optimizer="muon", weight_decay=0.0, seed=101
 )
 COGLM = Options(
-    3200, 64, 0.02, warmup=0.03, final_rate=0.0, optimizer="muon", seed=61, average=0.998
+    4000, 64, 0.02, warmup=0.03, final_rate=0.0, optimizer="muon", seed=61, average=0.998
 )
 DIRECT = Options(2400, 8, 0.015, warmup=0.03, final_rate=0.0, optimizer="muon", seed=71)
 ITERATIVE = Options(1400, 12, 0.015, warmup=0.03, final_rate=0.0, optimizer="muon", seed=81)
@@ -66,8 +66,9 @@ TASKS = CogLMOptions(
     "nothing",
     patch_size=4,
     num_patches=3,
+    caption_ratio=0.2,
     text_ratio=0.0,
-    completion_ratio=0.35,
+    completion_ratio=0.3,
     drop_text=0.1,  # for guidance
 )
 # Of direct SR's coarse input tokens, the share that is redrawn, in a half of the pictures: the base

@@ -36,7 +36,7 @@ OPTIONS = ("--inception", "weights.pth", "--size", 16)
 
 
 def test_two_folders_are_compared(run, small, pair, tmp_path):
-    blurs = ("--blur", 0, "--blur", 2)
+    blurs = ("--blur", 2)  # and none, always
     code, out, err = run("evaluate", *pair, *OPTIONS, *blurs, "--out", tmp_path / "out")
     assert code == 0, err
     names = [line.split("\t")[0] for line in out.splitlines()]
@@ -51,7 +51,10 @@ def test_statistics_in_a_file_stand_for_the_pictures(run, small, pair, tmp_path)
     file, made = tmp_path / "real.npz", tmp_path / "out"
     assert run("evaluate", pair[1], *OPTIONS, "--out", made, "--save-statistics", file)[0] == 0
     assert run("evaluate", *pair, *OPTIONS, "--out", tmp_path / "folders")[0] == 0
-    assert run("evaluate", pair[0], file, *OPTIONS, "--out", tmp_path / "file")[0] == 0
+    blur = ("--blur", 4)
+    code, out, err = run("evaluate", pair[0], file, *OPTIONS, *blur, "--out", tmp_path / "file")
+    assert code == 0 and "no FID-4, KID, precision and recall" in err
+    assert [line.split("\t")[0] for line in out.splitlines()] == ["FID-0", "Inception Score"]
     found = [
         json.loads((tmp_path / name / "evaluation.json").read_text())["measures"]["fid"]["0"]
         for name in ("folders", "file")
@@ -77,6 +80,17 @@ def test_the_caption_loss_of_a_captions_file(run, tiny_folder, tmp_path):
     assert code == 0 and out.startswith("caption loss\t"), err
     code, _, err = run("evaluate", tmp_path, *options)
     assert code == 2 and "is a folder: --caption-loss needs its captions file" in err
+
+
+def test_what_is_measured_is_shown_though_no_caption_can_be_scored(run, small, tiny_folder, pair):
+    folder = pair[0].parent
+    lines = [{"image": f"drawn/{n:05d}.png", "caption": "quux blah"} for n in range(20)]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = (*OPTIONS, "--caption-loss", "--bundle", tiny_folder, "--out", folder / "out")
+    code, out, err = run("evaluate", folder / "captions.jsonl", pair[1], *options)
+    assert code == 2 and out.startswith("FID-0")
+    assert "captions: all inputs were left out, for the reasons in refused.jsonl" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.slow

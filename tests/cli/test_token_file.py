@@ -53,13 +53,15 @@ def test_records_are_the_rows(run, tiny, tiny_folder, layout, tmp_path):
     for number, (column, value, _) in wrong.items():
         rows[number, column] = value
     rows[13, :image] = vocabulary.pad
+    rows[16, 0] = vocabulary.pad
     rows.astype("<i4").tofile(tmp_path / "rows.bin")
     command = ("data", "prepare", tmp_path / "rows.bin", "--out", tmp_path / "records")
     code, out, _ = run(*command, "--bundle", tiny_folder, "--shard-size", 6)
-    assert code == 0 and "14 records of 20 inputs, 6 refused" in out
+    assert code == 0 and "13 records of 20 inputs, 7 refused" in out
     lines = (tmp_path / "records" / "refused.jsonl").read_text().splitlines()
     refused = {entry["input"]: entry for entry in map(json.loads, lines)}
-    assert set(refused) == {*wrong, 13}
+    assert set(refused) == {*wrong, 13, 16}
+    assert "does not begin with a text" in refused[16]["reason"]
     for number, (_, _, said) in wrong.items():
         assert said in refused[number]["reason"]
         assert refused[number]["name"] == f"rows.bin row {number}"

@@ -2,12 +2,18 @@
 
 import json
 import os
+import shutil
 import sys
 
+import numpy as np
 import pytest
 
+from cogview2_jax.config import Vocabulary
 from cogview2_jax.data import prepare, scenes, sources
+from cogview2_jax.data.records import RecordLayout
 from cogview2_jax.data.sources import CaptionsFile, PictureFolder, Refused, caption_sets
+from cogview2_jax.data.sources.inputs import some_of
+from cogview2_jax.data.sources.token_file import TokenFile
 from cogview2_jax.tokenizer.pictures import PictureError, open_picture
 
 from .conftest import picture
@@ -71,8 +77,48 @@ def test_what_is_wrong_with_a_line_is_said_in_one(tmp_path, line, kind, reason):
     file = captions_file(tmp_path, "captions.jsonl", line)
     with pytest.raises(Refused, match=reason) as caught:
         CaptionsFile(file)[0]
+    assert CaptionsFile(file).fingerprint == CaptionsFile(file).fingerprint
     assert caught.value.kind == kind and "\n" not in caught.value.reason
     assert caught.value.name.startswith("line 1")
+
+
+def test_pictures_of_the_same_names_are_told_apart(tmp_path):
+    """As two folders are that `data unpack` wrote from the same prompts."""
+    made = []
+    for number in range(2):
+        folder = tmp_path / str(number) / "pictures"
+        folder.mkdir(parents=True)
+        (folder / "0.jpg").write_bytes(picture(number) + bytes(number))
+        (folder / "captions.jsonl").write_text('{"image": "0.jpg", "caption": "a cat"}')
+        made.append(folder)
+    for kind in (PictureFolder, lambda folder: CaptionsFile(folder / "captions.jsonl")):
+        one, other = (kind(folder).fingerprint for folder in made)
+        assert one != other
+    # Told by what is read, not by when or where it was written.
+    again = shutil.copytree(made[0], tmp_path / "copy" / "pictures")
+    os.utime(again / "0.jpg", (0, 0))
+    assert PictureFolder(again).fingerprint == PictureFolder(made[0]).fingerprint
+    before = CaptionsFile(again / "captions.jsonl").fingerprint
+    (again / "another.jpg").touch()
+    assert CaptionsFile(again / "captions.jsonl").fingerprint == before
+
+
+def test_token_files_are_told_apart_by_some_rows(tmp_path):
+    layout = RecordLayout(4, 8, (16,), Vocabulary(16, 40, 20, 17, 30, as_published=False))
+    rows = np.tile(np.array([20, 21, 19, 19, 19, 1, 2, 3, 4], "<i4"), (3000, 1))
+    files = [tmp_path / str(number) / "tokens.bin" for number in range(2)]
+    for number, file in enumerate(files):
+        file.parent.mkdir()
+        rows[:, -1] += number
+        rows.tofile(file)
+    one, other = (TokenFile(file, layout).fingerprint for file in files)
+    assert one != other and one == TokenFile(files[0], layout).fingerprint
+
+
+def test_some_are_spread_over_all():
+    assert list(some_of(3)) == [0, 1, 2] and not some_of(0)
+    chosen = some_of(123_456)
+    assert 500 < len(chosen) <= 1000 and chosen[-1] > 123_000
 
 
 def test_a_first_row_is_names_only_if_it_has_all_of_them(tmp_path):

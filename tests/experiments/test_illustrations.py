@@ -35,7 +35,8 @@ def test_examples_show_what_is_known_and_nothing_held_out(collection):
     assert all(example.picture.shape == collection.pictures.shape[1:] for example in made)
     first = made[0]
     assert (first.picture == collection.pictures[0]).all()
-    assert len(first.captions) == 2 * examples.CAPTIONS
+    assert len(first.captions) == 9 and "thing 0, 3D" in first.captions  # every caption
+    assert [len(example.captions) for example in made[1:4]] == [2, 2, 9]
     again = sum(examples.to_train(collection), [])
     assert all((a.picture == b.picture).all() for a, b in zip(made, again, strict=True))
     (unseen,) = examples.to_validate(collection)

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from cogview2_jax.data import defaults
-from cogview2_jax.data.sources.inputs import Captions, Input, Refused, caption_sets
+from cogview2_jax.data.sources.inputs import (
+    Captions,
+    Input,
+    Refused,
+    caption_sets,
+    digest_of_sizes,
+    some_of,
+)
 from cogview2_jax.files import require_file
 from cogview2_jax.tokenizer.pictures import PictureError, read_picture
 
@@ -80,6 +87,7 @@ class CaptionsFile:
             "sha256": self._digest,
             "image_field": self._image_field,
             "caption_fields": list(self._fields),
+            "sizes": digest_of_sizes(map(self._picture, some_of(len(self)))),
         }
 
     def __len__(self) -> int:
@@ -89,9 +97,7 @@ class CaptionsFile:
         where = f"line {self._numbers[index]}"
         try:
             row = self._row(self._line(index))
-            picture = row.get(self._image_field)
-            if not isinstance(picture, str) or not picture:
-                raise Refused("malformed line", f"no path of a picture in {self._image_field!r}")
+            picture = self._path_in(row)
             where += f": {picture}"
             captions = self._captions_of(row)
             return Input(where, read_picture(self._images / picture), captions)
@@ -101,6 +107,18 @@ class CaptionsFile:
     def captions(self, index: int) -> tuple[Captions, ...]:
         """The captions of an input, without its picture. Raises Refused."""
         return self._captions_of(self._row(self._line(index)))
+
+    def _path_in(self, row: Mapping[str, Any]) -> str:
+        picture = row.get(self._image_field)
+        if not isinstance(picture, str) or not picture:
+            raise Refused("malformed line", f"no path of a picture in {self._image_field!r}")
+        return picture
+
+    def _picture(self, index: int) -> Path:
+        """The file of an input; its folder where the line names none."""
+        with contextlib.suppress(Refused):
+            return self._images / self._path_in(self._row(self._line(index)))
+        return self._images
 
     def _hint(self, index: int) -> str:
         """A hint for a refused first line that may have been meant to name the columns."""

@@ -1,6 +1,12 @@
-"""What all sources share: inputs with captions, and the reasons for refusing them."""
+"""What all sources share: inputs with captions, the reasons for refusing them, and how a change of
+files is noticed.
+"""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -50,8 +56,8 @@ class LeftOut(NamedTuple):
 
 
 class Source(Protocol):
-    """Inputs by number. `fingerprint` has JSON values that change whenever the inputs do. A source
-    may have `left_out`, the files that it does not read.
+    """Inputs by number. `fingerprint` has JSON values that tell these inputs from others; of files,
+    some are looked at (`some_of`). A source may have `left_out`, the files that it does not read.
     """
 
     @property
@@ -66,6 +72,24 @@ def left_out(source: Source) -> Sequence[LeftOut]:
     """The files that a source found and does not read."""
     found: Sequence[LeftOut] = getattr(source, "left_out", ())
     return found
+
+
+def some_of(number: int, most: int = 1000) -> range:
+    """Up to `most` numbers below `number`, spread evenly: what a fingerprint looks at."""
+    return range(0, number, max(1, -(-number // most)))
+
+
+def digest_of_sizes(files: Iterable[Path]) -> str:
+    """A digest of how large files are, which tells pictures of the same names apart."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            found = os.stat(file)
+            size = found.st_size if stat.S_ISREG(found.st_mode) else -1
+        except (OSError, ValueError):  # missing, or no path at all
+            size = -1
+        digest.update(f"{size} ".encode())
+    return digest.hexdigest()[:16]
 
 
 def caption_sets(values: Mapping[str, Any]) -> tuple[Captions, ...]:

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cogview2_jax.data import manifest
-from cogview2_jax.data.sources.inputs import Input, LeftOut, Refused
+from cogview2_jax.data.sources.inputs import (
+    Input,
+    LeftOut,
+    Refused,
+    digest_of_sizes,
+    some_of,
+)
 from cogview2_jax.tokenizer.pictures import PictureError, endings, read_picture
 
 
@@ -32,7 +38,12 @@ class PictureFolder:
     @property
     def fingerprint(self) -> dict[str, Any]:
         names = "\n".join(self._names).encode(errors="surrogateescape")
-        return {"source": self._folder.name, "sha256": hashlib.sha256(names).hexdigest()}
+        some = (self._folder / self._names[number] for number in some_of(len(self)))
+        return {
+            "source": self._folder.name,
+            "sha256": hashlib.sha256(names).hexdigest(),
+            "sizes": digest_of_sizes(some),
+        }
 
     def __len__(self) -> int:
         return len(self._names)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cogview2_jax.data.records import RecordLayout
-from cogview2_jax.data.sources.inputs import Input, Refused
+from cogview2_jax.data.sources.inputs import Input, Refused, some_of
 
 
 class TokenFile:
@@ -32,8 +32,13 @@ class TokenFile:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        facts = os.stat(self._file)
-        return {"source": "token file", "file": self._file.name, "bytes": facts.st_size}
+        some = np.ascontiguousarray(self._rows[list(some_of(len(self)))])
+        return {
+            "source": "token file",
+            "file": self._file.name,
+            "bytes": self._rows.nbytes,
+            "rows": hashlib.sha256(some.tobytes()).hexdigest()[:16],
+        }
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -56,6 +61,8 @@ class TokenFile:
                 raise Refused("malformed record", f"{wrong[0]} is no {kind} token", name)
         if not len(words):
             raise Refused("empty caption", "no text token", name)
+        if text[0] == vocabulary.pad:
+            raise Refused("malformed record", "does not begin with a text", name)
         if text[-1] != vocabulary.pad:
             raise Refused("long caption", f"{slots + 1} places of {slots}", name)
         return Input(name, row, ())
