@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -208,6 +209,25 @@ def test_a_damaged_or_missing_package_is_named_in_one_line(fetched, tmp_path, mo
     with pytest.raises(OSError, match=r"npm is needed to fetch @iconify-json/fluent-emoji-flat@"):
         gather(tmp_path / "out", tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_wrong_byte_of_a_package_is_noticed(fetched, tmp_path):
+    """tarfile alone ends quietly where it cannot read on."""
+    shutil.copytree(fetched, tmp_path / "packages")
+    for package in (illustrations.STYLES["3d"], packages.NAMES[0]):
+        file = packages.archive(tmp_path / "packages", package)
+        whole = file.read_bytes()
+        for place in (len(whole) // 3, len(whole) // 2, len(whole) - 6):
+            changed = bytearray(whole)
+            changed[place] ^= 0x55
+            file.write_bytes(changed)
+            with pytest.raises(ValueError, match=r"\.tgz is damaged .*delete it") as caught:
+                gather(tmp_path / "out", tmp_path / "packages")
+            assert "\n" not in str(caught.value)
+        file.write_bytes(whole)
+    write(packages.archive(tmp_path / "packages", packages.NAMES[1]), {"package.json": b"{}"})
+    with pytest.raises(ValueError, match=r"\.tgz has no annotationsDerived/en/annotations\.json"):
+        gather(tmp_path / "out", tmp_path / "packages")
 
 
 def test_a_folder_without_an_index_is_refused(tmp_path):

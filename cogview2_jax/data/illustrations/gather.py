@@ -152,7 +152,7 @@ def _things(
 
 
 def _split(things: list[_Thing], seed: int, unseen_things: int, validation: float) -> list[Item]:
-    """An item for each thing and style. The choice of a thing depends on its name and the seed."""
+    """An item for each thing and style, with a split drawn from the seed, thing by thing."""
     rng = np.random.default_rng(seed)
     others = [thing.name for thing in things if thing.kind not in CORE]
     unseen = set(rng.choice(others, min(unseen_things, len(others)), replace=False).tolist())

@@ -5,10 +5,12 @@ Everything is a file of an npm package: nothing here runs code from one.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import subprocess
 import tarfile
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +104,7 @@ class Pictures:
                     self._webp[_code(name[len("assets/") : -len(".webp")])] = content
             self.names = {code: code for code in self._webp}
         if not self.names:
-            raise ValueError(f"{file} has no pictures: fetch it again")
+            raise ValueError(f"{file} has no pictures: delete it, to fetch it again")
 
     def draw(self, code: str) -> Image.Image:
         """The picture at SIDE pixels on white. Raises KeyError where there is none."""
@@ -131,18 +133,28 @@ def read_names(files: Mapping[str, Path], languages: Sequence[str]) -> dict[str,
 
 
 def _files(archive: Path, wanted: Collection[str] | None = None) -> dict[str, bytes]:
-    """The files of a package by their paths in it: those `wanted`, or all."""
+    """The files of a package by their paths in it: those `wanted`, or all.
+
+    Raises ValueError for a damaged archive, and for one that lacks a file.
+    """
     try:
-        with tarfile.open(archive) as tar:
+        # The whole of it first: tarfile stops at what it cannot read as if it were the end, and
+        # never comes to gzip's own check.
+        whole = io.BytesIO(gzip.decompress(archive.read_bytes()))
+        with tarfile.open(fileobj=whole) as tar:
             found = ((member.name.partition("/")[2], member) for member in tar if member.isfile())
-            return {
+            files = {
                 path: content.read()
                 for path, member in found
                 if wanted is None or path in wanted
                 if (content := tar.extractfile(member)) is not None
             }
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{archive} is damaged ({first_line(error)}): fetch it again") from error
+    except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
+        why = first_line(error)
+        raise ValueError(f"{archive} is damaged ({why}): delete it, to fetch it again") from error
+    if missing := sorted(set(wanted or ()) - files.keys()):
+        raise ValueError(f"{archive} has no {missing[0]}: delete it, to fetch it again")
+    return files
 
 
 def _code(name: str) -> str:
