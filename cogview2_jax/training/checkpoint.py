@@ -126,16 +126,27 @@ def finish(checkpoints: Checkpoints) -> None:
         checkpoints._manager.wait_until_finished()
 
 
-def restore(checkpoints: Checkpoints, like: Any, settings: Settings) -> tuple[Any, int]:
+def restore(
+    checkpoints: Checkpoints, like: Any, settings: Settings, last: int | None = None
+) -> tuple[Any, int]:
     """The newest state, on the devices of `like`, and its step; `like` itself and 0 if there is
-    none. Fields of `like.extra` that an older version did not save keep their values.
+    none. Of a run that is past step `last`, the state of that step. Fields of `like.extra` that an
+    older version did not save keep their values.
 
     Raises ValueError, in one line, for a run begun with other settings, a checkpoint of another
-    network and a damaged one; OSError for one that cannot be read.
+    network, a damaged one, and a `last` that is not kept; OSError for one that cannot be read.
     """
     step = checkpoints.latest_step()
     if step is None:
         return like, 0
+    if last is not None and step > last:
+        kept = sorted(checkpoints._manager.all_steps())
+        if last not in kept:
+            raise ValueError(
+                f"the run in {checkpoints.folder.parent} is past step {last}: it keeps the steps"
+                f" {', '.join(map(str, kept))}"
+            )
+        step = last
     begun = read_settings(checkpoints.folder, step)
     if difference := first_difference(begun, json.loads(json.dumps(settings)), missing=_MISSING):
         name, old, new = difference

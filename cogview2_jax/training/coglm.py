@@ -53,6 +53,9 @@ def coglm_task(
     def sample(rng: np.random.Generator, rows: Rows) -> Any:
         return batches.coglm(rng, rows, data.records, data.training_numbers, config, own)
 
+    def unseen(rng: np.random.Generator, rows: Rows) -> Any:
+        return batches.coglm(rng, rows, data.records, data.validation_numbers, config, own)
+
     def loss(params: Params, batch: Any, key: jax.Array | None) -> Any:
         z_loss = 0.0 if key is None else options.z_loss
         found = coglm_loss(
@@ -78,4 +81,5 @@ def coglm_task(
         tokens_per_sample=length,
         bundle=bundle,
         stage="base",
+        unseen=unseen,
     )

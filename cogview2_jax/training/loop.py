@@ -68,7 +68,8 @@ def fit(
     on_stop: str = "",
     sharding: Sharding | None = None,
 ) -> TrainState:
-    """Train until `num_steps` steps are done, resuming from the newest checkpoint in `folder`.
+    """Train until `num_steps` steps are done, resuming from the newest checkpoint in `folder`. Of a
+    run that has more, the state after `num_steps`, if it is kept.
 
     Args:
         step_fn: as `make_step` gives it.
@@ -92,7 +93,7 @@ def fit(
                 folder / "checkpoints", loop.keep, best=hooks.validate is not None
             )
         )
-        state, start = checkpoint.restore(checkpoints, state, settings or {})
+        state, start = checkpoint.restore(checkpoints, state, settings or {}, num_steps)
         if start >= num_steps:
             return state
         progress = stack.enter_context(Progress(name, start, num_steps, shown=first))

@@ -71,7 +71,7 @@ class Options:
     validation: float = setting(
         0.0,
         "Share of the records kept for validation, which takes place at the start and at every"
-        " save.",
+        " save, on a few batches of them.",
         least=0,
         below=1,
         metavar="X",

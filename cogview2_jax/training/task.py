@@ -84,6 +84,7 @@ class TokenData(NamedTuple):
     records: reading.Records
     layout: RecordLayout
     training_numbers: Sequence[int] | np.ndarray
+    validation_numbers: Sequence[int] | np.ndarray
     rows: Callable[[int], Rows]
     validation_rows: Callable[[int], Rows]
     validation_batches: int
@@ -116,6 +117,7 @@ def token_data(folder: Path | TokenData, options: Options, execution: Execution)
         records,
         layout,
         reading.training_numbers(records, options.validation),
+        reading.validation_numbers(records, options.validation),
         lambda step: Rows(training[step], first_row, options.batch_size),
         lambda step: Rows(unseen[step], first_row, options.batch_size),
         len(unseen),
@@ -148,11 +150,14 @@ def transformer_task(
     settings: checkpoint.Settings,
     bundle: Bundle,
     stage: str,
+    unseen: Callable[[np.random.Generator, Rows], Any] | None = None,
     **given: Any,
 ) -> Task:
-    """The task of a transformer; `sample` turns rows of records into a batch, and `given` are the
-    other fields of `Task`. `stage` is the first stage of the pipeline that the transformer runs in.
+    """The task of a transformer; `sample` turns rows of records into a batch, `unseen` those of
+    validation, if in another way, and `given` are the other fields of `Task`. `stage` is the first
+    stage of the pipeline that the transformer runs in.
     """
+    unseen = unseen or sample
     trained = STAGES[stage][-2]  # the tokenizer comes last
 
     def put(bundle: Bundle, params: Params) -> Bundle:
@@ -163,7 +168,7 @@ def transformer_task(
         return sample(np.random.default_rng((options.seed, 0, step)), data.rows(step))
 
     def read_validation(step: int) -> Any:
-        return sample(np.random.default_rng((options.seed, 1, step)), data.validation_rows(step))
+        return unseen(np.random.default_rng((options.seed, 1, step)), data.validation_rows(step))
 
     return Task(
         name=name,

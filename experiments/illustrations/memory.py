@@ -39,12 +39,12 @@ def token_data(
     rows: np.ndarray, validation: np.ndarray, *, layout: RecordLayout, options: Options, name: str
 ) -> TokenData:
     """Training data from `rows`, int32 [n, length]: each batch takes some at random. `validation`
-    holds the rows to validate on.
+    holds the rows to validate on; samples of text alone are of `rows` there too.
     """
     contents = [row.astype("<i4").tobytes() for row in rows]
     records = InMemory(contents, layout, {"source": name})
     size = options.batch_size
-    batches = max(1, min(8, len(validation) // size))
+    batches = min(8, -(-len(validation) // size))
 
     def numbers(step: int) -> np.ndarray:
         return np.random.default_rng((options.seed, 2, step)).integers(len(rows), size=size)
@@ -57,6 +57,7 @@ def token_data(
         records=records,
         layout=layout,
         training_numbers=np.arange(len(rows)),
+        validation_numbers=np.arange(len(rows)),
         rows=lambda step: Rows(rows[numbers(step)], 0, size),
         validation_rows=unseen,
         validation_batches=batches,

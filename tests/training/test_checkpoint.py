@@ -70,6 +70,17 @@ def test_the_newest_comes_back(folder):
     jax.tree.map(np.testing.assert_array_equal, found, state(2))
 
 
+def test_a_step_before_the_newest_comes_back_if_it_is_kept(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    save(folder, 4, 8)
+    with checkpoint.open_folder(folder) as checkpoints:
+        found, step = checkpoint.restore(checkpoints, state(0), SETTINGS, last=4)
+        assert step == 4 and float(found.params["a"]["w"][0, 0]) == 4
+        assert checkpoint.restore(checkpoints, state(0), SETTINGS, last=9)[1] == 8
+        with pytest.raises(ValueError, match="is past step 6: it keeps the steps 4, 8"):
+            checkpoint.restore(checkpoints, state(0), SETTINGS, last=6)
+
+
 def test_an_empty_folder_starts_anew(tmp_path):
     found, step = restore(tmp_path / "new")
     assert step == 0

@@ -188,6 +188,21 @@ def test_batches_do_not_depend_on_the_number_of_processes(network, tiny, records
         np.testing.assert_array_equal(one, joined, err_msg=name)
 
 
+def test_validation_takes_its_texts_from_its_own_records(tiny, records, monkeypatch):
+    task = task_of("coglm", tiny, records, FEW)
+    taken = []
+
+    def recorded(rng, rows, source, numbers, *more):
+        taken.append(set(numbers))
+
+    monkeypatch.setattr(batches, "coglm", recorded)
+    task.read(0)
+    task.read_validation(0)
+    training, validation = taken
+    assert validation == set(reading.validation_numbers(reading.Records(records), 0.25))
+    assert validation and not training & validation
+
+
 def test_masks_of_iterative_sr_are_those_of_the_rounds(tiny, records):
     layout = reading.Records(records).manifest.layout
     (rows,) = rows_of(records, 1, tiny)
