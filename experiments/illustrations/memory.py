@@ -1,5 +1,6 @@
 """Training records held in memory: a GPU takes batches faster than they are read from files."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,11 @@ class InMemory(reading.Records):
         return [self._contents[number] for number in numbers]
 
 
+def digest(rows: np.ndarray) -> str:
+    """Names rows by what they hold."""
+    return hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()[:16]
+
+
 def token_data(
     rows: np.ndarray, validation: np.ndarray, *, layout: RecordLayout, options: Options, name: str
 ) -> TokenData:
@@ -42,7 +48,8 @@ def token_data(
     holds the rows to validate on; samples of text alone are of `rows` there too.
     """
     contents = [row.astype("<i4").tobytes() for row in rows]
-    records = InMemory(contents, layout, {"source": name})
+    # A run that is resumed must have these rows.
+    records = InMemory(contents, layout, {"source": name, "rows": digest(rows)})
     size = options.batch_size
     batches = min(8, -(-len(validation) // size))
 

@@ -13,6 +13,7 @@ Pictures and tokens are held in memory. Batches and steps are for two CPU cores.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from cogview2_jax import bundle as bundles
 from cogview2_jax.bundle import Bundle
 from cogview2_jax.cli.sheets import png
 from cogview2_jax.config import Precision, Training
+from cogview2_jax.data import prepare
 from cogview2_jax.data.records import RecordLayout, text_part
 from cogview2_jax.networks import inputs
 from cogview2_jax.pipeline import stages
@@ -106,8 +108,11 @@ _PARTS = ("tokenizer", "coglm", "direct", "iterative")
 @click.option("--dropout", type=click.FloatRange(0, 0.9), default=0.1, show_default=True)
 def main(pictures: Path, work: Path, out: Path, tokenizer: Path | None, **how: Any) -> None:
     keep_freed_memory()
-    for bundle in train(pictures, work, tokenizer, **how):
-        bundles.save(out, bundle)
+    try:
+        for bundle in train(pictures, work, tokenizer, **how):
+            bundles.save(out, bundle)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
     click.echo(f"the bundle is at {out}")
 
 
@@ -151,7 +156,9 @@ def train(
 
     some = min(1.0, 10 * share)
     layout = RecordLayout.of(bundle.coglm_config, presets.STRIDE)
-    rows = _records(work / "coarse.npy", bundle, examples.to_train(collection, some), layout)
+    made = examples.to_train(collection, some)
+    what = (collection.items, examples.VARIANTS, examples.FRAMES, some)
+    rows = _records(_file(work, "coarse", bundle.tokenizer, what), bundle, made, layout)
     unseen = _rows_of(examples.to_validate(collection), bundle, layout)
     options = fewer(COGLM)
     data = functools.partial(memory.token_data, name="illustrations")
@@ -165,7 +172,8 @@ def train(
 
     layout = RecordLayout.of(bundle.coglm_config, presets.STRIDE, presets.FINE_PIXELS)
     made = examples.to_train(collection, some, variants=FINE_VARIANTS, frames=FINE_FRAMES)
-    rows = _records(work / "fine.npy", bundle, made, layout)
+    what = (collection.items, FINE_VARIANTS, FINE_FRAMES, some)
+    rows = _records(_file(work, "fine", bundle.tokenizer, what), bundle, made, layout)
     rows = np.random.default_rng(54).permutation(rows)[:NUM_FINE]
     unseen = _rows_of(examples.to_validate(collection), bundle, layout)
     options = fewer(DIRECT)
@@ -182,7 +190,8 @@ def train(
         return
 
     options = fewer(ITERATIVE)
-    drafts = _drafts(work / "drafts.npy", bundle, rows, layout, execution)
+    file = _file(work, "drafts", bundle.direct, memory.digest(rows))
+    drafts = _drafts(file, bundle, rows, layout, execution)
     task = iterative_sr_task(
         bundle,
         data(rows, unseen, layout=layout, options=options),
@@ -345,6 +354,12 @@ def _drafts(
         made[chosen] = np.where(anchors, drawn, sample.fine)
     _save(file, made)
     return made
+
+
+def _file(work: Path, name: str, params: Any, what: Any) -> Path:
+    """The file of an array that these parameters make of `what`: another one of other things."""
+    made_of = prepare.fingerprint(params) + repr(what)
+    return work / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.npy"
 
 
 def _save(file: Path, array: np.ndarray) -> None:

@@ -8,7 +8,7 @@ from cogview2_jax.data import reading
 from cogview2_jax.data.illustrations import STYLES, Item
 from cogview2_jax.data.records import RecordLayout
 from cogview2_jax.training.options import Options
-from experiments.illustrations import examples, memory
+from experiments.illustrations import examples, memory, train
 from experiments.illustrations.presets import COARSE_PIXELS, FINE_PIXELS
 
 
@@ -69,5 +69,20 @@ def test_records_in_memory_are_read_as_those_of_a_folder():
     assert (data.rows(2).records == batch.records).all()
     assert {row[0] for row in data.validation_rows(0).records} == {rows[8][0], rows[9][0]}
     assert reading.opened(data.records) is data.records
+    other = memory.token_data(
+        rows[1:9], rows[8:], layout=layout, options=options, name="test"
+    ).records.manifest
+    assert other.settings != data.records.manifest.settings  # so that no run goes on with them
     from_tokens = reading.tokens(data.records, 4, seed=1)[0]
     assert {tuple(row) for row in from_tokens} <= {tuple(row) for row in rows[:8]}
+
+
+def test_what_is_kept_of_other_pictures_or_parameters_has_another_name(collection, tmp_path):
+    one, other = ({"w": np.full(3, value)} for value in (1.0, 2.0))
+    names = {
+        train._file(tmp_path, "coarse", params, (items, 3))
+        for params in (one, other)
+        for items in (collection.items, collection.items[:4])
+    }
+    assert len(names) == 4
+    assert train._file(tmp_path, "coarse", {"w": np.full(3, 1.0)}, (collection.items, 3)) in names
