@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import cogview2_jax
+from cogview2_jax import errors
 from cogview2_jax.config import TOKEN_STRIDE
+from cogview2_jax.data.manifest import write_durably
 from cogview2_jax.data.sources import Input, Scenes
 from cogview2_jax.networks import coglm, inputs
 from cogview2_jax.pipeline import stages
@@ -116,13 +118,25 @@ def in_batches(
     return whole.reshape(*rows.shape[:2], *whole.shape[1:])
 
 
-def parts_before(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The parts that `file` has of an earlier run with these settings: they are kept."""
+def parts_before(
+    file: Path | None, settings: dict[str, Any], bundle: Path | None
+) -> dict[str, Any]:
+    """The parts that `file` has of an earlier run: they are kept. Raises UsageError for a file that
+    was made with other settings or another bundle, or is none of ours.
+    """
     if file is None or not file.exists():
         return {}
-    before: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    same = all(before.get(name) == value for name, value in settings.items())
-    return dict(before["parts"]) if same else {}
+    expected = settings | {"bundle": bundle.name if bundle else None}
+    try:
+        before = json.loads(file.read_text("utf-8"))
+        parts = dict(before["parts"])
+        found = {name: before[name] for name in expected}
+    except (ValueError, LookupError, TypeError):
+        raise click.UsageError(f"{file} holds no results: give another --json") from None
+    if difference := errors.first_difference(found, expected):
+        name, old, new = difference
+        raise click.UsageError(f"{file} was made with {name} {old}, not {new}: give another --json")
+    return parts
 
 
 def write(file: Path, figures: dict[str, Any], bundle: Path | None, begin: float) -> None:
@@ -132,4 +146,4 @@ def write(file: Path, figures: dict[str, Any], bundle: Path | None, begin: float
         "seconds": round(time.monotonic() - begin, 1),
         "jax": jax.__version__,
     }
-    file.write_text(json.dumps(figures | circumstances, indent=2) + "\n", "utf-8")
+    write_durably(file, (json.dumps(figures | circumstances, indent=2) + "\n").encode())

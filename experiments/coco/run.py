@@ -26,14 +26,17 @@ import numpy as np
 from tqdm import tqdm
 
 from cogview2_jax.cli import common, sources
+from cogview2_jax.data import prepare
 from cogview2_jax.data.shards import Report
 from cogview2_jax.data.sources import Sampled, Source
 from cogview2_jax.evaluation import captions, drawing, features, report
 from cogview2_jax.evaluation.features import Encoder
 from cogview2_jax.pipeline import settings
 from experiments import results
+from experiments.caption_match import judge as scenes_judge
 from experiments.caption_match.judged import FEATURES, SIDE, judge_features
 
+COCO, VALIDATION = "coco_captions", "val+test+restval"
 BLURS = (0.0, 1.0, 2.0, 4.0, 8.0)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -59,7 +62,7 @@ def judge_encoder() -> Encoder:
         lambda pictures: (judge_features(np.asarray(pictures)), None),
         FEATURES,
         0,
-        {"encoder": "judge of caption_match"},
+        {"encoder": "judge of caption_match", "weights": prepare.fingerprint(scenes_judge.load())},
     )
 
 
@@ -111,9 +114,13 @@ def evaluate(
 
 
 @click.command(help=__doc__)
-@click.argument("source", default="coco_captions")
+@click.argument("source", default=COCO)
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of tfds data sets.")
-@click.option("--split", default="validation", show_default=True)
+@click.option(
+    "--split",
+    help="Default: COCO's own validation split, which is val+test+restval in tfds; otherwise"
+    " validation.",
+)
 @click.option("--caption-field", "fields", multiple=True, help="By default captions/text of tfds.")
 @click.option("--num-pictures", type=click.IntRange(2), default=30_000, show_default=True)
 @click.option("--inception", type=_FILE, metavar="FILE", help="Weights as for `cogview2 evaluate`.")
@@ -130,7 +137,7 @@ def evaluate(
 def main(
     source: str,
     data_dir: Path | None,
-    split: str,
+    split: str | None,
     fields: tuple[str, ...],
     num_pictures: int,
     inception: Path | None,
@@ -143,6 +150,7 @@ def main(
     if judge == (inception is not None):
         raise click.UsageError("give --inception FILE or --judge, one of them")
     begin = time.monotonic()
+    split = split or (VALIDATION if source == COCO else "validation")
     common.use_compilation_cache()
     with common.refusing():
         found = open_captions(source, split, fields, data_dir)

@@ -203,7 +203,7 @@ def main(
 ) -> None:
     begin = time.monotonic()
     options = ["--bundle", bundles.locate(bundle).absolute()] if bundle else []
-    done = results.parts_before(json_file, {})
+    done = results.parts_before(json_file, {}, bundle)
     for part in chosen:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)

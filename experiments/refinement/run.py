@@ -180,7 +180,7 @@ def main(
 ) -> None:
     begin = time.monotonic()
     cv = results.load_model(bundle)
-    made = results.parts_before(json_file, how)
+    made = results.parts_before(json_file, how, bundle)
     for part in parts:  # each takes many minutes: what is done is written
         made[part] = compare(cv, PARTS[part](cv.bundle.iterative_config), **how)
         click.echo(f"\n{part}\n{table(made[part])}")

@@ -148,7 +148,7 @@ def main(
 ) -> None:
     begin = time.monotonic()
     cv = results.load_model(bundle)
-    made = results.parts_before(json_file, how)
+    made = results.parts_before(json_file, how, bundle)
     for part in parts:  # each takes many minutes: what is done is written
         rows = made[part] = PARTS[part](cv, **how)
         click.echo(f"\n{part}\n{table(rows)}")

@@ -20,7 +20,7 @@ def coco(tmp_path_factory):
 
 
 def evaluate(coco, out, *more):
-    arguments = ["--data-dir", coco, "--split", VALIDATION, "--judge", "--stage", "base"]
+    arguments = ["--data-dir", coco, "--judge", "--stage", "base"]
     arguments += ["--batch-size", 8, "--out", out, "--json", out / "table.json", *more]
     done = CliRunner().invoke(run.main, [str(word) for word in arguments])
     assert done.exit_code == 0, done.output

@@ -1,11 +1,15 @@
 """The comparison of samplers: each draws from its own distribution, and the figures are of it."""
 
+from pathlib import Path
+
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cogview2_jax.pipeline.cogview import CogView
+from experiments import results
 from experiments.caption_match import judged
 from experiments.sampling import points, run
 from experiments.sampling.points import Drawer
@@ -70,3 +74,17 @@ def test_the_table_has_a_line_for_each_point():
     head, line = run.table([row]).splitlines()
     assert line.split() == [*"top-k k 4 25.0 ± 25.0 0.2500 ± 0.2500 0.2500 12.50 50.00".split()]
     assert head.split()[-2:] == ["lost", "%"]
+
+
+def test_parts_are_kept_only_of_the_same_settings_and_bundle(tmp_path):
+    file, settings = tmp_path / "results.json", {"seed": 0, "num_prompts": 4}
+    assert results.parts_before(file, settings, None) == {}
+    results.write(file, settings | {"parts": {"one": [1]}}, None, 0.0)
+    assert results.parts_before(file, settings, None) == {"one": [1]}
+    before = file.read_bytes()
+    for other, bundle in ((settings | {"seed": 1}, None), (settings, Path("mine"))):
+        with pytest.raises(click.UsageError, match="give another --json"):
+            results.parts_before(file, other, bundle)
+    file.write_bytes(before[:50])
+    with pytest.raises(click.UsageError, match="holds no results"):
+        results.parts_before(file, settings, None)
