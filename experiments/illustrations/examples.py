@@ -17,11 +17,12 @@ from cogview2_jax.pipeline.settings import LANGUAGES
 from cogview2_jax.tokenizer.pictures import open_picture
 from experiments.illustrations.presets import COARSE_PIXELS, FINE_PIXELS
 
-# Mostly pictures as they are: all styles of a thing then have its parts at much the same cells,
-# which is what a style that it was never seen in is drawn from.
-VARIANTS = 3  # of each picture: itself, with every caption, and smaller ones elsewhere, with two
+# Variants are nearly as large as the picture and nearly in its place: all styles of a thing then
+# have its parts at much the same cells, which is what a style that it was never seen in is drawn
+# from. Without variants the tokens of each picture are soon known by heart.
+VARIANTS = 12  # of each picture: itself, with every caption, and smaller ones, with two each
 FRAMES = 2.0  # frames of two things, for each picture
-SMALLEST = 0.7  # of a variant, of the picture's side
+SMALLEST = 0.88  # of a variant, of the picture's side
 
 
 class Collection(NamedTuple):
