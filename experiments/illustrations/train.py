@@ -57,10 +57,10 @@ from experiments.illustrations.examples import Example
 
 # Muon at these rates on matrices and convolutions, AdamW at a tenth of them on the rest.
 TOKENIZER = Options(
-    4000, 64, 0.02, warmup=0.02, final_rate=0.0, optimizer="muon", weight_decay=0.0, seed=101
+    3200, 64, 0.02, warmup=0.02, final_rate=0.0, optimizer="muon", weight_decay=0.0, seed=101
 )
 COGLM = Options(
-    4000, 64, 0.02, warmup=0.03, final_rate=0.0, optimizer="muon", seed=61, average=0.995
+    3200, 64, 0.02, warmup=0.03, final_rate=0.0, optimizer="muon", seed=61, average=0.995
 )
 DIRECT = Options(2400, 8, 0.015, warmup=0.03, final_rate=0.0, optimizer="muon", seed=71)
 ITERATIVE = Options(1400, 12, 0.015, warmup=0.03, final_rate=0.0, optimizer="muon", seed=81)
