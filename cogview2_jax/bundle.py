@@ -384,7 +384,10 @@ def _damage_in(file: Path) -> Iterator[None]:
 
 
 def _may_be_replaced(path: Path) -> bool:
-    return (path / CONFIG).is_file() or (path.is_dir() and not any(path.iterdir()))
+    """Whether a folder is a bundle, or empty."""
+    if not (path / CONFIG).is_file():
+        return path.is_dir() and not any(path.iterdir())
+    return (path / TEXT_MODEL).is_file() or (path / WEIGHTS).is_file()
 
 
 def _networks_of(names: Iterable[str]) -> set[str]:

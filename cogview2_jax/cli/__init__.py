@@ -54,6 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MemoryError:
         common.complain("not enough memory")
         sys.exit(2)
+    except RuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):  # as XLA says it
+            raise
+        common.complain(
+            "not enough memory on the device: less is needed for fewer pictures at once and with"
+            " --dtype int8; `cogview2 plan` says how much"
+        )
+        sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -403,4 +403,6 @@ def write_all(out: Path, files: Mapping[str, bytes]) -> list[Path]:
 
 
 def to_json(report: Mapping[str, Any]) -> bytes:
-    return (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
+    """A report as a file. A file's name may have bytes that are no text: they are escaped."""
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")

@@ -98,11 +98,13 @@ def _open(source: str, count: int | None, **chosen: Any) -> Source:
     from cogview2_jax.data.sources import First, PromptFile
 
     if source.endswith(".txt"):
+        sources.require_read(["a file of prompts"], **chosen)
         prompts = PromptFile(Path(source))
         return prompts if count is None else First(prompts, count)
     kind = sources.kind_of(source)
     if kind == "a folder":
         raise ValueError(f"{source} is a folder: give a file with captions")
+    sources.require_read([kind], **chosen)
     return sources.open_to_read(source, kind, pictures=False, count=count, **chosen)
 
 

@@ -96,7 +96,7 @@ class How:
             "pictures": files,
             "stage": self.stage,
             "candidates": self.candidates,
-            **({} if self.style == PLAIN else {"style": self.style}),
+            "style": None if self.style == PLAIN else self.style,
         }
         description |= common.circumstances(self.folder, self.dtype)
         outputs = common.Outputs(self.out, files, f"{name}.json", description, self.overwrite)

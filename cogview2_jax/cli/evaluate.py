@@ -111,6 +111,7 @@ def evaluate_command(
     that cannot be read are left out and listed: the exit code is then 1.
     """
     _check(inception, reference, caption_loss, save_statistics)
+    folder = common.check_model(bundle) if caption_loss else Path()
     where = cluster.chosen(engine, address, processes, gpus)
     common.check_writable(out)
     is_file = reference is not None and reference.endswith(".npz")
@@ -118,6 +119,9 @@ def evaluate_command(
     if reference and not is_file:
         chosen["reference"] = reference
     with common.refusing():
+        kinds = {sources.kind_of(one) for one in chosen.values()}
+        options = ("split", "caption_fields", "data_dir")
+        sources.require_read(kinds, **{name: how[name] for name in options})
         sizes = {
             name: len(_source(one, caption_loss and name == "pictures", how))
             for name, one in chosen.items()
@@ -136,7 +140,6 @@ def evaluate_command(
             reports.append(_written(name, sizes[name], call, where))
     if caption_loss:
         read = functools.partial(_source, pictures, True, how)
-        folder = common.check_model(bundle)
         call = functools.partial(_losses, read, out / "captions", folder, how["workers"])
         reports.append(_written("captions", sizes["pictures"], call, where))
     if not all(report.complete for report in reports):

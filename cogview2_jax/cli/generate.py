@@ -55,10 +55,11 @@ class How:
             "num_images": self.num_images,
             "stage": self.stage,
             "candidates": self.candidates,
-            **({"keep": self.keep} if self.keep else {}),
-            **({} if self.style == PLAIN else {"style": self.style}),
-            **({"sampling": self.chosen} if self.chosen else {}),
-            **({"memory": self.place} if self.place else {}),
+            # Always there: what a report lacks is not compared.
+            "keep": self.keep or None,
+            "style": None if self.style == PLAIN else self.style,
+            "sampling": self.chosen or None,
+            "memory": self.place or None,
             **devices.described(self.sharding),
         } | common.circumstances(self.folder, self.dtype)
 
@@ -158,17 +159,20 @@ def generate_command(
     if memory and number > 1:
         raise click.UsageError("--memory is for one device: leave out --devices")
     sharding = devices.sharding_of(number, data)
-    dtype, place = plan.fitting(folder, memory, dtype, num_images, bool(keep or animate))
+    chosen = {name: value for name, value in given.items() if value is not None}
+    last = common.choose_stage(folder, stage)
+    together = bool(keep or animate)
+    dtype, place = plan.fitting(folder, memory, dtype, num_images, together, last, chosen)
     how = How(
         folder,
         num_images,
         keep,
         animate,
         seed,
-        common.choose_stage(folder, stage),
+        last,
         common.candidates(folder, candidates),
         common.style_of(folder, style),
-        {name: value for name, value in given.items() if value is not None},
+        chosen,
         dtype,
         place,
         sharding,

@@ -118,6 +118,8 @@ def init(
         model, origin = _text_model(text_model, captions, fields, pieces)
         # The released tokenizer's rules are for text models from elsewhere.
         published = preset == "published" and text_model is not None
+        if not published:  # another text model cannot read the templates of the published styles
+            content.pop("styles", None)
         _set_vocabulary(content, model, as_published=True if published else None)
         advice = "its fields are those of the config.json of a bundle"
         description = bundles.parse_description(content, where, advice)
@@ -263,7 +265,8 @@ def info(bundle: Path | None) -> None:
 
     with common.refusing():
         networks = bundles.networks_in(folder)
-    cv, cache = common.load(folder, networks)
+    # In turn: its networks stay on the host, as the device may be too small for all of them.
+    cv, cache = common.load(folder, networks, in_turn=True)
     description = bundles.read_description(folder)
     for name, value in _facts(folder, description, cv.bundle, cache):
         click.echo(f"{name:22s}{value}")

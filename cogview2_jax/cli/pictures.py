@@ -124,13 +124,18 @@ def caption_command(
     cv, _ = common.load(folder, ("tokenizer", "coglm"), dtype)
     from cogview2_jax.tokenizer.pictures import PictureError, open_picture
 
-    shared: dict[str, Any] = {"language": language}
-    if candidates > 1:
-        shared |= {"candidates": candidates, "seed": seed}
+    drawn = candidates > 1
+    shared: dict[str, Any] = {
+        "language": language,
+        "candidates": candidates if drawn else None,
+        "seed": seed if drawn else None,
+    }
     shared |= common.circumstances(folder, dtype)
     import jax
 
     failed = False
+    for file in filter(Path.is_file, pictures if write_json else ()):  # the others are named below
+        _outputs(file, shared, overwrite)
     waiting: list[tuple[Path, Any]] = []  # files and their tokens
     for i, file in enumerate(pictures, 1):
         try:
@@ -155,11 +160,19 @@ def caption_command(
 
 def _write_caption(file: Path, words: str, shared: dict[str, Any], overwrite: bool) -> None:
     """Write a picture's caption beside it. Raises ClickException if another command's is there."""
+    name, settings = _outputs(file, shared, overwrite)
+    common.write_all(file.parent, {name: common.to_json({**settings, "caption": words})})
+
+
+def _outputs(file: Path, shared: dict[str, Any], overwrite: bool) -> tuple[str, dict[str, Any]]:
+    """The file beside a picture that its caption goes to, and the settings in it. Raises
+    ClickException if another command's is there.
+    """
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     settings = {"picture": file.name, "picture_sha256": digest} | shared
     name = f"{file.name}.caption.json"
     common.require_free(file.parent, [name], name, settings, overwrite)
-    common.write_all(file.parent, {name: common.to_json({**settings, "caption": words})})
+    return name, settings
 
 
 @click.command(

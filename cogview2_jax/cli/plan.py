@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from cogview2_jax.cli import bars, common
+from cogview2_jax.cli import bars, common, sampling
 from cogview2_jax.pipeline import settings
 
 if TYPE_CHECKING:
+    from cogview2_jax.description import Description
     from cogview2_jax.pipeline.memory import Plan
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
@@ -46,19 +48,31 @@ memory_option = click.option(
 
 
 def fitting(
-    folder: Path, memory: int | None, dtype: str, num_images: int, together: bool
+    folder: Path,
+    memory: int | None,
+    dtype: str,
+    num_images: int,
+    together: bool,
+    stage: str,
+    chosen_sampling: dict[str, float],
 ) -> tuple[str, dict[str, Any]]:
-    """The dtype for `--memory`, and more arguments of `CogView`; without it, dtype as asked.
+    """The dtype for `--memory`, and more arguments of `CogView`; without it, dtype as asked. It is
+    for drawing up to `stage`, with these options of sampling.
 
     Of `num_images`, as many are drawn at once as fit, all of them if they must be `together`.
     Raises ClickException if not even one fits.
     """
     if memory is None:
         return dtype, {}
+    from cogview2_jax import bundle as bundles
+
     source = click.get_current_context().get_parameter_source("dtype")
     dtypes = (dtype,) if source == ParameterSource.COMMANDLINE else _DTYPES
     fewer = [] if together else [size for size in settings.BATCHES if size < num_images]
-    chosen, looked = _best(folder, memory, dtypes, (num_images, *fewer))
+    with common.refusing():
+        description = sampling.changed(bundles.read_description(folder), chosen_sampling)
+    networks = settings.STAGES[stage]
+    chosen, looked = _best(description, memory, dtypes, (num_images, *fewer), networks)
     if chosen is None:
         least = min(looked, key=lambda plan: plan.peak)
         raise click.ClickException(
@@ -112,8 +126,12 @@ def plan_command(
     """
     folder = common.check_model(bundle)
     common.use_compilation_cache()
+    from cogview2_jax import bundle as bundles
+
     order = tuple(sorted(set(batches), reverse=True))
-    chosen, looked = _best(folder, memory, dtypes, order)
+    with common.refusing():
+        description = bundles.read_description(folder)
+    chosen, looked = _best(description, memory, dtypes, order, bundles.NETWORKS)
     click.echo(f"{'dtype':10s}{'pictures':>9s}{'all networks':>16s}{'in turn':>16s}  fullest")
     for together, in_turn in zip(looked[::2], looked[1::2], strict=True):
         click.echo(
@@ -128,22 +146,30 @@ def plan_command(
 
 
 def _best(
-    folder: Path, memory: int, dtypes: tuple[str, ...], batches: tuple[int, ...]
+    description: Description,
+    memory: int,
+    dtypes: tuple[str, ...],
+    batches: tuple[int, ...],
+    networks: Collection[str],
 ) -> tuple[Plan | None, list[Plan]]:
 
-    from cogview2_jax import bundle as bundles
     from cogview2_jax.pipeline import memory as memories
 
-    with common.refusing():
-        description = bundles.read_description(folder)
-    total = len(dtypes) * len(batches) * len(memories.NETWORK_OF)
+    total = len(dtypes) * len(batches) * len(memories.programs_of(networks))
     with bars.bar("plan", total, "programs", leave=False) as bar:
 
         def measure(stage: str, batch: int, precision: Any) -> memories.Usage:
             bar.update()
             return memories.usage(description, stage, batch, precision)
 
-        return memories.best(description, memory, dtypes=dtypes, batches=batches, measure=measure)
+        return memories.best(
+            description,
+            memory,
+            dtypes=dtypes,
+            batches=batches,
+            networks=networks,
+            measure=measure,
+        )
 
 
 def _said(plan: Plan) -> str:

@@ -81,9 +81,11 @@ def rank_command(
             usable.append(file)
             tokens.append(cv.picture_tokens(opened))
     if cv is not None:
-        description: dict[str, Any] = {"texts": texts, "pictures": [str(file) for file in usable]}
-        if as_released:
-            description["as_released"] = True
+        description: dict[str, Any] = {
+            "texts": texts,
+            "pictures": [str(file) for file in usable],
+            "as_released": as_released or None,
+        }
         description |= common.circumstances(folder, dtype)
         if report is not None:
             common.require_free(report.parent, [report.name], report.name, description, overwrite)

@@ -61,7 +61,7 @@ def serve_command(
         from cogview2_jax.page import app
         from cogview2_jax.page.desk import Desk
 
-        app.prepare(place.absolute())
+        app.prepare(place.absolute(), host)
         with common.refusing():
             networks = bundles.networks_in(model)
             cv, _ = common.load(model, networks, dtype)
@@ -75,12 +75,15 @@ def serve_command(
 
 def _check_port(host: str, port: int) -> None:
     """Raises ClickException unless a server can listen there."""
+    if ":" in host:
+        raise click.ClickException(f"the page has no IPv6 address: give another --host than {host}")
     try:
         for family, *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:1]:
             with socket.socket(family) as tried:
                 tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 tried.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "not a name"
         raise click.ClickException(
-            f"cannot listen at {host}:{port} ({error.strerror}): give another --port or --host"
+            f"cannot listen at {host}:{port} ({why}): give another --port or --host"
         ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,10 @@ def choice_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which inputs of SOURCE are read, and which captions of theirs."""
     choices = (
         click.option(
-            "--split", default="train", show_default=True, help="Of scenes or a tfds data set."
+            "--split",
+            default=DEFAULT_SPLIT,
+            show_default=True,
+            help="Of scenes or a tfds data set.",
         ),
         click.option(
             "--count", type=click.IntRange(1), metavar="N", help="Only the first N inputs."
@@ -60,9 +63,11 @@ READ_BY: dict[str, set[str]] = {
     "a captions file": {"images", "image_field", "caption_fields"},
     "scenes": {"split", "caption_fields"},
     "a folder": set(),
+    "a file of prompts": set(),  # of `data draw`
     "a tfds data set": {"split", "image_field", "caption_fields", "data_dir", "download"},
 }
 READ_BY_ALL = {"count"}
+DEFAULT_SPLIT = "train"
 
 
 def kind_of(source: str) -> str:
@@ -75,6 +80,16 @@ def kind_of(source: str) -> str:
     if source == "scenes":
         return "scenes"
     return "a folder" if path.is_dir() else "a tfds data set"
+
+
+def require_read(kinds: Collection[str], **chosen: Any) -> None:
+    """Raises ValueError for an option that was given and that no source of these kinds reads."""
+    read = READ_BY_ALL.union(*(READ_BY[kind] for kind in kinds))
+    for name, value in chosen.items():
+        given = value not in (None, (), DEFAULT_SPLIT)
+        if given and name not in read:
+            option = {"caption_fields": "--caption-field"}.get(name, f"--{name.replace('_', '-')}")
+            raise ValueError(f"{option}: not an option for {' and '.join(sorted(kinds))}")
 
 
 def open_to_read(source: str, kind: str, **chosen: Any) -> Source:
@@ -107,7 +122,7 @@ def open_source(
     path = Path(source)
     if kind == TOKEN_FILE:
         if layout is None:
-            raise ValueError(f"{source} has tokens, no pictures: leave out --pictures")
+            raise ValueError(f"{source} has tokens, and no pictures or captions")
         found = sources.TokenFile(path, layout)
     elif kind == "a captions file":
         fields = caption_fields or (defaults.CAPTION_FIELD,)

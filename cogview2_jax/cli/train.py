@@ -184,6 +184,8 @@ def _train(
         join(take(ProcessOptions, chosen))
     import jax
 
+    if prompts and not loop.sample_every:
+        raise click.UsageError("--prompt goes with --sample-every N, the steps between pictures")
     folder = common.check_model(chosen["bundle"], prompts)
     with common.refusing():
         execution = compute.execution()

@@ -16,6 +16,7 @@ from cogview2_jax.data.sources import Input, Refused, Source, refused_text
 from cogview2_jax.evaluation.features import read_rows
 from cogview2_jax.pipeline.cogview import CogView
 from cogview2_jax.pipeline.settings import SCORED_AT_ONCE
+from cogview2_jax.styles import PLAIN, find_style, in_style
 from cogview2_jax.tokenizer import text
 from cogview2_jax.tokenizer.cleaning import TextError
 from cogview2_jax.tokenizer.pictures import open_picture
@@ -78,16 +79,17 @@ def write_caption_losses(
     return run(Work(source, manifest, recipe), folder, workers, progress)
 
 
-def readable_caption(item: Input, cv: CogView) -> str:
+def readable_caption(item: Input, cv: CogView, style: str | None = PLAIN) -> str:
     """The first caption of an input. Raises Refused if it has none, and if the model cannot read
-    it.
+    it in a style.
     """
     words = [words for captions in item.captions for words in captions.values() if words.strip()]
     if not words:
         raise Refused("empty caption", "no caption", item.name)
     config = cv.bundle.coglm_config
+    styled = in_style(find_style(cv.bundle.styles, style), words[0])
     try:
-        text.encode_prompt(cv.bundle.text_model, words[0], config.vocabulary, config.max_text)
+        text.encode_prompt(cv.bundle.text_model, styled, config.vocabulary, config.max_text)
     except TextError as error:
         raise refused_text(error, "caption", item.name) from error
     return words[0]

@@ -67,7 +67,7 @@ def write_drawings(
     manifests.require_same(folder, manifest)
 
     def read(item: Input, number: int) -> tuple[tuple[int, str], list[Any]]:
-        return (number, readable_caption(item, cv)), []
+        return (number, readable_caption(item, cv, style)), []
 
     def write(items: Sequence[tuple[int, str]]) -> list[list[bytes]]:
         filled = [*items, *[items[-1]] * (batch_size - len(items))]  # one size, one compilation

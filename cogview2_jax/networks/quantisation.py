@@ -2,7 +2,7 @@
 
 Each output of a matrix has a scale of its own, and the products are scaled, not the weights: a
 program that reads int8 from memory converts as it multiplies. Tables, biases and LayerNorms stay as
-they are. On the bundle that ships: `experiments/int8`.
+they are. On the bundle that ships: `experiments/precision`.
 """
 
 from typing import Any

@@ -1,5 +1,6 @@
 """The page put together, and its server."""
 
+import asyncio
 import logging
 import os
 from pathlib import Path
@@ -16,8 +17,13 @@ _POLICY = (
 )
 
 
-def prepare(folder: Path) -> None:
-    """Tell Gradio, before it is imported, to write into `folder` and to send nothing anywhere."""
+def prepare(folder: Path, host: str) -> None:
+    """Tell Gradio, before it is imported, to write into `folder` and to send nothing anywhere: when
+    it asks its own server at `host` whether it is there, no proxy either.
+    """
+    for name in ("NO_PROXY", "no_proxy"):
+        others = os.environ.get(name)
+        os.environ[name] = ",".join(filter(None, [others, host, "127.0.0.1", "localhost"]))
     os.environ |= {
         "GRADIO_TEMP_DIR": str(folder),
         "GRADIO_ANALYTICS_ENABLED": "False",
@@ -84,15 +90,27 @@ def launch(desk: Desk, path: Path, host: str, port: int) -> Any:
         i18n=spoken,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css_paths=[tools.HERE / "page.css"],
-        app_kwargs={"middleware": _middleware(), "docs_url": None, "redoc_url": None},
+        app_kwargs={"middleware": _middleware(folder), "docs_url": None, "redoc_url": None},
     )
     return page
 
 
-def _middleware() -> list[Any]:
+def _middleware(folder: tools.Folder) -> list[Any]:
     from starlette.middleware import Middleware
 
-    return [Middleware(_Policy)]
+    return [Middleware(_Policy), Middleware(_Sweeping, folder=folder)]
+
+
+class _Sweeping:
+    """Removes old files before another one is uploaded."""
+
+    def __init__(self, app: Any, folder: tools.Folder) -> None:
+        self._app, self._folder = app, folder
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"].endswith("/upload"):
+            await asyncio.to_thread(self._folder.sweep)
+        await self._app(scope, receive, send)
 
 
 class _Policy:

@@ -5,6 +5,7 @@ from typing import Any
 
 from cogview2_jax.page import tools
 from cogview2_jax.page.desk import Desk
+from cogview2_jax.page.limits import Refused
 from cogview2_jax.page.words import say
 from cogview2_jax.pipeline.settings import LANGUAGES
 
@@ -74,7 +75,11 @@ def _reader(desk: Desk) -> Any:
             desk.picture(file)
         yield tools.status(say("captioning", spoken), 0.1), ""
         with tools.telling(spoken):
-            said = desk.caption(file, language)
+            try:
+                said = desk.caption(file, language)
+            except Refused as error:
+                yield tools.status(tools.explain(error, spoken)), ""
+                raise
         yield tools.status(), said
 
     return read

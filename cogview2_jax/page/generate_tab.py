@@ -135,6 +135,14 @@ def _drawer(desk: Desk, folder: tools.Folder, visits: tools.Visits) -> Any:
         yield gr.skip(), tools.status(say("working", spoken), 0.02), *kept
         made: list[Image.Image] = []
         steps: list[Any] = []
+        settings = {
+            "prompt": prompt.strip() if isinstance(prompt, str) else "",
+            "seed": seed,
+            "num_images": images,
+            "candidates": candidates,
+            "stage": desk.stage,
+            "style": style,
+        }
         with tools.telling(spoken):
             try:
                 for step, each in desk.generate(prompt, seed, images, candidates, style):
@@ -148,19 +156,14 @@ def _drawer(desk: Desk, folder: tools.Folder, visits: tools.Visits) -> Any:
                     share = _SHARE.get(step, 0.6 + 0.4 * number / desk.rounds)
                     words = say(step, spoken, number=number, rounds=desk.rounds)
                     made = [Image.fromarray(one) for one in each]
+                    # Nothing of the pictures before goes with these, should they be the last.
+                    empty: Any = settings, gr.DownloadButton(interactive=False), 0, [], None, None
+                    yield made, tools.status(words, share), *(kept if steps else empty)
                     steps.append((step, each))
-                    yield made, tools.status(words, share), *kept
             except Refused as error:
                 yield gr.skip(), tools.status(tools.explain(error, spoken)), *kept
                 raise
-        settings = {
-            "prompt": prompt.strip(),
-            "seed": int(seed),
-            "num_images": int(images),
-            "candidates": int(candidates),
-            "stage": desk.stage,
-            "style": style,
-        }
+        settings |= {"seed": int(seed), "num_images": int(images), "candidates": int(candidates)}
         files = [folder.write("picture.png", records.png(one, settings)) for one in made]
         how = [
             (
@@ -203,9 +206,12 @@ def _ranker(desk: Desk, folder: tools.Folder) -> Any:
         with tools.telling(spoken):
             ranked = desk.best(settings.get("prompt") or prompt, files)
         ordered = [(files[number], f"{score:.3f}") for number, score in ranked]
+        said = tools.status(say("ranked", spoken))
+        if not insides:  # of pictures that were not finished
+            return ordered, said, gr.skip(), 0, [], None, None
         how = [insides[number] for number, _ in ranked]
         found = _archive(folder, [file for file, _ in ordered], settings, how)
-        return ordered, tools.status(say("ranked", spoken)), found, 0, how, *how[0]
+        return ordered, said, found, 0, how, *how[0]
 
     return best
 

@@ -37,7 +37,7 @@ def drawn_part(
 def _box(edges: Any) -> Box:
     try:
         top, left, bottom, right = (float(edge) for edge in edges)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Refused("bad_part") from None
     if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
         raise Refused("bad_part")
@@ -58,7 +58,7 @@ def _mask(strokes: Any, size: tuple[int, int], limits: Limits) -> Image.Image:
             pen.line(path, 255, max(round(2 * r), 1))
             for x, y in path:
                 pen.ellipse((x - r, y - r, x + r, y + r), 255)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Refused("bad_part") from None
     if not mask.getbbox():
         raise Refused("no_part")

@@ -176,4 +176,5 @@ class Folder:
         for changed_at, size, each in sorted(entries, reverse=True):
             total += size
             if now - changed_at > self._kept or total > _MOST_KEPT:
-                shutil.rmtree(each, ignore_errors=True)
+                with contextlib.suppress(OSError):  # as above
+                    shutil.rmtree(each) if each.is_dir() else each.unlink()

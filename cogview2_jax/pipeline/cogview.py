@@ -191,6 +191,7 @@ class CogView(Edits):
             (part, self._enlarged(self._pixels(grid, _STAGE_OF[part])[:num_images]))
             for part, grid in grids
         )
+        progress("pixels")
         return Making(pictures, *sure)
 
     def _confidence(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -188,12 +188,18 @@ def peak(used: dict[str, Usage], dtype: str, batch: int, in_turn: bool) -> Plan:
     return Plan(dtype, batch, in_turn, at(fullest), fullest)
 
 
+def programs_of(networks: Collection[str]) -> list[str]:
+    """The programs of `NETWORK_OF` that these networks run."""
+    return [program for program, network in NETWORK_OF.items() if network in networks]
+
+
 def best(
     description: Description,
     memory: int,
     *,
     dtypes: Sequence[str] = ("bfloat16", "int8"),
     batches: Sequence[int] = settings.BATCHES,
+    networks: Collection[str] = settings.STAGES["full"],
     measure: Callable[[str, int, Precision], Usage] | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> tuple[Plan | None, list[Plan]]:
@@ -201,8 +207,8 @@ def best(
     looked at.
 
     The first dtype with which anything fits; with it the largest batch, and all networks on the
-    device if that batch allows it. `batches` are in falling order, `measure` is (stage, batch,
-    precision) → Usage.
+    device if that batch allows it. `batches` are in falling order, `networks` are those that are
+    loaded, `measure` is (stage, batch, precision) → Usage.
     """
     if measure is None:
         measure = functools.partial(usage, description)
@@ -210,7 +216,7 @@ def best(
     for dtype in dtypes:
         for batch in batches:
             used = {}
-            for stage in NETWORK_OF:
+            for stage in programs_of(networks):
                 progress(f"{dtype}, batch {batch}: {stage}")
                 used[stage] = measure(stage, batch, PRECISIONS[dtype])
             both = [peak(used, dtype, batch, in_turn) for in_turn in (False, True)]

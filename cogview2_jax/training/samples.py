@@ -12,6 +12,7 @@ from cogview2_jax.bundle import Bundle
 from cogview2_jax.config import HVQVAEConfig
 from cogview2_jax.pipeline.cogview import CogView
 from cogview2_jax.pipeline.settings import STAGES
+from cogview2_jax.styles import PLAIN
 from cogview2_jax.tokenizer import image as image_tokenizer
 from cogview2_jax.training.processes import on_host
 
@@ -40,7 +41,12 @@ def of_prompts(
     def draw(params: Params) -> np.ndarray:
         cv = CogView(put(bundle, jax.device_put(on_host(params))))
         made = cv.generate_stages(
-            list(prompts), jax.random.key(0), num_images, candidates=1, stages=(stage,)
+            list(prompts),
+            jax.random.key(0),
+            num_images,
+            candidates=1,
+            stages=(stage,),
+            style=PLAIN,  # what it learns are captions, without the template of a style
         )
         return _tiles(made[stage])
 

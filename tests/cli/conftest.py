@@ -2,8 +2,11 @@
 
 import pytest
 
+from cogview2_jax import bundle as bundles
 from cogview2_jax import cli
 from cogview2_jax.cli import common
+from cogview2_jax.config import ClusterSampling
+from cogview2_jax.styles import Style
 
 
 @pytest.fixture(autouse=True)
@@ -32,4 +35,13 @@ def records(tiny_folder, tmp_path_factory):
     with pytest.raises(SystemExit) as done:
         cli.main([*arguments, *options, "--text-slots", "22"])
     assert done.value.code == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def styled_folder(tiny, tmp_path_factory):
+    """A model with a style of its own, which is the default."""
+    folder = tmp_path_factory.mktemp("styled") / "bundle"
+    left = Style("left", "{} on the left", ClusterSampling(1.0, 4), ClusterSampling(1.0, 4))
+    bundles.save(folder, tiny._replace(styles=(left,)))
     return folder

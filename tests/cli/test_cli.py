@@ -1,5 +1,6 @@
 """The command line as a whole: its help, and how it refuses."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -38,6 +39,21 @@ def test_the_name_of_a_file_is_one_line_whatever_it_is(run, tiny_folder):
         code, _, err = run(*command, "--bundle", tiny_folder, "--", "a\nb\x1b\udcff.png")
         assert code in (1, 2)
         assert err == "cogview2: a b\\x1b\\udcff.png: no such file\n"
+
+
+def test_a_report_holds_names_that_are_no_text():
+    name = os.fsdecode("照片".encode("gbk") + b".png")
+    content = common.to_json({"picture": name, "prompt": "猫"})
+    assert json.loads(content) == {"picture": name, "prompt": "猫"} and "猫".encode() in content
+
+
+def test_too_little_memory_of_a_device_is_one_line(run, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore lines")
+
+    monkeypatch.setattr(common, "check_model", full)
+    code, _, err = run("info")
+    assert code == 2 and "not enough memory on the device" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -60,12 +60,23 @@ def test_what_cannot_be_drawn_is_one_line(run, tiny_folder, prompts, tmp_path):
         ((tmp_path,), "is a folder: give a file with captions"),
         ((prompts, "--processes", 2), "go with --engine ray"),
         ((prompts, "--style", "oil"), "style must be"),
+        ((prompts, "--split", "test"), "--split: not an option for a file of prompts"),
+        ((prompts, "--caption-field", "en"), "--caption-field: not an option"),
     ):
         code, _, err = draw(run, tiny_folder, *arguments[:1], tmp_path / "out", *arguments[1:])
         assert code == 2 and words in err, err
     assert not (tmp_path / "out").exists()
     code, _, err = run("data", "unpack", tmp_path, "--out", tmp_path / "files")
     assert code == 2 and err.count("\n") == 1
+
+
+def test_a_caption_that_is_too_long_in_the_style_is_listed(run, styled_folder, tmp_path):
+    # With the template it has 13 tokens, without 9; 12 have room.
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a small green star on the left " * 2 + "\na red circle\n")
+    code, out, err = draw(run, styled_folder, prompts, tmp_path / "drawn")
+    assert code == 0 and "1 records of 2 inputs, 1 refused" in out, err
+    assert "1 long caption" in out
 
 
 @pytest.mark.slow

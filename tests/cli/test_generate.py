@@ -13,21 +13,10 @@ import pytest
 from PIL import Image
 
 import cogview2_jax
-from cogview2_jax import bundle as bundles
-from cogview2_jax.config import ClusterSampling
-from cogview2_jax.styles import Style
 from tests.processes import Started, ending
 
 TEXT = "a small green star"
 COLOURS = ("red", "green", "blue", "yellow")
-
-
-@pytest.fixture(scope="module")
-def styled_folder(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("styled") / "bundle"
-    left = Style("left", "{} on the left", ClusterSampling(1.0, 4), ClusterSampling(1.0, 4))
-    bundles.save(folder, tiny._replace(styles=(left,)))
-    return folder
 
 
 def written(folder):
@@ -192,7 +181,7 @@ def test_styles(run, styled_folder, tmp_path):
         name = "left" if style == "default" else "none"
         expected = cv.generate(TEXT, 2, key=jax.random.key(0), stage="base", style=name)
         np.testing.assert_array_equal(images, expected)
-        assert report.get("style", "none") == name
+        assert (report["style"] or "none") == name
     for command in (common, ("edit", tmp_path / "p.png", TEXT, "--box", "0,0,1,1")):
         code, out, err = run(*command, "--bundle", styled_folder, "--style", "oil")
         assert (code, out) == (2, "") and "style must be one of none, left: got oil" in err
@@ -209,10 +198,25 @@ def test_sampling_settings(run, styled_folder, tmp_path):
     images, report = written(tmp_path / "out")[TEXT]
     np.testing.assert_array_equal(images[0], images[1])
     assert report["sampling"] == {"temperature": 0.0}
+    # Without the option it is another command, which leaves these pictures as they are.
+    code, _, err = run(*common, "--candidates", 1, "--out", tmp_path / "out")
+    assert code == 2 and "was made with other settings (sampling " in err
     for option, value in (("--temperature", -1), ("--text-upweight", "nan"), ("--top-clusters", 0)):
         code, out, err = run(*common, option, value, "--out", tmp_path / "refused")
         assert (code, out) == (2, "") and err.startswith("cogview2: ") and err.count("\n") == 1
     assert not (tmp_path / "refused").exists()
+
+
+def test_lines_that_were_drawn_with_other_settings_are_not_done(run, styled_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{TEXT}\n")
+    common = ("generate", "--prompts", tmp_path / "prompts.txt", "--bundle", styled_folder)
+    common += ("--num-images", 1, "--stage", "base", "--out", tmp_path / "out")
+    assert run(*common, "--style", "left")[0] == 0
+    for more in (("--style", "left"), ()):  # the default style
+        code, _, err = run(*common, *more)
+        assert code == 0 and "done before" in err
+    code, _, err = run(*common, "--style", "none")
+    assert code != 0 and "was made with other settings" in err
 
 
 def test_no_prompt_and_two_kinds_of_prompts(run, tiny_folder, tmp_path):

@@ -68,6 +68,8 @@ def test_init_with_the_published_sizes(run, shipped, tmp_path):
     made = bundles.read_description(tmp_path / "model")
     assert made.coglm_config.num_image_tokens == 400 and made.coglm_config.vocabulary.pad == 20_003
     assert "tokenizer   97,439,497 parameters" in said
+    # The model that ships has no words for the published styles.
+    assert not made.styles
 
 
 @pytest.mark.parametrize(

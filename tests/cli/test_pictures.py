@@ -146,6 +146,8 @@ def test_captions_beside_their_pictures(run, tiny_folder, wide, tmp_path):
     assert (report["language"], report["picture"]) == ("en", "wide.png")
     code, _, err = run("caption", picture, "--language", "zh", *options)
     assert code == 2 and "other settings (language en, now zh)" in err
+    code, _, err = run("caption", picture, "--candidates", 2, *options)
+    assert code == 2 and "other settings (candidates None, now 2)" in err
     code, out, _ = run("caption", picture, "--language", "zh", "--overwrite", *options)
     report = json.loads((tmp_path / "wide.png.caption.json").read_text("utf-8"))
     assert code == 0 and out == f"{picture}: {report['caption']}\n"

@@ -36,6 +36,23 @@ def test_generate_follows_the_plan(run, tiny_folder, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_only_what_runs_is_planned(run, tiny_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def usage(description, stage, batch, precision):
+        asked.append((stage, description.sampling.guidance))
+        return memory.Usage(1, 10**9 if stage == "direct" else 1000)
+
+    monkeypatch.setattr(memory, "usage", usage)
+    options = "--memory", "1MB", "--guidance", 2, "--num-images", 1, "--bundle", tiny_folder
+    code, _, err = run("generate", "a star", "--stage", "base", *options, "--out", tmp_path / "a")
+    assert code == 0, err
+    assert {stage for stage, _ in asked} == {"base", "score", "pixels"}
+    assert {guidance for _, guidance in asked} == {2}
+    code, _, err = run("generate", "a star", "--stage", "direct", *options, "--out", tmp_path / "b")
+    assert code == 2 and "direct" in err
+
+
 def test_pictures_that_do_not_fit_together_are_drawn_in_batches(
     run, tiny_folder, tmp_path, monkeypatch
 ):

@@ -35,6 +35,8 @@ def test_mistakes_end_in_one_line(run, tiny_folder, tmp_path):
             (("--folder", tmp_path), "is not empty: give another --folder"),
             (("--bundle", tmp_path), "config.json"),
             (("--port", 0), "--port"),
+            (("--host", "::1"), "no IPv6 address"),
+            (("--host", "127..0.1"), "give another --port or --host"),
             (("--port", taken.getsockname()[1]), "give another --port"),
         ):
             code, out, err = run("serve", "--bundle", tiny_folder, *options)

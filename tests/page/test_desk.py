@@ -183,13 +183,28 @@ def test_settings_come_back_from_pictures_and_from_json(tmp_path):
         assert refused(records.read, tmp_path / name) == "no_settings", name
 
 
+def test_pictures_that_were_not_finished_are_ranked_and_not_offered(desk, upload, tmp_path):
+    """After a cancel the gallery holds them, and nothing yet of how they came to be."""
+    pytest.importorskip("gradio", exc_type=ImportError)
+    from cogview2_jax.page import generate_tab
+
+    best = generate_tab._ranker(desk, tools.Folder(tmp_path, 60))
+    settings = {"prompt": TEXT, "seed": 0}
+    ordered, _, _, chosen, insides, *shown = best("", [(upload, None)], settings, [], None)
+    assert ordered[0][0] == upload and (chosen, insides, shown) == (0, [], [None, None])
+    assert not list(tmp_path.glob("*/*.zip"))
+
+
 def test_old_files_are_removed(tmp_path, monkeypatch):
     folder = tools.Folder(tmp_path, 60)
     old, new = folder.write("a.png", b"0" * 10), folder.write("b.png", b"0" * 10)
     for each in (old, os.path.dirname(old)):
         os.utime(each, (0, 0))
+    upload = tmp_path / "tmp1234"  # a file as Gradio leaves one of an upload that broke off
+    upload.touch()
+    os.utime(upload, (0, 0))
     folder.sweep()
-    assert not os.path.exists(old) and os.path.exists(new)
+    assert not os.path.exists(old) and os.path.exists(new) and not upload.exists()
     monkeypatch.setattr(tools, "_MOST_KEPT", 0)
     folder.sweep()
     assert not list(tmp_path.iterdir())
